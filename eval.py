@@ -1,0 +1,64 @@
+"""Measure a checkpoint on a split: python eval.py --weights logs/RUN/best.safetensors --sets VOC2007/test
+
+Change the constants of `Config`, or give them as flags.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from utils.cache import build_cache
+from utils.checkpoint import newest_checkpoint
+from utils.detector import Detector, Thresholds
+from utils.device import choose_device, choose_precision, keep_freed_memory
+from utils.errors import UserError, run_script
+from utils.metrics import evaluate
+from utils.report import metrics_table, write_report
+from utils.voc import load_classes, load_samples
+
+
+@dataclass(frozen=True)
+class Config:
+    """Measure a checkpoint on a split."""
+
+    weights: str = ""  # checkpoint of train.py; empty: best.safetensors of the newest run under logs/
+    devkit: str = "VOCdevkit"  # folder of the data sets
+    sets: tuple[str, ...] = ("VOC2007/test",)  # sets to measure on, folder/split, any number
+    out: str = ""  # folder for the results; empty: eval/ beside the checkpoint
+    classes: str = ""  # class file to compare with the checkpoint's classes; empty: those of the checkpoint
+    confidence: float = 0.001  # least score of a detection; low, so that the whole curve is seen
+    nms_iou: float = 0.6  # two boxes of a class that overlap more are one object
+    batch_size: int = 16  # images at a time
+    device: str = "auto"  # auto, cpu or cuda
+    precision: str = "fp32"  # of the network: fp32, bf16, fp16 or auto
+
+
+def main(config: Config) -> dict[str, Any]:
+    """Evaluate, print the table, write the report; returns the metrics."""
+    device = choose_device(config.device)
+    if device.type == "cpu":
+        keep_freed_memory()
+    if config.batch_size < 1:
+        raise UserError(f"batch_size is {config.batch_size}, but must be at least 1")
+    weights = Path(config.weights) if config.weights else newest_checkpoint("best")
+    thresholds = Thresholds(config.confidence, config.nms_iou)
+    detector = Detector.load(weights, device, choose_precision(config.precision, device), thresholds)
+    spec = detector.spec
+    if config.classes:
+        detector.expect_classes(load_classes(config.classes), config.classes)
+    samples = load_samples(config.devkit, config.sets, spec.class_names)
+    cache = build_cache(samples, spec.input_size, spec.letterbox, device)
+    batches = tqdm(detector.detect_cached(cache, config.batch_size), "evaluating", -(-len(cache) // config.batch_size))
+    detections = [found for batch in batches for found in batch]
+    metrics, curves = evaluate(samples, detections, cache.sizes, spec.class_names)
+    folder = Path(config.out) if config.out else weights.parent / "eval"
+    about = {"weights": str(weights), "sets": list(config.sets), "images": len(samples)}
+    write_report(folder, about | metrics, curves, spec.class_names)
+    print(f"{weights} on {', '.join(config.sets)}: {len(samples)} images\n\n{metrics_table(metrics)}\n\nwritten to {folder}")
+    return metrics
+
+
+if __name__ == "__main__":
+    run_script(main, Config)

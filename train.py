@@ -1,0 +1,366 @@
+"""Train YOLOv4-tiny on VOC data: change the constants of `Config`, or give them as flags, and run it.
+
+    python train.py --train-sets VOC2007/trainval --phi 2 --epochs 50
+"""
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+
+import numpy as np
+import supervision as sv
+import torch
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+from tqdm import tqdm
+
+from nets.attention import ATTENTION, describe_phi
+from nets.yolo import ModelSpec, summary
+from utils.anchors import load_anchors
+from utils.augment import AugmentSettings, augment, epoch_order
+from utils.cache import ImageCache, build_cache
+from utils.checkpoint import (
+    Checkpoint,
+    TrainingState,
+    load_checkpoint,
+    newest_checkpoint,
+    pack_training,
+    restore_training,
+    save_checkpoint,
+)
+from utils.detector import EVALUATION_THRESHOLDS, Detector, Thresholds
+from utils.device import autocast, choose_device, choose_precision, keep_freed_memory
+from utils.errors import UserError, run_script
+from utils.images import contact_sheet, draw_detections
+from utils.loss import LossSettings, YoloLoss
+from utils.metrics import evaluate
+from utils.optim import accumulation_steps, build_ema, build_optimizer, freeze_backbone, lr_factor
+from utils.runlog import RunLog
+from utils.voc import Sample, load_classes, load_samples
+from utils.weights import has_plain_attention, read_weights, start_from
+
+CHECK_EVERY = 20  # steps between two looks at the losses, which wait for the device
+TERMS = ("loss", "box", "objectness", "class")
+PICTURES = 8  # images drawn of a batch and of a validation
+
+
+@dataclass(frozen=True)
+class Config:
+    """Train YOLOv4-tiny on data in VOC layout."""
+
+    # data
+    devkit: str = "VOCdevkit"  # folder of the data sets
+    train_sets: tuple[str, ...] = ("VOC2007/train",)  # sets to train on, folder/split, any number
+    val_sets: tuple[str, ...] = ("VOC2007/val",)  # sets to choose the best checkpoint on
+    classes: str = "model_data/voc_classes.txt"  # file with a class name on each line
+    anchors: str = "model_data/yolo_anchors.txt"  # file with six width, height pairs in input pixels
+    train_difficult: bool = False  # train on objects marked difficult too
+
+    # network
+    phi: int = 0  # attention: 0 none, 1 SE, 2 CBAM, 3 ECA, 4 CA
+    attention_args: dict[str, int] = field(default_factory=dict)  # the block's arguments, such as: ratio 8
+    identity_start: bool = True  # let attention begin as the identity, so that it cannot harm the first steps
+    input_size: tuple[int, int] = (416, 416)  # height and width of the network's input, multiples of 32
+    letterbox: bool = False  # keep the aspect ratio of images with gray bars instead of stretching them
+    weights: str = ""  # start from a checkpoint or a published .pth; empty: from nothing
+
+    # run
+    run_dir: str = ""  # folder of the run; empty: logs/ and the time
+    resume: bool = False  # continue the run in run_dir with that run's settings; without run_dir the newest one
+    epochs: int = 100  # passes over the training sets
+    freeze_epochs: int = 0  # of these, how many train with the backbone frozen
+    batch_size: int = 16  # images in memory at a time
+    nominal_batch: int = 16  # images per step of the optimizer; smaller batches are accumulated up to it
+    eval_every: int = 5  # epochs between validations; the last epoch always has one
+    seed: int = 0  # of initialisation, order and augmentation
+    device: str = "auto"  # auto, cpu or cuda
+    precision: str = "auto"  # of training: auto, bf16, fp16 or fp32
+
+    # optimisation
+    optimizer: str = "adamw"  # adamw or sgd
+    lr: float = 0.004  # peak learning rate; about 0.01 for sgd
+    momentum: float = 0.9  # of sgd
+    weight_decay: float = 0.05  # of weights, not of norms and biases; about 0.0005 for sgd
+    schedule: str = "cosine"  # cosine, or step: a tenth at 80 % and at 90 % of the run
+    warmup: float = 0.1  # share of the run in which the learning rate rises
+    ema: float = 0.05  # horizon of the weight average as a share of the run
+    label_smoothing: float = 0.0  # share of the class target spread over all classes
+
+    # augmentation
+    mosaic: float = 0.3  # probability of four images in one
+    mixup: float = 0.0  # probability of a second image on top
+    mosaic_until: float = 0.5  # share of the run after which mosaic and mixup stop
+    scale: float = 0.3  # size times 1 - scale to 1 + scale
+    aspect: float = 0.1  # width / height times 1 / (1 + aspect) to 1 + aspect
+    translate: float = 0.1  # shift as a share of the side
+    flip: float = 0.5  # probability of mirroring left to right
+    hue: float = 0.015  # turn of the colour circle, as a share of it
+    saturation: float = 0.5  # saturation times 1 - saturation to 1 + saturation
+    value: float = 0.3  # brightness times 1 - value to 1 + value
+
+    def __post_init__(self) -> None:
+        """Raise UserError for a value that cannot work."""
+        if self.phi not in ATTENTION:
+            raise UserError(f"phi is {self.phi}, but must be one of {describe_phi()}")
+        if min(self.input_size) < 32 or any(side % 32 for side in self.input_size):
+            raise UserError(f"input_size is {self.input_size}, but both sides must be multiples of 32")
+        for name in ("epochs", "batch_size", "nominal_batch", "eval_every"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}, but must be at least 1")
+        if not 0 <= self.freeze_epochs <= self.epochs:
+            raise UserError(f"freeze_epochs is {self.freeze_epochs}, but must lie between 0 and epochs ({self.epochs})")
+        if not 0 < self.lr < math.inf:
+            raise UserError(f"lr is {self.lr}, but must be a positive number")
+        if not 0 <= self.weight_decay < math.inf:
+            raise UserError(f"weight_decay is {self.weight_decay}, but must not be negative")
+        shares = ("momentum", "warmup", "label_smoothing", "mosaic", "mixup", "mosaic_until", "translate", "flip", "hue")
+        for name in (*shares, "ema", "scale", "saturation", "value"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"{name} is {getattr(self, name)}, but must lie between 0 and 1")
+        if self.scale == 1:
+            raise UserError("scale is 1, which would shrink images to nothing; use less")
+        if not 0 <= self.aspect < math.inf:
+            raise UserError(f"aspect is {self.aspect}, but must not be negative")
+
+    def augment_settings(self, epoch: int) -> AugmentSettings:
+        """The strengths in an epoch: mosaic and mixup stop for the last part."""
+        settings = AugmentSettings(**{item.name: getattr(self, item.name) for item in fields(AugmentSettings)})
+        return settings if epoch < self.mosaic_until * self.epochs else replace(settings, mosaic=0.0, mixup=0.0)
+
+
+@dataclass(frozen=True)
+class Data:
+    """What to train and to validate on; `val` is None without validation sets."""
+
+    train: ImageCache
+    train_samples: list[Sample]
+    val: ImageCache | None
+    val_samples: list[Sample]
+
+
+class Trainer:
+    """A network, what changes while it trains, and the settings of a step."""
+
+    def __init__(self, config: Config, spec: ModelSpec, num_train: int, device: torch.device) -> None:
+        self.config, self.spec, self.device = config, spec, device
+        self.dtype = choose_precision(config.precision, device)
+        self.batch_size = min(config.batch_size, num_train)
+        self.batches = num_train // self.batch_size  # of an epoch; what does not fill one comes in another epoch
+        self.accumulate = min(accumulation_steps(self.batch_size, config.nominal_batch), self.batches)
+        steps = math.ceil(self.batches / self.accumulate) * config.epochs
+        torch.manual_seed(config.seed)
+        model = spec.build().to(device, memory_format=torch.channels_last)
+        optimizer = build_optimizer(model, config.optimizer, config.lr, config.momentum, config.weight_decay)
+        self.state = TrainingState(
+            model=model,
+            optimizer=optimizer,
+            scheduler=LambdaLR(optimizer, lr_factor(config.schedule, steps, round(config.warmup * steps))),
+            scaler=torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16),
+            ema=build_ema(model, steps, config.ema),
+        )
+        self.loss = YoloLoss(spec, LossSettings(label_smoothing=config.label_smoothing), device)
+
+    def detector(self) -> Detector:
+        """The averaged weights, as validation and prediction use them."""
+        return Detector(self.state.ema.module, self.spec, self.device, thresholds=EVALUATION_THRESHOLDS)
+
+
+def train_one_epoch(trainer: Trainer, cache: ImageCache, names: Sequence[str], epoch: int) -> dict[str, float]:
+    """One pass over the cache; returns the mean of each loss term. `names` are the images', for messages.
+
+    Raises UserError with the step and the images when a loss is not finite.
+    """
+    state, config = trainer.state, trainer.config
+    order, random = epoch_order(config.seed, epoch, len(cache))
+    settings = config.augment_settings(epoch)
+    state.model.train()
+    freeze_backbone(state.model, epoch < config.freeze_epochs)
+    losses = torch.zeros(trainer.batches, len(TERMS), device=trainer.device)
+    checked = 0
+    progress = tqdm(range(trainer.batches), f"epoch {epoch + 1}/{config.epochs}", leave=False, disable=None)
+    for i in progress:
+        rows = slice(i * trainer.batch_size, (i + 1) * trainer.batch_size)
+        images, boxes, labels = augment(cache, order[rows], random[rows], settings, trainer.device)
+        with autocast(trainer.device, trainer.dtype):
+            heads = state.model(images.contiguous(memory_format=torch.channels_last))
+        terms = trainer.loss(heads, boxes, labels)
+        state.scaler.scale(terms["loss"] / trainer.accumulate).backward()
+        losses[i] = torch.stack([terms[name].detach() for name in TERMS])
+        last = i == trainer.batches - 1
+        if (i + 1) % trainer.accumulate == 0 or last:
+            state.step()
+        if (i + 1) % CHECK_EVERY == 0 or last:
+            check_losses(losses[checked : i + 1], checked, trainer.batch_size, [names[k] for k in order.tolist()], epoch)
+            progress.set_postfix(loss=f"{losses[checked : i + 1, 0].mean():.4f}")
+            checked = i + 1
+    means = dict(zip(TERMS, losses.mean(dim=0).tolist(), strict=True))
+    return {f"train/{name}": value for name, value in means.items()}
+
+
+def check_losses(losses: Tensor, first: int, batch_size: int, names: Sequence[str], epoch: int) -> None:
+    """Raise UserError when one of the steps from `first` on is not finite; `names` are in the epoch's order."""
+    bad = (~losses.isfinite().all(dim=1)).nonzero().flatten().tolist()
+    if bad:
+        step = first + bad[0]
+        images = names[step * batch_size : (step + 1) * batch_size]
+        raise UserError(
+            f"the loss of epoch {epoch + 1}, step {step + 1} is not finite; the last checkpoint is still good. "
+            f"A lower lr helps, or a look at the annotations of its images: {', '.join(images)}"
+        )
+
+
+@torch.inference_mode()
+def validate(trainer: Trainer, data: Data, log: RunLog, epoch: int) -> tuple[dict[str, float], dict]:
+    """Loss and accuracy of the averaged weights on the validation split: values to log, and all the metrics."""
+    detector, cache = trainer.detector(), data.val
+    detections: list[sv.Detections] = []
+    losses, batches = torch.zeros(len(TERMS)), range(0, len(cache), trainer.batch_size)
+    for start in tqdm(batches, "validating", leave=False, disable=None):
+        part = slice(start, start + trainer.batch_size)
+        heads = detector.forward(cache.images[part])
+        terms = trainer.loss(heads, cache.boxes[part].to(trainer.device), cache.labels[part].to(trainer.device))
+        losses += torch.stack([terms[name] for name in TERMS]).cpu() / len(batches)
+        detections += detector.select(heads, cache.fits[part], cache.sizes[part])
+    metrics, _ = evaluate(data.val_samples, detections, cache.sizes, trainer.spec.class_names)
+    log.picture("val_examples", draw_examples(data, detections, trainer.spec), epoch)
+    values = {f"val/{name}": value for name, value in zip(TERMS, losses.tolist(), strict=True)}
+    values |= {f"val/{name}": metrics["coco"][name] for name in ("AP", "AP50", "AP75")}
+    values |= {f"val/{name}": metrics["voc"][name] for name in ("mAP_11point", "mAP_area")}
+    return values, metrics
+
+
+def draw_examples(data: Data, detections: Sequence[sv.Detections], spec: ModelSpec) -> np.ndarray:
+    """The first validation images at the network's size, with what was found at the usual confidence."""
+    pictures = []
+    for image, fit, found in zip(data.val.images[:PICTURES], data.val.fits, detections, strict=False):
+        found = found[found.confidence > Thresholds().confidence]
+        found.xyxy = fit.to_input(found.xyxy)
+        pictures.append(draw_detections(image.permute(1, 2, 0).cpu().numpy(), found, spec.class_names))
+    return contact_sheet(pictures, 4)
+
+
+def draw_batch(trainer: Trainer, cache: ImageCache, batch: int) -> np.ndarray:
+    """A batch of the first epoch as the network will see it, with its boxes."""
+    order, random = epoch_order(trainer.config.seed, 0, len(cache))
+    rows = slice(batch * trainer.batch_size, min((batch + 1) * trainer.batch_size, batch * trainer.batch_size + PICTURES))
+    settings = trainer.config.augment_settings(0)
+    images, boxes, labels = augment(cache, order[rows], random[rows], settings, torch.device("cpu"))
+    pixels = (images.permute(0, 2, 3, 1) * 255).round().byte().numpy()
+    pictures = [
+        draw_detections(image, sv.Detections(box[label >= 0], class_id=label[label >= 0]), trainer.spec.class_names)
+        for image, box, label in zip(pixels, boxes.numpy(), labels.numpy(), strict=True)
+    ]
+    return contact_sheet(pictures, 4)
+
+
+def run_epoch(trainer: Trainer, data: Data, log: RunLog, epoch: int, best: float) -> float:
+    """Train, validate when it is time, log, save; returns the best AP so far."""
+    config = trainer.config
+    started = time.perf_counter()
+    values = train_one_epoch(trainer, data.train, [sample.name for sample in data.train_samples], epoch)
+    values["train/images_per_second"] = trainer.batches * trainer.batch_size / (time.perf_counter() - started)
+    values["train/lr"] = trainer.state.scheduler.get_last_lr()[0]
+    metrics: dict = {}
+    if data.val and ((epoch + 1) % config.eval_every == 0 or epoch + 1 == config.epochs):
+        found, metrics = validate(trainer, data, log, epoch + 1)
+        values |= found
+    is_best = not data.val or values.get("val/AP", -1.0) > best
+    best = max(best, values.get("val/AP", -1.0))
+    log.epoch(epoch + 1, values)
+    info = {"epoch": epoch + 1, "best": best, "metrics": metrics}
+    save_checkpoint(log.folder / "last.safetensors", pack_training(trainer.state, trainer.spec, info))
+    if is_best:
+        weights = trainer.state.ema.module.state_dict()
+        save_checkpoint(log.folder / "best.safetensors", Checkpoint(trainer.spec, weights, info, {}))
+    shown = ("train/loss", "val/loss", "val/AP", "val/AP50", "train/images_per_second")
+    print(f"epoch {epoch + 1}/{config.epochs}", *(f"{name} {values[name]:.4g}" for name in shown if name in values))
+    return best
+
+
+def load_data(config: Config, spec: ModelSpec, device: torch.device) -> Data:
+    samples = load_samples(config.devkit, config.train_sets, spec.class_names)
+    train = build_cache(samples, spec.input_size, spec.letterbox, device, config.train_difficult)
+    if not config.val_sets:
+        return Data(train, samples, None, [])
+    val_samples = load_samples(config.devkit, config.val_sets, spec.class_names)
+    return Data(train, samples, build_cache(val_samples, spec.input_size, spec.letterbox, device), val_samples)
+
+
+def new_spec(config: Config, weights: dict[str, Tensor]) -> ModelSpec:
+    """What to build for a new run; published attention weights need the plain gate."""
+    spec = ModelSpec(
+        class_names=load_classes(config.classes),
+        anchors=load_anchors(config.anchors),
+        phi=config.phi,
+        attention_args=config.attention_args,
+        identity_start=config.identity_start and config.phi > 0 and not has_plain_attention(weights),
+        input_size=config.input_size,
+        letterbox=config.letterbox,
+    )
+    try:
+        spec.build()
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    return spec
+
+
+def open_run(config: Config) -> tuple[Config, Path, Checkpoint | None]:
+    """The settings and the folder of the run, and its last checkpoint when it resumes."""
+    if not config.resume:
+        folder = Path(config.run_dir or f"logs/{time.strftime('%Y-%m-%d_%H-%M-%S')}")
+        if (folder / "config.json").exists():
+            raise UserError(f"{folder} already holds a run; add --resume to continue it, or choose another --run-dir")
+        return config, folder, None
+    folder = Path(config.run_dir) if config.run_dir else newest_checkpoint("last").parent
+    checkpoint = load_checkpoint(folder / "last.safetensors")
+    saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    types = {item.name: tuple for item in fields(Config) if isinstance(getattr(config, item.name), tuple)}
+    saved = {name: types.get(name, lambda value: value)(value) for name, value in saved.items()}
+    print(f"resuming {folder} after epoch {checkpoint.info['epoch']}, with the settings in its config.json")
+    return replace(Config(**saved), device=config.device, resume=True), folder, checkpoint
+
+
+def start_run(config: Config, folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write the run's folder {folder}: {error.strerror}") from None
+
+
+def main(config: Config) -> Path:
+    """Train, and return the run's folder."""
+    config, folder, checkpoint = open_run(config)
+    device = choose_device(config.device)
+    if device.type == "cpu":
+        keep_freed_memory()
+    weights = read_weights(config.weights) if config.weights and checkpoint is None else {}
+    spec = checkpoint.spec if checkpoint else new_spec(config, weights)
+    data = load_data(config, spec, device)
+    trainer = Trainer(config, spec, len(data.train), device)
+    print(f"YOLOv4-tiny phi {spec.phi}: {summary(trainer.state.model, spec.input_size)}")
+    print(f"{len(data.train)} images, batches of {trainer.batch_size}, {device} in {trainer.dtype}; run folder {folder}")
+    first_epoch, best = 0, -1.0
+    if checkpoint:
+        restore_training(trainer.state, checkpoint)
+        first_epoch, best = checkpoint.info["epoch"], checkpoint.info["best"]
+    else:
+        if weights:
+            print(start_from(trainer.state.model, weights, config.weights))
+        start_run(config, folder)
+    log = RunLog(folder, first_epoch)
+    if first_epoch == 0:
+        for batch in range(min(2, trainer.batches)):
+            log.picture(f"batch_{batch}", draw_batch(trainer, data.train, batch), 0)
+    for epoch in range(first_epoch, config.epochs):
+        best = run_epoch(trainer, data, log, epoch, best)
+    log.close()
+    print(f"done: {folder}/best.safetensors is the best on the validation split, last.safetensors the last")
+    return folder
+
+
+if __name__ == "__main__":
+    run_script(main, Config)

@@ -1,0 +1,148 @@
+"""The only inference path: images in, detections in their own pixels out."""
+
+import copy
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import supervision as sv
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from nets.darknet53_tiny import BasicConv
+from nets.yolo import ModelSpec
+from utils.anchors import decode, levels_of
+from utils.boxes import Fit, clip_boxes
+from utils.cache import ImageCache
+from utils.checkpoint import load_model
+from utils.errors import UserError
+from utils.images import fit_image
+from utils.nms import select_detections
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """What of the network's output becomes a detection."""
+
+    confidence: float = 0.3  # least score: objectness times class probability
+    nms_iou: float = 0.5  # two boxes of a class that overlap more are one object
+    top_k: int = 3000  # candidates of an image that enter NMS
+    max_detections: int = 300  # of an image
+
+    def __post_init__(self) -> None:
+        for name in ("confidence", "nms_iou"):
+            value = getattr(self, name)
+            if not 0 <= value <= 1:
+                raise UserError(f"{name} is {value}, but must lie between 0 and 1")
+        for name in ("top_k", "max_detections"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}, but must be at least 1")
+
+
+EVALUATION_THRESHOLDS = Thresholds(confidence=0.001, nms_iou=0.6)  # low, so that the whole curve is seen
+
+
+class Detector:
+    """A network with everything around it.
+
+    `dtype` is the precision of the network; the rest is float32. The network is copied, its batch norms are folded
+    into the convolutions, and it runs channels-last.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        spec: ModelSpec,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        thresholds: Thresholds | None = None,
+    ) -> None:
+        self.spec = spec
+        self.device = device
+        self.dtype = dtype
+        self.thresholds = thresholds or Thresholds()
+        self.levels = levels_of(spec, device)
+        model = fold_batch_norms(copy.deepcopy(model).eval())
+        self.model = model.to(device=device, dtype=dtype, memory_format=torch.channels_last).requires_grad_(False)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        thresholds: Thresholds | None = None,
+    ) -> "Detector":
+        """From a checkpoint of train.py; raises UserError when the file is none."""
+        model, spec = load_model(path)
+        return cls(model, spec, torch.device(device), dtype, thresholds)
+
+    def expect_classes(self, class_names: Sequence[str], source: str | Path) -> None:
+        """Raise UserError when a class file that the user named is not the one of the training."""
+        if tuple(class_names) != self.spec.class_names:
+            raise UserError(
+                f"the weights were trained on {len(self.spec.class_names)} classes ({', '.join(self.spec.class_names)}), "
+                f"but {source} has {len(class_names)} ({', '.join(class_names)}); leave the class file out, or correct it"
+            )
+
+    def __call__(self, image: np.ndarray) -> sv.Detections:
+        """uint8 RGB (H, W, 3) -> detections in its pixels, best first."""
+        return next(self.detect([image]))
+
+    def detect(self, images: Iterable[np.ndarray], batch_size: int = 1) -> Iterator[sv.Detections]:
+        """Detections of each image, in order; `batch_size` images go through the network at once."""
+        remaining = iter(images)
+        while batch := list(islice(remaining, batch_size)):
+            fitted, fits = zip(*(fit_image(im, self.spec.input_size, self.spec.letterbox) for im in batch), strict=True)
+            stacked = torch.from_numpy(np.stack(fitted)).permute(0, 3, 1, 2)  # (B, 3, H, W), channels-last already
+            yield from self.select(self.forward(stacked), fits, [image.shape[:2] for image in batch])
+
+    def detect_cached(self, cache: ImageCache, batch_size: int) -> Iterator[list[sv.Detections]]:
+        """Detections of a cached data set, a list per batch."""
+        for batch in range(0, len(cache), batch_size):
+            part = slice(batch, batch + batch_size)
+            yield self.select(self.forward(cache.images[part]), cache.fits[part], cache.sizes[part])
+
+    @torch.inference_mode()
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """uint8 (B, 3, H, W) at the input size -> the raw heads."""
+        images = images.to(self.device, non_blocking=True)
+        return self.model(images.to(self.dtype, memory_format=torch.channels_last) / 255)
+
+    @torch.inference_mode()
+    def select(
+        self, heads: Sequence[Tensor], fits: Sequence[Fit], sizes: Sequence[tuple[int, int]]
+    ) -> list[sv.Detections]:
+        """Raw heads -> detections in the pixels of the originals, which are of (height, width)."""
+        boxes, scores = decode(heads, self.levels, self.spec.scale_xy)
+        limits = self.thresholds
+        found = select_detections(
+            boxes, scores, limits.confidence, limits.nms_iou, limits.top_k, limits.max_detections
+        )
+        return [
+            to_detections(fit, size, *(values.cpu().numpy() for values in item), self.spec.class_names)
+            for fit, size, item in zip(fits, sizes, found, strict=True)
+        ]
+
+
+def to_detections(
+    fit: Fit, size: tuple[int, int], boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray, names: Sequence[str]
+) -> sv.Detections:
+    return sv.Detections(
+        xyxy=clip_boxes(fit.to_original(boxes.astype(np.float32)), size),
+        confidence=scores,
+        class_id=labels.astype(np.int64),
+        data={"class_name": np.array(names)[labels]},
+    )
+
+
+def fold_batch_norms(model: nn.Module) -> nn.Module:
+    """Fold each block's batch norm into its convolution, in place; the outputs stay the same in eval mode."""
+    for module in model.modules():
+        if isinstance(module, BasicConv):
+            module.conv = fuse_conv_bn_eval(module.conv, module.bn)
+            module.bn = nn.Identity()
+    return model

@@ -1,0 +1,29 @@
+"""The one error type for a user's mistake, and how a script shows it."""
+
+import sys
+from collections.abc import Callable
+from typing import TypeVar
+
+import tyro
+
+Config = TypeVar("Config")
+
+
+class UserError(Exception):
+    """A mistake that one sentence explains: what is wrong, in which file or setting, and what to do."""
+
+
+def run_script(main: Callable[[Config], object], config_type: type[Config]) -> None:
+    """Read the command line into `config_type` and call `main` with it.
+
+    A `UserError` becomes one line on stderr and exit code 2, Ctrl-C exit code 130; a bug keeps its traceback.
+    """
+    config = tyro.cli(config_type)
+    try:
+        main(config)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None

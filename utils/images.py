@@ -1,0 +1,73 @@
+"""Pictures: read them, fit them to the network's input, draw boxes on them, write them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import cv2
+import numpy as np
+import supervision as sv
+
+from utils.boxes import Fit, fit_to_input
+from utils.errors import UserError
+
+PADDING = 114  # the gray around a letterboxed image
+
+
+def read_image(path: str | Path) -> np.ndarray:
+    """An image file -> uint8 RGB (H, W, 3)."""
+    path = Path(path)
+    try:
+        encoded = np.fromfile(path, dtype=np.uint8)  # not imread, which cannot open every path on Windows
+    except OSError as error:
+        raise UserError(f"cannot read the image {path}: {error.strerror}") from None
+    image = cv2.imdecode(encoded, cv2.IMREAD_COLOR) if len(encoded) else None
+    if image is None:
+        raise UserError(f"{path} is not an image that can be read")
+    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+
+
+def write_image(path: str | Path, image: np.ndarray) -> None:
+    """uint8 RGB (H, W, 3) -> a file, in the format of its suffix."""
+    path = Path(path)
+    done, encoded = cv2.imencode(path.suffix, cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
+    if not done:
+        raise UserError(f"cannot write {path}: the image has no format {path.suffix!r}")
+    path.write_bytes(encoded.tobytes())
+
+
+def fit_image(image: np.ndarray, input_size: tuple[int, int], letterbox: bool) -> tuple[np.ndarray, Fit]:
+    """uint8 (H, W, 3) -> uint8 (*input_size, 3), and how it lies there."""
+    fit, inner_size = fit_to_input(image.shape[:2], input_size, letterbox)
+    shrinks = inner_size[0] < image.shape[0] or inner_size[1] < image.shape[1]
+    inner = cv2.resize(image, inner_size[::-1], interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+    if inner_size == tuple(input_size):
+        return inner, fit
+    canvas = np.full((*input_size, 3), PADDING, dtype=np.uint8)
+    top, left = int(fit.offset_y), int(fit.offset_x)
+    canvas[top : top + inner_size[0], left : left + inner_size[1]] = inner
+    return canvas, fit
+
+
+def draw_detections(image: np.ndarray, detections: sv.Detections, class_names: Sequence[str]) -> np.ndarray:
+    """A copy of an RGB image with boxes and labels, sized to stay readable on it."""
+    size = image.shape[1], image.shape[0]
+    thickness = sv.calculate_optimal_line_thickness(size)
+    text_scale = max(0.4, sv.calculate_optimal_text_scale(size))
+    confidence = detections.confidence
+    labels = [
+        class_names[label] + (f" {confidence[i]:.2f}" if confidence is not None else "")
+        for i, label in enumerate(detections.class_id)
+    ]
+    picture = sv.BoxAnnotator(thickness=thickness).annotate(image.copy(), detections)
+    annotator = sv.LabelAnnotator(
+        text_scale=text_scale, text_thickness=max(1, thickness // 2), text_padding=max(2, thickness)
+    )
+    return annotator.annotate(picture, detections, labels=labels)
+
+
+def contact_sheet(pictures: Sequence[np.ndarray], columns: int) -> np.ndarray:
+    """Pictures of one size, side by side on one sheet."""
+    blank = np.full_like(pictures[0], PADDING)
+    rows = [list(pictures[i : i + columns]) for i in range(0, len(pictures), columns)]
+    rows[-1] += [blank] * (min(columns, len(pictures)) - len(rows[-1]))
+    return np.vstack([np.hstack(row) for row in rows])

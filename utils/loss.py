@@ -1,0 +1,150 @@
+"""The training loss: which predictions answer for which objects, and what each should have said."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nets.yolo import ModelSpec
+from utils.anchors import Level, decode_boxes, levels_of, read_head
+from utils.boxes import batched_iou, ciou
+
+HEAD_BALANCE = (0.4, 1.0)  # objectness weight of P5 and P4: the coarse head has few cells and saturates early
+EDGE_MARGIN = 1.0  # cells; a centre this close to the border has no neighbour on that side
+
+
+class Assignment(NamedTuple):
+    """Candidate predictions of one head: P = M * A * 3 slots per image, of which `mask` says the real ones."""
+
+    mask: Tensor  # (B, P) bool
+    index: Tensor  # (B, P) into the head's A*H*W predictions
+    target: Tensor  # (B, P) into the image's M objects
+    cells: Tensor  # (B, P, 2) x, y of the cell
+    anchors: Tensor  # (P, 2) width, height in input pixels
+
+
+def assign_targets(
+    boxes: Tensor, labels: Tensor, level: Level, grid: tuple[int, int], max_ratio: float
+) -> Assignment:
+    """Give objects (B, M, 4) xyxy in pixels, labels (B, M) with -1 for padding, to predictions of one head.
+
+    An anchor answers when neither side of it differs from the object's by more than `max_ratio`; it does so in the
+    cell of the object's centre and in the nearest neighbour left or right and above or below. `grid` is (H, W).
+    """
+    height, width = grid
+    batch, most = labels.shape
+    num_anchors = len(level.anchors)
+    centres = (boxes[..., :2] + boxes[..., 2:]) / (2 * level.stride)  # (B, M, 2) in cells
+    sides = (boxes[..., 2:] - boxes[..., :2]).clamp(min=1e-3)
+    ratio = sides[:, :, None] / level.anchors  # (B, M, A, 2)
+    fits = torch.maximum(ratio, 1 / ratio).amax(dim=-1) < max_ratio  # (B, M, A)
+
+    limits = torch.tensor([width, height], device=boxes.device)
+    own = centres.long().clamp(min=0).minimum(limits - 1)  # (B, M, 2)
+    step = torch.where(centres - own < 0.5, -1, 1)  # (B, M, 2) towards the nearer neighbour
+    no_step = torch.zeros_like(step[..., 0])
+    steps = torch.stack(
+        [
+            torch.stack([no_step, no_step], dim=-1),
+            torch.stack([step[..., 0], no_step], dim=-1),
+            torch.stack([no_step, step[..., 1]], dim=-1),
+        ],
+        dim=2,
+    )  # (B, M, 3, 2)
+    cells = own[:, :, None] + steps
+    inside = ((cells >= 0) & (cells < limits)).all(dim=-1)  # (B, M, 3)
+
+    mask = (fits[..., None] & inside[:, :, None] & (labels >= 0)[:, :, None, None]).flatten(1)  # (B, M*A*3)
+    cells = cells.clamp(min=0).minimum(limits - 1)
+    flat = cells[..., 1] * width + cells[..., 0]  # (B, M, 3)
+    anchor = torch.arange(num_anchors, device=boxes.device)
+    index = (anchor[:, None] * (height * width) + flat[:, :, None]).flatten(1)
+    target = torch.arange(most, device=boxes.device).repeat_interleave(num_anchors * 3).expand(batch, -1)
+    cells = cells[:, :, None].expand(-1, -1, num_anchors, -1, -1).flatten(1, 3)
+    anchors = level.anchors[anchor.repeat_interleave(3).repeat(most)]
+    return Assignment(mask, index, target, cells, anchors)
+
+
+def gather_rows(values: Tensor, index: Tensor) -> Tensor:
+    """(B, N, D) and (B, P) -> (B, P, D)."""
+    return values.gather(1, index[..., None].expand(-1, -1, values.shape[-1]))
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """Weights and thresholds."""
+
+    box: float = 0.05
+    objectness: float = 1.0
+    classes: float = 0.02
+    max_ratio: float = 4.0  # of sides between an object and the anchors that answer for it
+    ignore_iou: float = 0.7  # a prediction this close to an object is no background even if not assigned
+    label_smoothing: float = 0.0
+
+
+class YoloLoss:
+    """Raw heads and padded targets -> named loss terms; the whole batch at once, shapes fixed.
+
+    CIoU (arXiv 1911.08287) for boxes, binary cross-entropy for objectness, whose target is the CIoU reached, and for
+    classes. Each term is a mean over what it is about in the batch, per head.
+    """
+
+    def __init__(self, spec: ModelSpec, settings: LossSettings, device: torch.device) -> None:
+        self.settings = settings
+        self.num_classes = spec.num_classes
+        self.scale_xy = spec.scale_xy
+        self.levels = levels_of(spec, device)
+
+    def __call__(self, heads: Sequence[Tensor], boxes: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Heads P5, P4; boxes (B, M, 4) xyxy in input pixels, labels (B, M) -> {"loss", "box", "objectness", "class"}."""
+        terms = [
+            self.head_terms(head, level, balance, boxes, labels)
+            for head, level, balance in zip(heads, self.levels, HEAD_BALANCE, strict=True)
+        ]
+        weights = (self.settings.box, self.settings.objectness, self.settings.classes)
+        box, objectness, classes = (
+            weight * sum(values) for weight, values in zip(weights, zip(*terms, strict=True), strict=True)
+        )
+        return {"loss": box + objectness + classes, "box": box, "objectness": objectness, "class": classes}
+
+    def head_terms(
+        self, head: Tensor, level: Level, balance: float, boxes: Tensor, labels: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        raw = read_head(head, len(level.anchors))  # (B, A, H, W, 5+C)
+        found = assign_targets(boxes, labels, level, (raw.shape[2], raw.shape[3]), self.settings.max_ratio)
+        flat = raw.flatten(1, 3)  # (B, N, 5+C)
+        count = found.mask.sum().clamp(min=1)
+
+        chosen = gather_rows(flat, found.index)  # (B, P, 5+C)
+        predicted = decode_boxes(chosen[..., :4], found.cells, found.anchors, level.stride, self.scale_xy)
+        # padding slots compare the unit box with itself, so that no gradient of theirs is NaN
+        unit = boxes.new_tensor([0.0, 0.0, 1.0, 1.0])
+        wanted = torch.where(found.mask[..., None], gather_rows(boxes, found.target), unit)
+        predicted = torch.where(found.mask[..., None], predicted, unit)
+        quality = ciou(predicted.flatten(0, 1), wanted.flatten(0, 1)).view_as(found.mask)
+        box = ((1 - quality) * found.mask).sum() / count
+
+        target = torch.where(found.mask, quality.detach().clamp(min=0), -1.0)
+        target = torch.full_like(flat[..., 4], -1).scatter_reduce(1, found.index, target, "amax")  # (B, N), -1: none
+        with torch.no_grad():
+            counted = (target >= 0) | ~self.near_an_object(raw, level, boxes, labels)
+        objectness = F.binary_cross_entropy_with_logits(flat[..., 4], target.clamp(min=0), reduction="none")
+        objectness = balance * (objectness * counted).sum() / counted.sum().clamp(min=1)
+
+        smoothing = self.settings.label_smoothing
+        one_hot = F.one_hot(labels.clamp(min=0).gather(1, found.target), self.num_classes)
+        wanted_class = one_hot * (1 - smoothing) + smoothing / self.num_classes
+        classes = F.binary_cross_entropy_with_logits(chosen[..., 5:], wanted_class, reduction="none").sum(dim=-1)
+        return box, objectness, (classes * found.mask).sum() / count
+
+    def near_an_object(self, raw: Tensor, level: Level, boxes: Tensor, labels: Tensor) -> Tensor:
+        """Which predictions (B, A*H*W) overlap some object by more than `ignore_iou`."""
+        columns = torch.arange(raw.shape[3], device=raw.device)
+        rows = torch.arange(raw.shape[2], device=raw.device)
+        cells = torch.stack(torch.meshgrid(columns, rows, indexing="xy"), dim=-1)  # (H, W, 2)
+        decoded = decode_boxes(raw[..., :4], cells, level.anchors[:, None, None], level.stride, self.scale_xy)
+        overlap = batched_iou(decoded.flatten(1, 3), boxes)  # (B, N, M)
+        return (overlap.masked_fill(labels[:, None] < 0, 0) > self.settings.ignore_iou).any(dim=-1)

@@ -1,0 +1,52 @@
+"""What an evaluation leaves behind: a table, `metrics.json` and the precision-recall curves."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from utils.metrics import COCO_NAMES, Curve
+
+
+def metrics_table(metrics: dict[str, Any]) -> str:
+    """The figures as text: a row per class, the mean, and COCO's twelve."""
+    rows = [
+        (name, values["objects"], values["AP_11point"], values["AP_area"], metrics["coco"]["per_class"][name])
+        for name, values in metrics["voc"]["per_class"].items()
+    ]
+    objects = sum(row[1] for row in rows)
+    rows.append(("mean", objects, metrics["voc"]["mAP_11point"], metrics["voc"]["mAP_area"], metrics["coco"]["AP"]))
+    width = max(5, *(len(row[0]) for row in rows))
+    lines = [f"{'class':{width}}  objects  VOC AP 11-point  VOC AP area  COCO AP"]
+    lines += [f"{name:{width}}  {count:7}  {a:15.4f}  {b:11.4f}  {c:7.4f}" for name, count, a, b, c in rows]
+    figures = [f"{name} {metrics['coco'][name]:.4f}" for name in COCO_NAMES]
+    lines += ["", "COCO  " + "  ".join(figures[:6]), "      " + "  ".join(figures[6:])]
+    return "\n".join(lines)
+
+
+def write_report(folder: Path, metrics: dict[str, Any], curves: Sequence[Curve], class_names: Sequence[str]) -> None:
+    """`metrics.json`, `metrics.txt` and `precision_recall.png` in `folder`, which is made if needed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    (folder / "metrics.txt").write_text(metrics_table(metrics) + "\n", encoding="utf-8")
+    draw_precision_recall(curves, class_names, folder / "precision_recall.png")
+
+
+def draw_precision_recall(curves: Sequence[Curve], class_names: Sequence[str], path: Path) -> None:
+    """One line per class that has objects; with many classes the legend stands beside the plot."""
+    figure, axes = plt.subplots(figsize=(8, 6), layout="constrained")
+    for curve, name in zip(curves, class_names, strict=True):
+        if curve.positives:
+            axes.plot(curve.recall, curve.precision, label=f"{name} {curve.ap_area():.3f}")
+    axes.set(xlabel="recall", ylabel="precision", title="precision and recall at IoU 0.5 (AP by area)")
+    axes.set(xlim=(0, 1), ylim=(0, 1.02))
+    axes.grid(alpha=0.3)
+    if axes.lines:
+        axes.legend(loc="upper left", bbox_to_anchor=(1, 1), ncols=1 + len(axes.lines) // 25, fontsize="small")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

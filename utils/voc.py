@@ -1,0 +1,177 @@
+"""Data sets in VOC layout: class files, split files and annotations, with every check of what a user wrote.
+
+Coordinates in the files are 1-based and inclusive; inside, a box is (xmin - 1, ymin - 1, xmax, ymax).
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import isfinite
+from pathlib import Path
+from xml.etree.ElementTree import Element, ParseError
+
+import numpy as np
+from defusedxml.common import DefusedXmlException
+from defusedxml.ElementTree import parse
+from tqdm import tqdm
+
+from utils.errors import UserError
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
+EDGES = ("xmin", "ymin", "xmax", "ymax")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image and its objects."""
+
+    name: str  # the image's id in its split file
+    image: Path
+    boxes: np.ndarray  # (N, 4) float32 xyxy in pixels of the image
+    labels: np.ndarray  # (N,) int64, index into the class names
+    difficult: np.ndarray  # (N,) bool
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file without a byte-order mark, blanks at their ends and blank lines at the end."""
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8 text; save it as UTF-8") from None
+    while lines and not lines[-1]:
+        lines.pop()
+    return lines
+
+
+def load_classes(path: str | Path) -> tuple[str, ...]:
+    """Class names from a file with one name a line."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"there is no class file {path}; write one with a class name on each line")
+    names = read_lines(path)
+    if not names:
+        raise UserError(f"{path} is empty; write a class name on each line")
+    if "" in names:
+        raise UserError(f"{path}, line {names.index('') + 1} is blank; remove it")
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"{path} has the class {name!r} {names.count(name)} times; keep one")
+    return tuple(names)
+
+
+def split_file(devkit: Path, name: str) -> Path:
+    """The split file of a set such as VOC2007/trainval."""
+    folder, _, split = name.rpartition("/")
+    return devkit / folder / "ImageSets" / "Main" / f"{split}.txt"
+
+
+def read_split(devkit: Path, name: str) -> list[str]:
+    """The image ids of a set such as VOC2007/trainval."""
+    path = split_file(devkit, name)
+    if not path.is_file():
+        raise UserError(
+            f"there is no data set {name}: looked for {path}. Put a VOC data set under {devkit} "
+            "(make its split files with tools/make_splits.py), or run `make demo` for one to try"
+        )
+    ids = [line for line in read_lines(path) if line]
+    if not ids:
+        raise UserError(f"{path} is empty: it must name an image on each line; tools/make_splits.py can write it")
+    return ids
+
+
+def load_samples(devkit: str | Path, sets: Sequence[str], class_names: Sequence[str]) -> list[Sample]:
+    """All samples of sets such as ("VOC2007/trainval", "VOC2012/trainval"), in the order of their split files.
+
+    Raises UserError for whatever is missing or malformed, naming the file.
+    """
+    devkit = Path(devkit)
+    indices = {name: i for i, name in enumerate(class_names)}
+    samples, unknown = [], defaultdict(int)
+    if not sets:
+        raise UserError("no set was given; name one such as VOC2007/train")
+    for name in sets:
+        ids = read_split(devkit, name)
+        folder = devkit / name.rpartition("/")[0]
+        images = index_images(folder / "JPEGImages")
+        for image_id in tqdm(ids, desc=f"annotations of {name}", leave=False, disable=None):
+            image = find_image(images, image_id, folder, split_file(devkit, name))
+            objects = read_objects(folder / "Annotations" / f"{image_id}.xml")
+            for class_name, *_ in objects:
+                if class_name not in indices:
+                    unknown[class_name] += 1
+            samples.append(make_sample(image_id, image, objects, indices))
+    if unknown:
+        found = ", ".join(f"{name!r} ({count})" for name, count in sorted(unknown.items()))
+        raise UserError(
+            f"the annotations of {', '.join(sets)} have classes that the class file does not: {found}; "
+            f"it has {', '.join(class_names)}. Correct the class file or the annotations"
+        )
+    return samples
+
+
+def index_images(folder: Path) -> dict[str, list[Path]]:
+    """Image files of a folder by their name without suffix."""
+    if not folder.is_dir():
+        raise UserError(f"there is no image folder {folder}")
+    images = defaultdict(list)
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() in IMAGE_SUFFIXES:
+            images[path.stem].append(path)
+    return images
+
+
+def find_image(images: dict[str, list[Path]], image_id: str, folder: Path, source: Path) -> Path:
+    found = images.get(image_id, [])
+    if not found:
+        raise UserError(f"{source} names {image_id!r}, but {folder / 'JPEGImages'} has no image of that name")
+    if len(found) > 1:
+        raise UserError(f"{image_id!r} has several images, {', '.join(path.name for path in found)}: keep one")
+    return found[0]
+
+
+def read_objects(path: Path) -> list[tuple[str, list[float], bool]]:
+    """The objects of an annotation: class name, xyxy box in pixels counted from 0, difficult."""
+    if not path.is_file():
+        raise UserError(f"there is no annotation {path}; an image without objects needs one without <object>")
+    try:
+        root = parse(path, forbid_dtd=True).getroot()
+    except ParseError as error:
+        raise UserError(f"{path} is not well-formed XML: {error}") from None
+    except DefusedXmlException:
+        raise UserError(f"{path} has a DOCTYPE or entities, which annotations must not have; remove them") from None
+    if root.tag != "annotation":
+        raise UserError(f"{path} starts with <{root.tag}>, but a VOC annotation starts with <annotation>")
+    return [read_object(item, f"{path}, object {i}") for i, item in enumerate(root.findall("object"), start=1)]
+
+
+def read_object(item: Element, where: str) -> tuple[str, list[float], bool]:
+    name = (item.findtext("name") or "").strip()
+    if not name:
+        raise UserError(f"{where} has no <name>")
+    box = []
+    for edge in EDGES:
+        text = (item.findtext(f"bndbox/{edge}") or "").strip()
+        try:
+            value = float(text)
+        except ValueError:
+            value = float("nan")
+        if not isfinite(value):
+            raise UserError(f"{where} ({name}): <{edge}> is {text!r}, but must be a number")
+        box.append(value)
+    xmin, ymin, xmax, ymax = box
+    if xmin > xmax or ymin > ymax:
+        raise UserError(f"{where} ({name}): the box {box} ends before it begins")
+    difficult = (item.findtext("difficult") or "").strip() or "0"
+    if difficult not in ("0", "1"):
+        raise UserError(f"{where} ({name}): <difficult> is {difficult!r}, but must be 0 or 1")
+    return name, [xmin - 1, ymin - 1, xmax, ymax], difficult == "1"
+
+
+def make_sample(image_id: str, image: Path, objects: list[tuple], indices: dict[str, int]) -> Sample:
+    return Sample(
+        image_id,
+        image,
+        np.array([box for _, box, _ in objects], dtype=np.float32).reshape(-1, 4),
+        np.array([indices.get(name, -1) for name, _, _ in objects], dtype=np.int64),
+        np.array([difficult for *_, difficult in objects], dtype=bool),
+    )

@@ -1,0 +1,66 @@
+"""Weights to start training from: our own checkpoints and published `.pth` files."""
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from utils.checkpoint import load_checkpoint
+from utils.errors import UserError
+
+# CBAM comes with two namings in the wild; ours is the second of each pair
+RENAMED = (
+    (".channelattention.fc.0.", ".channelattention.fc1."),
+    (".channelattention.fc.2.", ".channelattention.fc2."),
+    (".spatialattention.conv.", ".spatialattention.conv1."),
+)
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """Parameters by name from a checkpoint or a `.pth` file; raises UserError when it is neither.
+
+    A `.pth` is read without running anything that it may contain.
+    """
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        return load_checkpoint(path).weights
+    if not path.is_file():
+        raise UserError(f"there is no weights file {path}")
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path} is no file of weights alone that torch can read ({reason})") from None
+    if not isinstance(loaded, Mapping) or not all(isinstance(value, Tensor) for value in loaded.values()):
+        raise UserError(f"{path} does not hold a state dict, that is tensors by name")
+    return {standard_name(name): value for name, value in loaded.items()}
+
+
+def standard_name(name: str) -> str:
+    """A parameter's name without the prefix of DataParallel and in our naming."""
+    name = name.removeprefix("module.")
+    for theirs, ours in RENAMED:
+        name = name.replace(theirs, ours)
+    return name
+
+
+def has_plain_attention(weights: Mapping[str, Tensor]) -> bool:
+    """Whether they were trained with attention that gates directly, as published weights are."""
+    return any("_att." in name for name in weights) and not any(name.startswith("attention_gain.") for name in weights)
+
+
+def start_from(model: nn.Module, weights: Mapping[str, Tensor], source: str | Path) -> str:
+    """Copy every parameter whose name and shape fit, and say in one line what did not.
+
+    Raises UserError when nothing fits.
+    """
+    own = model.state_dict()
+    fitting = {name: value for name, value in weights.items() if name in own and own[name].shape == value.shape}
+    if not fitting:
+        raise UserError(f"{source}: no parameter fits this network; is it YOLOv4-tiny?")
+    model.load_state_dict(fitting, strict=False)
+    left = sorted(name for name in own if name not in fitting and not name.endswith("num_batches_tracked"))
+    line = f"{source}: {len(fitting)} of {len(own)} tensors taken"
+    return line + (f"; fresh: {', '.join(left)}" if left else "")
