@@ -4,16 +4,18 @@ Change the constants of `Config`, or give them as flags.
 """
 
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import Any
 
+import supervision as sv
 from tqdm import tqdm
 
 from utils.cache import build_cache
 from utils.checkpoint import newest_checkpoint
 from utils.detector import Detector, Thresholds
 from utils.device import choose_device, choose_precision, keep_freed_memory
-from utils.errors import UserError, run_script
+from utils.errors import check_range, run_script
 from utils.metrics import evaluate
 from utils.report import metrics_table, write_report
 from utils.voc import load_classes, load_samples
@@ -40,8 +42,7 @@ def main(config: Config) -> dict[str, Any]:
     device = choose_device(config.device)
     if device.type == "cpu":
         keep_freed_memory()
-    if config.batch_size < 1:
-        raise UserError(f"batch_size is {config.batch_size}, but must be at least 1")
+    check_range(config, 1, inf, "batch_size")
     weights = Path(config.weights) if config.weights else newest_checkpoint("best")
     thresholds = Thresholds(config.confidence, config.nms_iou)
     detector = Detector.load(weights, device, choose_precision(config.precision, device), thresholds)
@@ -50,13 +51,17 @@ def main(config: Config) -> dict[str, Any]:
         detector.expect_classes(load_classes(config.classes), config.classes)
     samples = load_samples(config.devkit, config.sets, spec.class_names)
     cache = build_cache(samples, spec.input_size, spec.letterbox, device)
-    batches = tqdm(detector.detect_cached(cache, config.batch_size), "evaluating", -(-len(cache) // config.batch_size))
-    detections = [found for batch in batches for found in batch]
+    detections: list[sv.Detections] = []
+    with tqdm(total=len(cache), desc="evaluating", disable=None) as progress:
+        for part, heads in detector.run_cached(cache, config.batch_size):
+            detections += detector.select(heads, cache.fits[part], cache.sizes[part])
+            progress.update(part.stop - part.start)
     metrics, curves = evaluate(samples, detections, cache.sizes, spec.class_names)
     folder = Path(config.out) if config.out else weights.parent / "eval"
     about = {"weights": str(weights), "sets": list(config.sets), "images": len(samples)}
     write_report(folder, about | metrics, curves, spec.class_names)
-    print(f"{weights} on {', '.join(config.sets)}: {len(samples)} images\n\n{metrics_table(metrics)}\n\nwritten to {folder}")
+    print(f"{weights} on {', '.join(config.sets)}, {len(samples)} images")
+    print(f"\n{metrics_table(metrics)}\n\nwritten to {folder}")
     return metrics
 
 

@@ -1,6 +1,6 @@
 """Train YOLOv4-tiny on VOC data: change the constants of `Config`, or give them as flags, and run it.
 
-    python train.py --train-sets VOC2007/trainval --phi 2 --epochs 50
+python train.py --train-sets VOC2007/trainval --phi 2 --epochs 50
 """
 
 import json
@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import supervision as sv
@@ -33,17 +34,16 @@ from utils.checkpoint import (
 )
 from utils.detector import EVALUATION_THRESHOLDS, Detector, Thresholds
 from utils.device import autocast, choose_device, choose_precision, keep_freed_memory
-from utils.errors import UserError, run_script
-from utils.images import contact_sheet, draw_detections
-from utils.loss import LossSettings, YoloLoss
+from utils.errors import UserError, check_range, run_script
+from utils.images import draw_sheet
+from utils.loss import TERMS, LossSettings, YoloLoss, check_losses
 from utils.metrics import evaluate
 from utils.optim import accumulation_steps, build_ema, build_optimizer, freeze_backbone, lr_factor
 from utils.runlog import RunLog
-from utils.voc import Sample, load_classes, load_samples
+from utils.voc import load_classes, load_samples
 from utils.weights import has_plain_attention, read_weights, start_from
 
 CHECK_EVERY = 20  # steps between two looks at the losses, which wait for the device
-TERMS = ("loss", "box", "objectness", "class")
 PICTURES = 8  # images drawn of a batch and of a validation
 
 
@@ -107,38 +107,17 @@ class Config:
             raise UserError(f"phi is {self.phi}, but must be one of {describe_phi()}")
         if min(self.input_size) < 32 or any(side % 32 for side in self.input_size):
             raise UserError(f"input_size is {self.input_size}, but both sides must be multiples of 32")
-        for name in ("epochs", "batch_size", "nominal_batch", "eval_every"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}, but must be at least 1")
-        if not 0 <= self.freeze_epochs <= self.epochs:
-            raise UserError(f"freeze_epochs is {self.freeze_epochs}, but must lie between 0 and epochs ({self.epochs})")
-        if not 0 < self.lr < math.inf:
-            raise UserError(f"lr is {self.lr}, but must be a positive number")
-        if not 0 <= self.weight_decay < math.inf:
-            raise UserError(f"weight_decay is {self.weight_decay}, but must not be negative")
-        shares = ("momentum", "warmup", "label_smoothing", "mosaic", "mixup", "mosaic_until", "translate", "flip", "hue")
-        for name in (*shares, "ema", "scale", "saturation", "value"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"{name} is {getattr(self, name)}, but must lie between 0 and 1")
-        if self.scale == 1:
-            raise UserError("scale is 1, which would shrink images to nothing; use less")
-        if not 0 <= self.aspect < math.inf:
-            raise UserError(f"aspect is {self.aspect}, but must not be negative")
+        check_range(self, 1, 1e9, "epochs", "batch_size", "nominal_batch", "eval_every")
+        check_range(self, 0, self.epochs, "freeze_epochs")
+        check_range(self, 1e-9, 1e3, "lr")
+        check_range(self, 0, 1e3, "weight_decay", "aspect")
+        check_range(self, 0, 1, "momentum", "warmup", "ema", "label_smoothing", "mosaic", "mixup", "mosaic_until")
+        check_range(self, 0, 0.99, "scale", "translate", "flip", "hue", "saturation", "value")
 
     def augment_settings(self, epoch: int) -> AugmentSettings:
         """The strengths in an epoch: mosaic and mixup stop for the last part."""
         settings = AugmentSettings(**{item.name: getattr(self, item.name) for item in fields(AugmentSettings)})
         return settings if epoch < self.mosaic_until * self.epochs else replace(settings, mosaic=0.0, mixup=0.0)
-
-
-@dataclass(frozen=True)
-class Data:
-    """What to train and to validate on; `val` is None without validation sets."""
-
-    train: ImageCache
-    train_samples: list[Sample]
-    val: ImageCache | None
-    val_samples: list[Sample]
 
 
 class Trainer:
@@ -152,7 +131,7 @@ class Trainer:
         self.accumulate = min(accumulation_steps(self.batch_size, config.nominal_batch), self.batches)
         steps = math.ceil(self.batches / self.accumulate) * config.epochs
         torch.manual_seed(config.seed)
-        model = spec.build().to(device, memory_format=torch.channels_last)
+        model = spec.build().to(device).to(memory_format=torch.channels_last)
         optimizer = build_optimizer(model, config.optimizer, config.lr, config.momentum, config.weight_decay)
         self.state = TrainingState(
             model=model,
@@ -168,8 +147,8 @@ class Trainer:
         return Detector(self.state.ema.module, self.spec, self.device, thresholds=EVALUATION_THRESHOLDS)
 
 
-def train_one_epoch(trainer: Trainer, cache: ImageCache, names: Sequence[str], epoch: int) -> dict[str, float]:
-    """One pass over the cache; returns the mean of each loss term. `names` are the images', for messages.
+def train_one_epoch(trainer: Trainer, cache: ImageCache, epoch: int) -> dict[str, float]:
+    """One pass over the cache; returns the mean of each loss term.
 
     Raises UserError with the step and the images when a loss is not finite.
     """
@@ -193,81 +172,73 @@ def train_one_epoch(trainer: Trainer, cache: ImageCache, names: Sequence[str], e
         if (i + 1) % trainer.accumulate == 0 or last:
             state.step()
         if (i + 1) % CHECK_EVERY == 0 or last:
-            check_losses(losses[checked : i + 1], checked, trainer.batch_size, [names[k] for k in order.tolist()], epoch)
+            names = [cache.samples[k].name for k in order[checked * trainer.batch_size : rows.stop].tolist()]
+            check_losses(losses[checked : i + 1], names, f"epoch {epoch + 1}", checked)
             progress.set_postfix(loss=f"{losses[checked : i + 1, 0].mean():.4f}")
             checked = i + 1
     means = dict(zip(TERMS, losses.mean(dim=0).tolist(), strict=True))
     return {f"train/{name}": value for name, value in means.items()}
 
 
-def check_losses(losses: Tensor, first: int, batch_size: int, names: Sequence[str], epoch: int) -> None:
-    """Raise UserError when one of the steps from `first` on is not finite; `names` are in the epoch's order."""
-    bad = (~losses.isfinite().all(dim=1)).nonzero().flatten().tolist()
-    if bad:
-        step = first + bad[0]
-        images = names[step * batch_size : (step + 1) * batch_size]
-        raise UserError(
-            f"the loss of epoch {epoch + 1}, step {step + 1} is not finite; the last checkpoint is still good. "
-            f"A lower lr helps, or a look at the annotations of its images: {', '.join(images)}"
-        )
-
-
 @torch.inference_mode()
-def validate(trainer: Trainer, data: Data, log: RunLog, epoch: int) -> tuple[dict[str, float], dict]:
+def validate(trainer: Trainer, cache: ImageCache, log: RunLog, epoch: int) -> tuple[dict[str, float], dict[str, Any]]:
     """Loss and accuracy of the averaged weights on the validation split: values to log, and all the metrics."""
-    detector, cache = trainer.detector(), data.val
+    detector = trainer.detector()
     detections: list[sv.Detections] = []
-    losses, batches = torch.zeros(len(TERMS)), range(0, len(cache), trainer.batch_size)
-    for start in tqdm(batches, "validating", leave=False, disable=None):
-        part = slice(start, start + trainer.batch_size)
-        heads = detector.forward(cache.images[part])
-        terms = trainer.loss(heads, cache.boxes[part].to(trainer.device), cache.labels[part].to(trainer.device))
-        losses += torch.stack([terms[name] for name in TERMS]).cpu() / len(batches)
-        detections += detector.select(heads, cache.fits[part], cache.sizes[part])
-    metrics, _ = evaluate(data.val_samples, detections, cache.sizes, trainer.spec.class_names)
-    log.picture("val_examples", draw_examples(data, detections, trainer.spec), epoch)
+    losses = torch.zeros(len(TERMS))
+    with tqdm(total=len(cache), desc="validating", leave=False, disable=None) as progress:
+        for part, heads in detector.run_cached(cache, trainer.batch_size):
+            terms = trainer.loss(heads, cache.boxes[part].to(trainer.device), cache.labels[part].to(trainer.device))
+            images = part.stop - part.start
+            losses += torch.stack([terms[name] for name in TERMS]).cpu() * images / len(cache)
+            detections += detector.select(heads, cache.fits[part], cache.sizes[part])
+            progress.update(images)
+    class_names = trainer.spec.class_names
+    metrics, _ = evaluate(cache.samples, detections, cache.sizes, class_names)
+    log.picture("val_examples", draw_examples(detections, cache, class_names), epoch)
     values = {f"val/{name}": value for name, value in zip(TERMS, losses.tolist(), strict=True)}
     values |= {f"val/{name}": metrics["coco"][name] for name in ("AP", "AP50", "AP75")}
     values |= {f"val/{name}": metrics["voc"][name] for name in ("mAP_11point", "mAP_area")}
     return values, metrics
 
 
-def draw_examples(data: Data, detections: Sequence[sv.Detections], spec: ModelSpec) -> np.ndarray:
-    """The first validation images at the network's size, with what was found at the usual confidence."""
-    pictures = []
-    for image, fit, found in zip(data.val.images[:PICTURES], data.val.fits, detections, strict=False):
-        found = found[found.confidence > Thresholds().confidence]
-        found.xyxy = fit.to_input(found.xyxy)
-        pictures.append(draw_detections(image.permute(1, 2, 0).cpu().numpy(), found, spec.class_names))
-    return contact_sheet(pictures, 4)
+def draw_examples(detections: Sequence[sv.Detections], cache: ImageCache, class_names: Sequence[str]) -> np.ndarray:
+    """The first validation images as the network sees them, with what prediction would show."""
+    shown = []
+    for found, fit in zip(detections[:PICTURES], cache.fits, strict=False):
+        sure = found.confidence > Thresholds().confidence
+        boxes = fit.to_input(found.xyxy[sure])
+        shown.append(sv.Detections(boxes, confidence=found.confidence[sure], class_id=found.class_id[sure]))
+    return draw_sheet(cache.images[:PICTURES], shown, class_names)
 
 
 def draw_batch(trainer: Trainer, cache: ImageCache, batch: int) -> np.ndarray:
-    """A batch of the first epoch as the network will see it, with its boxes."""
+    """The first images of a batch of the first epoch as the network will see them, with their boxes."""
     order, random = epoch_order(trainer.config.seed, 0, len(cache))
-    rows = slice(batch * trainer.batch_size, min((batch + 1) * trainer.batch_size, batch * trainer.batch_size + PICTURES))
+    rows = slice(batch * trainer.batch_size, batch * trainer.batch_size + min(PICTURES, trainer.batch_size))
     settings = trainer.config.augment_settings(0)
     images, boxes, labels = augment(cache, order[rows], random[rows], settings, torch.device("cpu"))
-    pixels = (images.permute(0, 2, 3, 1) * 255).round().byte().numpy()
-    pictures = [
-        draw_detections(image, sv.Detections(box[label >= 0], class_id=label[label >= 0]), trainer.spec.class_names)
-        for image, box, label in zip(pixels, boxes.numpy(), labels.numpy(), strict=True)
+    objects = [
+        sv.Detections(box[label >= 0], class_id=label[label >= 0])
+        for box, label in zip(boxes.numpy(), labels.numpy(), strict=True)
     ]
-    return contact_sheet(pictures, 4)
+    return draw_sheet((images * 255).round().byte(), objects, trainer.spec.class_names)
 
 
-def run_epoch(trainer: Trainer, data: Data, log: RunLog, epoch: int, best: float) -> float:
+def run_epoch(
+    trainer: Trainer, train: ImageCache, val: ImageCache | None, log: RunLog, epoch: int, best: float
+) -> float:
     """Train, validate when it is time, log, save; returns the best AP so far."""
     config = trainer.config
     started = time.perf_counter()
-    values = train_one_epoch(trainer, data.train, [sample.name for sample in data.train_samples], epoch)
+    values = train_one_epoch(trainer, train, epoch)
     values["train/images_per_second"] = trainer.batches * trainer.batch_size / (time.perf_counter() - started)
     values["train/lr"] = trainer.state.scheduler.get_last_lr()[0]
-    metrics: dict = {}
-    if data.val and ((epoch + 1) % config.eval_every == 0 or epoch + 1 == config.epochs):
-        found, metrics = validate(trainer, data, log, epoch + 1)
+    metrics: dict[str, Any] = {}
+    if val and ((epoch + 1) % config.eval_every == 0 or epoch + 1 == config.epochs):
+        found, metrics = validate(trainer, val, log, epoch + 1)
         values |= found
-    is_best = not data.val or values.get("val/AP", -1.0) > best
+    is_best = not val or values.get("val/AP", -1.0) > best
     best = max(best, values.get("val/AP", -1.0))
     log.epoch(epoch + 1, values)
     info = {"epoch": epoch + 1, "best": best, "metrics": metrics}
@@ -280,13 +251,12 @@ def run_epoch(trainer: Trainer, data: Data, log: RunLog, epoch: int, best: float
     return best
 
 
-def load_data(config: Config, spec: ModelSpec, device: torch.device) -> Data:
-    samples = load_samples(config.devkit, config.train_sets, spec.class_names)
-    train = build_cache(samples, spec.input_size, spec.letterbox, device, config.train_difficult)
-    if not config.val_sets:
-        return Data(train, samples, None, [])
-    val_samples = load_samples(config.devkit, config.val_sets, spec.class_names)
-    return Data(train, samples, build_cache(val_samples, spec.input_size, spec.letterbox, device), val_samples)
+def load_data(config: Config, spec: ModelSpec, device: torch.device) -> tuple[ImageCache, ImageCache | None]:
+    """The training and, when there are validation sets, the validation images, in memory."""
+    train_samples = load_samples(config.devkit, config.train_sets, spec.class_names)
+    val_samples = load_samples(config.devkit, config.val_sets, spec.class_names) if config.val_sets else []
+    train = build_cache(train_samples, spec.input_size, spec.letterbox, device, config.train_difficult)
+    return train, build_cache(val_samples, spec.input_size, spec.letterbox, device) if val_samples else None
 
 
 def new_spec(config: Config, weights: dict[str, Tensor]) -> ModelSpec:
@@ -339,10 +309,10 @@ def main(config: Config) -> Path:
         keep_freed_memory()
     weights = read_weights(config.weights) if config.weights and checkpoint is None else {}
     spec = checkpoint.spec if checkpoint else new_spec(config, weights)
-    data = load_data(config, spec, device)
-    trainer = Trainer(config, spec, len(data.train), device)
+    train, val = load_data(config, spec, device)
+    trainer = Trainer(config, spec, len(train), device)
     print(f"YOLOv4-tiny phi {spec.phi}: {summary(trainer.state.model, spec.input_size)}")
-    print(f"{len(data.train)} images, batches of {trainer.batch_size}, {device} in {trainer.dtype}; run folder {folder}")
+    print(f"{len(train)} images, batches of {trainer.batch_size}, {device}, {trainer.dtype}; run folder {folder}")
     first_epoch, best = 0, -1.0
     if checkpoint:
         restore_training(trainer.state, checkpoint)
@@ -354,9 +324,9 @@ def main(config: Config) -> Path:
     log = RunLog(folder, first_epoch)
     if first_epoch == 0:
         for batch in range(min(2, trainer.batches)):
-            log.picture(f"batch_{batch}", draw_batch(trainer, data.train, batch), 0)
+            log.picture(f"batch_{batch}", draw_batch(trainer, train, batch), 0)
     for epoch in range(first_epoch, config.epochs):
-        best = run_epoch(trainer, data, log, epoch, best)
+        best = run_epoch(trainer, train, val, log, epoch, best)
     log.close()
     print(f"done: {folder}/best.safetensors is the best on the validation split, last.safetensors the last")
     return folder

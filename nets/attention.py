@@ -106,7 +106,9 @@ class CA_Block(nn.Module):
 def reduced_channels(channels: int, ratio: int) -> int:
     """Width of a bottleneck; raises ValueError when the ratio leaves no channel."""
     if not 1 <= ratio <= channels:
-        raise ValueError(f"attention ratio is {ratio}, but must lie between 1 and the {channels} channels of the feature")
+        raise ValueError(
+            f"attention ratio is {ratio}, but must lie between 1 and the {channels} channels of the feature"
+        )
     return channels // ratio
 
 

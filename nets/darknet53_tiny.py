@@ -15,7 +15,7 @@ class BasicConv(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1) -> None:
         super().__init__()
         self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2, bias=False)
-        self.bn = nn.BatchNorm2d(out_channels)
+        self.bn: nn.Module = nn.BatchNorm2d(out_channels)
         self.activation = nn.LeakyReLU(LEAKY_SLOPE)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -71,6 +71,6 @@ def darknet53_tiny(pretrained: bool = False) -> CSPDarkNet:
     model = CSPDarkNet()
     if pretrained:
         if not BACKBONE_WEIGHTS.is_file():
-            raise FileNotFoundError(f"pretrained backbone: there is no {BACKBONE_WEIGHTS}; put the published file there")
+            raise FileNotFoundError(f"there is no {BACKBONE_WEIGHTS}; put the published backbone weights there")
         model.load_state_dict(torch.load(BACKBONE_WEIGHTS, map_location="cpu", weights_only=True))
     return model

@@ -61,7 +61,9 @@ def test_network_matches_reference(reference, phi):
 
 
 @needs_shared
-@pytest.mark.parametrize(("name", "block"), [("se", se_block), ("cbam", cbam_block), ("eca", eca_block), ("ca", CA_Block)])
+@pytest.mark.parametrize(
+    ("name", "block"), [("se", se_block), ("cbam", cbam_block), ("eca", eca_block), ("ca", CA_Block)]
+)
 def test_block_matches_reference(reference, name, block):
     keys, arrays = reference
     model = fill(block(128), keys[name])

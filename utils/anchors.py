@@ -23,9 +23,7 @@ class Level(NamedTuple):
 def levels_of(spec: ModelSpec, device: torch.device | str = "cpu") -> tuple[Level, ...]:
     """The heads of a network in its order, P5 first."""
     anchors = torch.tensor(spec.anchors, dtype=torch.float32, device=device)
-    return tuple(
-        Level(stride, anchors[list(mask)]) for stride, mask in zip(STRIDES, spec.anchors_mask, strict=True)
-    )
+    return tuple(Level(stride, anchors[list(mask)]) for stride, mask in zip(STRIDES, spec.anchors_mask, strict=True))
 
 
 def read_head(head: Tensor, num_anchors: int) -> Tensor:

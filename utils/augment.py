@@ -109,9 +109,7 @@ def plan_tiles(indices: Tensor, random: Tensor, settings: AugmentSettings, cache
     return Tiles(rows, slots, sources[used], rects[used], scales, offsets, weights[used])
 
 
-def place(
-    numbers: Tensor, rects: Tensor, size: tuple[int, int], settings: AugmentSettings
-) -> tuple[Tensor, Tensor]:
+def place(numbers: Tensor, rects: Tensor, size: tuple[int, int], settings: AugmentSettings) -> tuple[Tensor, Tensor]:
     """Scales (T, 2) and offsets (T, 2) that put images of (height, width) at random into rectangles (T, 4)."""
     _, scale, aspect, x, y, flip = numbers.unbind(1)
     scale = 1 + settings.scale * (2 * scale - 1)

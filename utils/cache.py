@@ -22,6 +22,7 @@ DEVICE_MEMORY_SHARE = 0.4  # of a GPU's free memory that cached images may take
 class ImageCache:
     """A data set in memory. Padding in `labels` is -1; `boxes` are xyxy in pixels of the input."""
 
+    samples: Sequence[Sample]
     images: Tensor  # (N, 3, H, W) uint8, RGB
     boxes: Tensor  # (N, M, 4) float32
     labels: Tensor  # (N, M) int64
@@ -58,7 +59,7 @@ def build_cache(
     boxes, labels = padded_targets(samples, fits, sizes, keep_difficult)
     if device.type == "cuda" and images.nbytes < DEVICE_MEMORY_SHARE * torch.cuda.mem_get_info(device)[0]:
         images = images.to(device)
-    return ImageCache(images, boxes, labels, fits, sizes)
+    return ImageCache(samples, images, boxes, labels, fits, sizes)
 
 
 def padded_targets(

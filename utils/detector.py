@@ -4,6 +4,7 @@ import copy
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from math import inf
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from utils.anchors import decode, levels_of
 from utils.boxes import Fit, clip_boxes
 from utils.cache import ImageCache
 from utils.checkpoint import load_model
-from utils.errors import UserError
+from utils.errors import UserError, check_range
 from utils.images import fit_image
 from utils.nms import select_detections
 
@@ -33,13 +34,8 @@ class Thresholds:
     max_detections: int = 300  # of an image
 
     def __post_init__(self) -> None:
-        for name in ("confidence", "nms_iou"):
-            value = getattr(self, name)
-            if not 0 <= value <= 1:
-                raise UserError(f"{name} is {value}, but must lie between 0 and 1")
-        for name in ("top_k", "max_detections"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}, but must be at least 1")
+        check_range(self, 0, 1, "confidence", "nms_iou")
+        check_range(self, 1, inf, "top_k", "max_detections")
 
 
 EVALUATION_THRESHOLDS = Thresholds(confidence=0.001, nms_iou=0.6)  # low, so that the whole curve is seen
@@ -65,8 +61,8 @@ class Detector:
         self.dtype = dtype
         self.thresholds = thresholds or Thresholds()
         self.levels = levels_of(spec, device)
-        model = fold_batch_norms(copy.deepcopy(model).eval())
-        self.model = model.to(device=device, dtype=dtype, memory_format=torch.channels_last).requires_grad_(False)
+        model = fold_batch_norms(copy.deepcopy(model).eval()).requires_grad_(False)
+        self.model = model.to(device, dtype).to(memory_format=torch.channels_last)
 
     @classmethod
     def load(
@@ -82,10 +78,11 @@ class Detector:
 
     def expect_classes(self, class_names: Sequence[str], source: str | Path) -> None:
         """Raise UserError when a class file that the user named is not the one of the training."""
-        if tuple(class_names) != self.spec.class_names:
+        own = self.spec.class_names
+        if tuple(class_names) != own:
             raise UserError(
-                f"the weights were trained on {len(self.spec.class_names)} classes ({', '.join(self.spec.class_names)}), "
-                f"but {source} has {len(class_names)} ({', '.join(class_names)}); leave the class file out, or correct it"
+                f"the weights were trained on {len(own)} classes ({', '.join(own)}), but {source} has "
+                f"{len(class_names)} ({', '.join(class_names)}); leave the class file out, or correct it"
             )
 
     def __call__(self, image: np.ndarray) -> sv.Detections:
@@ -100,11 +97,11 @@ class Detector:
             stacked = torch.from_numpy(np.stack(fitted)).permute(0, 3, 1, 2)  # (B, 3, H, W), channels-last already
             yield from self.select(self.forward(stacked), fits, [image.shape[:2] for image in batch])
 
-    def detect_cached(self, cache: ImageCache, batch_size: int) -> Iterator[list[sv.Detections]]:
-        """Detections of a cached data set, a list per batch."""
-        for batch in range(0, len(cache), batch_size):
-            part = slice(batch, batch + batch_size)
-            yield self.select(self.forward(cache.images[part]), cache.fits[part], cache.sizes[part])
+    def run_cached(self, cache: ImageCache, batch_size: int) -> Iterator[tuple[slice, tuple[Tensor, Tensor]]]:
+        """The raw heads of a cached data set, batch by batch, with the part of it that they belong to."""
+        for start in range(0, len(cache), batch_size):
+            part = slice(start, min(start + batch_size, len(cache)))
+            yield part, self.forward(cache.images[part])
 
     @torch.inference_mode()
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -119,23 +116,23 @@ class Detector:
         """Raw heads -> detections in the pixels of the originals, which are of (height, width)."""
         boxes, scores = decode(heads, self.levels, self.spec.scale_xy)
         limits = self.thresholds
-        found = select_detections(
-            boxes, scores, limits.confidence, limits.nms_iou, limits.top_k, limits.max_detections
-        )
+        found = select_detections(boxes, scores, limits.confidence, limits.nms_iou, limits.top_k, limits.max_detections)
         return [
-            to_detections(fit, size, *(values.cpu().numpy() for values in item), self.spec.class_names)
+            to_detections([values.cpu().numpy() for values in item], fit, size, self.spec.class_names)
             for fit, size, item in zip(fits, sizes, found, strict=True)
         ]
 
 
 def to_detections(
-    fit: Fit, size: tuple[int, int], boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray, names: Sequence[str]
+    found: Sequence[np.ndarray], fit: Fit, size: tuple[int, int], class_names: Sequence[str]
 ) -> sv.Detections:
+    """Boxes (D, 4) in the network's input, scores (D,), labels (D,) -> detections in an image of (height, width)."""
+    boxes, scores, labels = found
     return sv.Detections(
         xyxy=clip_boxes(fit.to_original(boxes.astype(np.float32)), size),
         confidence=scores,
         class_id=labels.astype(np.int64),
-        data={"class_name": np.array(names)[labels]},
+        data={"class_name": np.array(class_names)[labels]},
     )
 
 

@@ -14,7 +14,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def choose_device(name: str) -> torch.device:
-    """"auto", "cpu" or "cuda" -> the device; raises UserError when it is not there."""
+    """ "auto", "cpu" or "cuda" -> the device; raises UserError when it is not there."""
     if name not in ("auto", "cpu", "cuda"):
         raise UserError(f"device is {name!r}, but must be auto, cpu or cuda")
     if name == "cuda" and not torch.cuda.is_available():
@@ -23,7 +23,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_precision(name: str, device: torch.device) -> torch.dtype:
-    """"auto", "bf16", "fp16" or "fp32" -> the dtype of mixed precision; auto asks the hardware."""
+    """ "auto", "bf16", "fp16" or "fp32" -> the dtype of mixed precision; auto asks the hardware."""
     if name != "auto":
         if name not in DTYPES:
             raise UserError(f"precision is {name!r}, but must be auto, {', '.join(DTYPES)}")

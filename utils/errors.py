@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from math import inf
 from typing import TypeVar
 
 import tyro
@@ -11,6 +12,15 @@ Config = TypeVar("Config")
 
 class UserError(Exception):
     """A mistake that one sentence explains: what is wrong, in which file or setting, and what to do."""
+
+
+def check_range(settings: object, low: float, high: float, *names: str) -> None:
+    """Raise UserError unless the named fields lie between `low` and `high`, both included; NaN does not."""
+    for name in names:
+        value = getattr(settings, name)
+        if not low <= value <= high:
+            limits = f"at least {low:g}" if high == inf else f"between {low:g} and {high:g}"
+            raise UserError(f"{name} is {value}, but must be {limits}")
 
 
 def run_script(main: Callable[[Config], object], config_type: type[Config]) -> None:

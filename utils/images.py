@@ -6,6 +6,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import supervision as sv
+from torch import Tensor
 
 from utils.boxes import Fit, fit_to_input
 from utils.errors import UserError
@@ -65,9 +66,11 @@ def draw_detections(image: np.ndarray, detections: sv.Detections, class_names: S
     return annotator.annotate(picture, detections, labels=labels)
 
 
-def contact_sheet(pictures: Sequence[np.ndarray], columns: int) -> np.ndarray:
-    """Pictures of one size, side by side on one sheet."""
-    blank = np.full_like(pictures[0], PADDING)
-    rows = [list(pictures[i : i + columns]) for i in range(0, len(pictures), columns)]
-    rows[-1] += [blank] * (min(columns, len(pictures)) - len(rows[-1]))
-    return np.vstack([np.hstack(row) for row in rows])
+def draw_sheet(
+    images: Tensor, detections: Sequence[sv.Detections], class_names: Sequence[str], columns: int = 4
+) -> np.ndarray:
+    """A batch of uint8 RGB images (N, 3, H, W), each with its boxes, side by side on one sheet (H', W', 3)."""
+    pixels = images.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    pictures = [draw_detections(im, found, class_names) for im, found in zip(pixels, detections, strict=True)]
+    pictures += [np.full_like(pictures[0], PADDING)] * (-len(pictures) % columns)
+    return np.vstack([np.hstack(pictures[i : i + columns]) for i in range(0, len(pictures), columns)])

@@ -11,9 +11,10 @@ from torch import Tensor
 from nets.yolo import ModelSpec
 from utils.anchors import Level, decode_boxes, levels_of, read_head
 from utils.boxes import batched_iou, ciou
+from utils.errors import UserError
 
+TERMS = ("loss", "box", "objectness", "class")
 HEAD_BALANCE = (0.4, 1.0)  # objectness weight of P5 and P4: the coarse head has few cells and saturates early
-EDGE_MARGIN = 1.0  # cells; a centre this close to the border has no neighbour on that side
 
 
 class Assignment(NamedTuple):
@@ -26,9 +27,7 @@ class Assignment(NamedTuple):
     anchors: Tensor  # (P, 2) width, height in input pixels
 
 
-def assign_targets(
-    boxes: Tensor, labels: Tensor, level: Level, grid: tuple[int, int], max_ratio: float
-) -> Assignment:
+def assign_targets(boxes: Tensor, labels: Tensor, level: Level, grid: tuple[int, int], max_ratio: float) -> Assignment:
     """Give objects (B, M, 4) xyxy in pixels, labels (B, M) with -1 for padding, to predictions of one head.
 
     An anchor answers when neither side of it differs from the object's by more than `max_ratio`; it does so in the
@@ -99,7 +98,7 @@ class YoloLoss:
         self.levels = levels_of(spec, device)
 
     def __call__(self, heads: Sequence[Tensor], boxes: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Heads P5, P4; boxes (B, M, 4) xyxy in input pixels, labels (B, M) -> {"loss", "box", "objectness", "class"}."""
+        """Heads P5, P4; boxes (B, M, 4) xyxy in input pixels, labels (B, M) -> "loss" and its three parts."""
         terms = [
             self.head_terms(head, level, balance, boxes, labels)
             for head, level, balance in zip(heads, self.levels, HEAD_BALANCE, strict=True)
@@ -108,7 +107,7 @@ class YoloLoss:
         box, objectness, classes = (
             weight * sum(values) for weight, values in zip(weights, zip(*terms, strict=True), strict=True)
         )
-        return {"loss": box + objectness + classes, "box": box, "objectness": objectness, "class": classes}
+        return dict(zip(TERMS, (box + objectness + classes, box, objectness, classes), strict=True))
 
     def head_terms(
         self, head: Tensor, level: Level, balance: float, boxes: Tensor, labels: Tensor
@@ -148,3 +147,18 @@ class YoloLoss:
         decoded = decode_boxes(raw[..., :4], cells, level.anchors[:, None, None], level.stride, self.scale_xy)
         overlap = batched_iou(decoded.flatten(1, 3), boxes)  # (B, N, M)
         return (overlap.masked_fill(labels[:, None] < 0, 0) > self.settings.ignore_iou).any(dim=-1)
+
+
+def check_losses(losses: Tensor, names: Sequence[str], epoch: str, first: int) -> None:
+    """Raise UserError when one of the steps (S, terms), of which the first is number `first`, is not finite.
+
+    `names` are the images of these steps, in order.
+    """
+    bad = (~losses.isfinite().all(dim=1)).nonzero().flatten().tolist()
+    if bad:
+        batch_size = len(names) // len(losses)
+        images = names[bad[0] * batch_size : (bad[0] + 1) * batch_size]
+        raise UserError(
+            f"the loss of {epoch}, step {first + bad[0] + 1} is not finite; the last checkpoint is still good. "
+            f"A lower lr helps, or a look at the annotations of its images: {', '.join(images)}"
+        )

@@ -65,4 +65,3 @@ def freeze_backbone(model: YoloBody, frozen: bool) -> None:
 def accumulation_steps(batch_size: int, nominal_batch: int) -> int:
     """How many batches make one step of the optimizer, so that it sees about `nominal_batch` images."""
     return max(1, round(nominal_batch / batch_size))
-

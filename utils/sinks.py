@@ -3,7 +3,7 @@
 import json
 from collections import Counter
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Protocol
 
 import supervision as sv
 

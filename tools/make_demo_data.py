@@ -1,0 +1,152 @@
+"""Draw a synthetic detection set in VOC layout: python tools/make_demo_data.py
+
+Coloured shapes of several classes, of a wide range of sizes and overlapping, on textured backgrounds. The same seed
+draws the same set. It goes into VOCdevkit/Demo and nowhere else.
+"""
+
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from xml.sax.saxutils import escape
+
+import cv2
+import numpy as np
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from utils.errors import UserError, run_script
+from utils.images import write_image
+
+CLASSES = ("circle", "square", "triangle", "star", "cross", "ring")
+MARKER = "drawn_by_make_demo_data.txt"  # a folder without it is not ours to write to
+MAX_OBJECTS = 9
+SIDES = (14, 150)  # pixels, least and greatest radius-doubled size of a shape
+MIN_VISIBLE = 0.35  # share of a shape that later ones leave uncovered
+CURVE_POINTS = 64
+
+
+@dataclass(frozen=True)
+class Config:
+    """Draw a synthetic detection set in VOC layout."""
+
+    folder: str = "VOCdevkit/Demo"  # where it goes
+    train: int = 360  # images to train on
+    val: int = 60  # images to choose the best checkpoint on
+    test: int = 100  # images held out
+    seed: int = 0  # the same seed draws the same set
+
+
+def outline(name: str, rng: np.random.Generator) -> np.ndarray:
+    """Points (N, 2) of a shape around the origin, within a circle of radius 1."""
+    if name in ("circle", "ring"):
+        angles = np.linspace(0, 2 * np.pi, CURVE_POINTS, endpoint=False)
+        return np.stack([np.cos(angles), np.sin(angles) * rng.uniform(0.8, 1)], axis=1)
+    if name == "square":
+        half = np.array([1, rng.uniform(0.7, 1)]) / np.sqrt(2)
+        return half * np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]])
+    if name == "cross":
+        arm = rng.uniform(0.25, 0.4)
+        corner = [(arm, arm), (1, arm), (1, -arm)]
+        turns = [np.array([[c, -s], [s, c]]) for c, s in ((1, 0), (0, -1), (-1, 0), (0, 1))]
+        return np.concatenate([np.array(corner) @ turn.T for turn in turns]) / np.hypot(1, arm)
+    points = 3 if name == "triangle" else 10
+    angles = np.arange(points) * 2 * np.pi / points
+    radius = np.where(np.arange(points) % 2, rng.uniform(0.4, 0.5), 1.0) if name == "star" else 1.0
+    return np.stack([np.cos(angles), np.sin(angles)], axis=1) * np.reshape(radius, (-1, 1))
+
+
+def background(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+    """A texture: smooth noise at several scales, stripes and grain, uint8 (H, W, 3)."""
+    picture = np.full((height, width, 3), rng.uniform(60, 190, 3), np.float32)
+    for cells in (3, 9, 27):
+        noise = rng.normal(0, 45 / np.sqrt(cells), (cells, cells, 3)).astype(np.float32)
+        picture += cv2.resize(noise, (width, height), interpolation=cv2.INTER_CUBIC)
+    y, x = np.mgrid[:height, :width]
+    angle, period = rng.uniform(0, np.pi), rng.uniform(8, 60)
+    wave = np.sin(2 * np.pi * (x * np.cos(angle) + y * np.sin(angle)) / period)
+    picture += rng.uniform(0, 22) * wave[..., None]
+    picture += rng.normal(0, rng.uniform(2, 10), (height, width, 1))
+    return picture.clip(0, 255).astype(np.uint8)
+
+
+def draw_image(rng: np.random.Generator) -> tuple[np.ndarray, list[tuple[str, tuple[int, int, int, int]]]]:
+    """A picture (H, W, 3) and its objects: class, and xmin, ymin, xmax, ymax, 1-based and inclusive."""
+    height, width = int(rng.integers(260, 400)), int(rng.integers(300, 480))
+    picture = background(rng, height, width)
+    owner = np.zeros((height, width), np.uint8)  # number of the object seen at each pixel
+    drawn = []
+    for number in range(1, 1 + int(rng.integers(1, MAX_OBJECTS + 1))):
+        name = str(rng.choice(CLASSES))
+        radius = np.exp(rng.uniform(*np.log(SIDES))) / 2
+        angle = rng.uniform(0, 2 * np.pi)
+        turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+        centre = rng.uniform([0.3 * radius, 0.3 * radius], [width - 0.3 * radius, height - 0.3 * radius])
+        points = centre + radius * outline(name, rng) @ turn.T
+        mask = np.zeros((height, width), np.uint8)
+        cv2.fillPoly(mask, [points.round().astype(np.int32)], 1)
+        if name == "ring":
+            cv2.fillPoly(mask, [(centre + (points - centre) * 0.55).round().astype(np.int32)], 0)
+        if not mask.any():
+            continue
+        colour = rng.uniform(0, 255, 3)
+        shade = np.linspace(rng.uniform(0.7, 1), rng.uniform(1, 1.25), width)[None, :, None]
+        inside = mask.astype(bool)
+        picture[inside] = (colour * np.broadcast_to(shade, picture.shape)).clip(0, 255)[inside]
+        owner[inside] = number
+        rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+        box = (int(columns[0]) + 1, int(rows[0]) + 1, int(columns[-1]) + 1, int(rows[-1]) + 1)
+        drawn.append((number, name, box, int(mask.sum())))
+    seen = np.bincount(owner.ravel(), minlength=MAX_OBJECTS + 1)
+    objects = [(name, box) for number, name, box, area in drawn if seen[number] >= MIN_VISIBLE * area]
+    return cv2.GaussianBlur(picture, (3, 3), rng.uniform(0.3, 0.9)), objects
+
+
+def annotation(name: str, picture: np.ndarray, objects: list[tuple[str, tuple[int, int, int, int]]]) -> str:
+    """The VOC XML of a picture."""
+    height, width = picture.shape[:2]
+    lines = [
+        "<annotation>",
+        f"  <filename>{escape(name)}</filename>",
+        f"  <size><width>{width}</width><height>{height}</height><depth>3</depth></size>",
+    ]
+    for class_name, box in objects:
+        edges = "".join(f"<{edge}>{value}</{edge}>" for edge, value in zip(("xmin", "ymin", "xmax", "ymax"), box))
+        lines.append(f"  <object><name>{class_name}</name><difficult>0</difficult><bndbox>{edges}</bndbox></object>")
+    return "\n".join([*lines, "</annotation>", ""])
+
+
+def write_sample(folder: Path, seed: int, item: tuple[int, str]) -> None:
+    """Draw one image of its own seed, and write it with its annotation."""
+    number, name = item
+    picture, objects = draw_image(np.random.default_rng([seed, number]))
+    write_image(folder / "JPEGImages" / f"{name}.jpg", picture)
+    text = annotation(f"{name}.jpg", picture, objects)
+    (folder / "Annotations" / f"{name}.xml").write_text(text, encoding="utf-8")
+
+
+def main(config: Config) -> None:
+    folder = Path(config.folder)
+    if folder.exists() and not (folder / MARKER).is_file() and any(folder.iterdir()):
+        raise UserError(f"{folder} exists and was not drawn by this tool; choose another --folder")
+    for part in ("JPEGImages", "Annotations", "ImageSets/Main"):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+    (folder / MARKER).write_text(
+        "This folder is made, and overwritten, by tools/make_demo_data.py.\n", encoding="utf-8"
+    )
+    splits = {"train": config.train, "val": config.val, "test": config.test}
+    names = {split: [f"{split}_{i:04d}" for i in range(count)] for split, count in splits.items()}
+    items = list(enumerate(name for split in names.values() for name in split))
+    with ProcessPoolExecutor() as pool:
+        results = pool.map(partial(write_sample, folder, config.seed), items, chunksize=8)
+        list(tqdm(results, f"drawing {folder}", len(items), disable=None))
+    for split, ids in names.items():
+        (folder / "ImageSets" / "Main" / f"{split}.txt").write_text("\n".join(ids) + "\n", encoding="utf-8")
+    (folder / "classes.txt").write_text("\n".join(CLASSES) + "\n", encoding="utf-8")
+    print(f"{len(items)} images of {len(CLASSES)} classes are in {folder}")
+
+
+if __name__ == "__main__":
+    run_script(main, Config)
