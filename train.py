@@ -126,6 +126,7 @@ class Trainer:
     def __init__(self, config: Config, spec: ModelSpec, num_train: int, device: torch.device) -> None:
         self.config, self.spec, self.device = config, spec, device
         self.dtype = choose_precision(config.precision, device)
+        self.started = time.perf_counter()
         self.batch_size = min(config.batch_size, num_train)
         self.batches = num_train // self.batch_size  # of an epoch; what does not fill one comes in another epoch
         self.accumulate = min(accumulation_steps(self.batch_size, config.nominal_batch), self.batches)
@@ -240,6 +241,7 @@ def run_epoch(
         values |= found
     is_best = not val or values.get("val/AP", -1.0) > best
     best = max(best, values.get("val/AP", -1.0))
+    values["seconds"] = time.perf_counter() - trainer.started
     log.epoch(epoch + 1, values)
     info = {"epoch": epoch + 1, "best": best, "metrics": metrics}
     save_checkpoint(log.folder / "last.safetensors", pack_training(trainer.state, trainer.spec, info))

@@ -1,8 +1,12 @@
 """Paths and small data sets that the tests share."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+
+from tools import make_demo_data
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
@@ -10,3 +14,27 @@ REFERENCE = SHARED / "reference"
 ANCHORS = ((10.0, 14.0), (23.0, 27.0), (37.0, 58.0), (81.0, 82.0), (135.0, 169.0), (344.0, 319.0))
 
 needs_shared = pytest.mark.skipif(not REFERENCE.is_dir(), reason=f"the reference values are not at {REFERENCE}")
+
+
+@pytest.fixture(scope="session")
+def devkit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A devkit with a small drawn set, Demo, of 24 training, 6 validation and 6 test images."""
+    folder = tmp_path_factory.mktemp("devkit")
+    make_demo_data.main(make_demo_data.Config(str(folder / "Demo"), train=24, val=6, test=6))
+    return folder
+
+
+def run(*arguments: object, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """Run a script of the project as a user does."""
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, check=False)
+
+
+def expect_mistake(result: subprocess.CompletedProcess[str], *words: str) -> None:
+    """One sentence on stderr with these words, exit code 2, no traceback."""
+    assert result.returncode == 2, result.stderr
+    assert "Traceback" not in result.stderr
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, result.stderr
+    for word in words:
+        assert word in errors[0], errors[0]

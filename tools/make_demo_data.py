@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils.errors import UserError, run_script
 from utils.images import write_image
+from utils.voc import EDGES
 
 CLASSES = ("circle", "square", "triangle", "star", "cross", "ring")
 MARKER = "drawn_by_make_demo_data.txt"  # a folder without it is not ours to write to
@@ -113,7 +114,7 @@ def annotation(name: str, picture: np.ndarray, objects: list[tuple[str, tuple[in
         f"  <size><width>{width}</width><height>{height}</height><depth>3</depth></size>",
     ]
     for class_name, box in objects:
-        edges = "".join(f"<{edge}>{value}</{edge}>" for edge, value in zip(("xmin", "ymin", "xmax", "ymax"), box))
+        edges = "".join(f"<{edge}>{value}</{edge}>" for edge, value in zip(EDGES, box, strict=True))
         lines.append(f"  <object><name>{class_name}</name><difficult>0</difficult><bndbox>{edges}</bndbox></object>")
     return "\n".join([*lines, "</annotation>", ""])
 

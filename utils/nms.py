@@ -22,7 +22,7 @@ def select_detections(
     boxes = boxes[images, order // num_classes]
     # float64, since batched_nms may shift the boxes of each group far apart
     kept = batched_nms(boxes.double(), scores.double(), images * num_classes + labels, nms_iou)
-    kept = kept[images[kept].argsort(stable=True)]  # grouped by image, falling score within
+    kept = kept.sort().values  # as the candidates came: image by image, falling score within
     counts = torch.bincount(images[kept], minlength=batch).tolist()
     groups = zip(*(values[kept].split(counts) for values in (boxes, scores, labels)), strict=True)
     return [(b[:max_detections], s[:max_detections], c[:max_detections]) for b, s, c in groups]

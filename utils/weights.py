@@ -1,6 +1,5 @@
 """Weights to start training from: our own checkpoints and published `.pth` files."""
 
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -30,7 +29,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         raise UserError(f"there is no weights file {path}")
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+    except Exception as error:  # a damaged file leads the unpickler into errors of any type
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path} is no file of weights alone that torch can read ({reason})") from None
     if not isinstance(loaded, Mapping) or not all(isinstance(value, Tensor) for value in loaded.values()):

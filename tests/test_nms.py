@@ -1,0 +1,45 @@
+"""Selection of detections, by hand."""
+
+import torch
+
+from utils.nms import select_detections
+
+BOXES = torch.tensor(
+    [[[0.0, 0, 10, 10], [0, 0, 10, 9], [20, 20, 30, 30]], [[0.0, 0, 10, 10], [1, 1, 5, 5], [0, 0, 9, 9]]]
+)
+SCORES = torch.tensor([[[0.6, 0.1], [0.9, 0.2], [0.3, 0.8]], [[0.0, 0.0], [0.0, 0.5], [0.0, 0.05]]])
+
+
+def test_classes_and_images_are_apart():
+    first, second = select_detections(BOXES, SCORES, 0.15, 0.5, 100, 100)
+    torch.testing.assert_close(first[0], BOXES[0][[1, 2, 2, 1]])  # the first box of class 0 overlaps the second
+    torch.testing.assert_close(first[1], torch.tensor([0.9, 0.8, 0.3, 0.2]))
+    assert first[2].tolist() == [0, 1, 0, 1]
+    torch.testing.assert_close(second[0], BOXES[1][[1]])
+    assert second[2].tolist() == [1]
+
+
+def test_limits():
+    first, second = select_detections(BOXES, SCORES, 0.15, 0.5, 2, 1)
+    assert first[1].tolist() == [SCORES[0, 1, 0].item()]
+    assert len(second[1]) == 1
+    first, _ = select_detections(BOXES, SCORES, 0.0, 1.0, 2, 10)
+    assert len(first[1]) == 2
+
+
+def test_nothing_found():
+    for boxes, scores, labels in select_detections(BOXES, SCORES, 0.95, 0.5, 100, 100):
+        assert boxes.shape == (0, 4)
+        assert len(scores) == len(labels) == 0
+
+
+def test_a_batch_gives_what_its_images_give():
+    generator = torch.Generator().manual_seed(0)
+    corners = torch.rand(8, 300, 2, generator=generator) * 400
+    boxes = torch.cat([corners, corners + 5 + 40 * torch.rand(8, 300, 2, generator=generator)], dim=-1)
+    scores = torch.rand(8, 300, 20, generator=generator)
+    together = select_detections(boxes, scores, 0.3, 0.5, 3000, 300)
+    for i, found in enumerate(together):
+        (alone,) = select_detections(boxes[i : i + 1], scores[i : i + 1], 0.3, 0.5, 3000, 300)
+        for ours, theirs in zip(found, alone, strict=True):
+            assert torch.equal(ours, theirs)

@@ -1,0 +1,134 @@
+"""VOC data as users write it, and the one sentence that each mistake gets."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.conftest import SHARED, needs_shared
+from utils.errors import UserError
+from utils.images import write_image
+from utils.voc import load_classes, load_samples
+
+OBJECT = (
+    "<object><name>{name}</name><difficult>{difficult}</difficult><bndbox><xmin>{box[0]}</xmin><ymin>{box[1]}</ymin>"
+    "<xmax>{box[2]}</xmax><ymax>{box[3]}</ymax></bndbox></object>"
+)
+
+
+def make_set(folder: Path, annotations: dict[str, str], split: str | None = None, suffix: str = ".jpg") -> Path:
+    """A set VOC/train of 40x30 images with these annotations, under `folder`."""
+    for part in ("JPEGImages", "Annotations", "ImageSets/Main"):
+        (folder / "VOC" / part).mkdir(parents=True)
+    for name, text in annotations.items():
+        write_image(folder / "VOC" / "JPEGImages" / f"{name}{suffix}", np.full((30, 40, 3), 99, np.uint8))
+        (folder / "VOC" / "Annotations" / f"{name}.xml").write_text(text, encoding="utf-8")
+    lines = "\n".join(annotations) if split is None else split
+    (folder / "VOC" / "ImageSets" / "Main" / "train.txt").write_text(lines, encoding="utf-8")
+    return folder
+
+
+def annotation(*objects: tuple, root: str = "annotation") -> str:
+    body = "".join(OBJECT.format(name=name, box=box, difficult=difficult) for name, box, difficult in objects)
+    return f"<{root}>{body}</{root}>"
+
+
+def test_boxes_are_one_based_and_inclusive(tmp_path):
+    text = annotation(("cat", (1, 1, 40, 30), 0), ("dog", (5, 6, 5, 6), 1), ("cat", (2.5, 1, 3, 3), ""))
+    (sample,) = load_samples(make_set(tmp_path, {"a": text}), ["VOC/train"], ("dog", "cat"))
+    np.testing.assert_array_equal(sample.boxes, np.float32([[0, 0, 40, 30], [4, 5, 5, 6], [1.5, 0, 3, 3]]))
+    assert sample.labels.tolist() == [1, 0, 1]
+    assert sample.difficult.tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".JPG", ".png", ".bmp", ".webp", ".jpeg"])
+@pytest.mark.parametrize("name", ["plain", "with space", "köln 北京 🚗", "dots.in.name"])
+def test_names_and_suffixes(tmp_path, suffix, name):
+    devkit = make_set(tmp_path, {name: annotation()}, f"\ufeff{name}  \r\n\r\n", suffix)
+    (sample,) = load_samples(devkit, ["VOC/train"], ("cat",))
+    assert sample.name == name
+    assert sample.image.name == name + suffix
+    assert sample.boxes.shape == (0, 4)  # an image without objects is background
+
+
+def test_several_sets_follow_each_other(tmp_path):
+    devkit = make_set(tmp_path, {"b": annotation(), "a": annotation()})
+    (devkit / "VOC" / "ImageSets" / "Main" / "val.txt").write_text("a\n")
+    samples = load_samples(devkit, ["VOC/train", "VOC/val"], ("cat",))
+    assert [sample.name for sample in samples] == ["b", "a", "a"]
+
+
+BOX = (1, 1, 5, 5)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", ["a.xml", "not well-formed"]),
+        ("<annotation><object>", ["a.xml", "not well-formed"]),
+        ("<html></html>", ["a.xml", "<html>", "<annotation>"]),
+        ('<!DOCTYPE x [<!ENTITY e "1">]><annotation>&e;</annotation>', ["a.xml", "DOCTYPE"]),
+        ('<!DOCTYPE x SYSTEM "file:///etc/passwd"><annotation/>', ["a.xml", "DOCTYPE"]),
+        (annotation(("", BOX, 0)), ["a.xml", "object 1", "no <name>"]),
+        (annotation(("cat", BOX, 0), ("cat", ("12,5", 1, 2, 3), 0)), ["object 2", "xmin", "12,5"]),
+        (annotation(("cat", (1, 1, "NaN", 5), 0)), ["xmax", "NaN"]),
+        (annotation(("cat", (1, 1, "1e400", 5), 0)), ["xmax", "1e400"]),
+        (annotation(("cat", (1, "", 5, 5), 0)), ["ymin"]),
+        (annotation(("cat", (9, 1, 5, 5), 0)), ["ends before it begins"]),
+        (annotation(("cat", BOX, "yes")), ["difficult", "yes"]),
+        (annotation(("Cat", BOX, 0), ("bird", BOX, 0), ("bird", BOX, 0)), ["'Cat' (1)", "'bird' (2)", "cat, dog"]),
+    ],
+)
+def test_malformed_annotations(tmp_path, text, words):
+    devkit = make_set(tmp_path, {"a": text})
+    with pytest.raises(UserError) as mistake:
+        load_samples(devkit, ["VOC/train"], ("cat", "dog"))
+    for word in words:
+        assert word in str(mistake.value)
+
+
+def test_missing_parts(tmp_path):
+    devkit = make_set(tmp_path, {"a": annotation()}, "a\nb\n")
+    with pytest.raises(UserError, match="names 'b'"):
+        load_samples(devkit, ["VOC/train"], ("cat",))
+    write_image(devkit / "VOC" / "JPEGImages" / "b.png", np.zeros((4, 4, 3), np.uint8))
+    with pytest.raises(UserError, match=r"no annotation .*b\.xml"):
+        load_samples(devkit, ["VOC/train"], ("cat",))
+    write_image(devkit / "VOC" / "JPEGImages" / "a.png", np.zeros((4, 4, 3), np.uint8))
+    with pytest.raises(UserError, match="several images"):
+        load_samples(devkit, ["VOC/train"], ("cat",))
+    with pytest.raises(UserError, match=r"looked for .*test\.txt.*make demo"):
+        load_samples(devkit, ["VOC/test"], ("cat",))
+    (devkit / "VOC" / "ImageSets" / "Main" / "train.txt").write_text("\n\n")
+    with pytest.raises(UserError, match=r"train\.txt is empty"):
+        load_samples(devkit, ["VOC/train"], ("cat",))
+
+
+def test_class_file(tmp_path):
+    path = tmp_path / "classes.txt"
+    path.write_bytes(b"\xef\xbb\xbfred blood cell \r\nWBC\r\n\r\n")
+    assert load_classes(path) == ("red blood cell", "WBC")
+
+
+@pytest.mark.parametrize(("text", "word"), [("", "empty"), ("a\n\nb", "line 2"), ("a\nb\na", "'a' 2 times")])
+def test_bad_class_file(tmp_path, text, word):
+    path = tmp_path / "classes.txt"
+    path.write_text(text)
+    with pytest.raises(UserError, match=word):
+        load_classes(path)
+    with pytest.raises(UserError, match="no class file"):
+        load_classes(tmp_path / "none.txt")
+
+
+@needs_shared
+@pytest.mark.parametrize(
+    ("name", "images", "objects"), [("bccd", (205, 87, 72), 4888), ("helmet", (700, 150, 250), None)]
+)
+def test_real_sets_load(name, images, objects):
+    folder = SHARED / "data" / name
+    classes = load_classes(folder / "classes.txt")
+    splits = [load_samples(folder, [f"VOC2007/{split}"], classes) for split in ("train", "val", "test")]
+    assert tuple(map(len, splits)) == images
+    counted = sum(len(sample.labels) for split in splits for sample in split)
+    assert counted == objects or objects is None
+    assert all((sample.boxes[:, 2:] > sample.boxes[:, :2]).all() for split in splits for sample in split)
