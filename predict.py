@@ -6,6 +6,7 @@ Change the constants of `Config`, or give them as flags.
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 from tqdm import tqdm
@@ -19,11 +20,16 @@ from utils.sources import find_images, read_frames
 from utils.voc import load_classes
 
 
+SOURCE_HELP = 'an image, a folder of images, or a glob such as "photos/*.jpg"'
+
+
 @dataclass(frozen=True)
 class Config:
     """Detect objects in images."""
 
-    source: tyro.conf.Positional[str]  # an image, a folder of images, or a glob such as "photos/*.jpg"
+    source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE", help=SOURCE_HELP)]
+        tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")
+    ]  # an image, a folder of images, or a glob such as "photos/*.jpg"
     weights: str = ""  # checkpoint of train.py; empty: best.safetensors of the newest run under logs/
     out: str = "predictions"  # folder for the results: annotated pictures and detections.jsonl
     classes: str = ""  # class file to compare with the checkpoint's classes; empty: those of the checkpoint
@@ -56,6 +62,8 @@ def main(config: Config) -> int:
     if device.type == "cpu":
         keep_freed_memory()
     paths = find_images(config.source)
+    if any(path.parent.resolve() == Path(config.out).resolve() for path in paths):
+        raise UserError(f"out is {config.out}, where the pictures would replace their inputs; choose another folder")
     weights = config.weights or newest_checkpoint("best")
     thresholds = Thresholds(config.confidence, config.nms_iou)
     detector = Detector.load(weights, device, choose_precision(config.precision, device), thresholds)

@@ -227,10 +227,10 @@ def draw_batch(trainer: Trainer, cache: ImageCache, batch: int) -> np.ndarray:
 
 
 def run_epoch(
-    trainer: Trainer, train: ImageCache, val: ImageCache | None, log: RunLog, epoch: int, best: float
+    trainer: Trainer, caches: tuple[ImageCache, ImageCache | None], log: RunLog, epoch: int, best: float
 ) -> float:
     """Train, validate when it is time, log, save; returns the best AP so far."""
-    config = trainer.config
+    config, (train, val) = trainer.config, caches
     started = time.perf_counter()
     values = train_one_epoch(trainer, train, epoch)
     values["train/images_per_second"] = trainer.batches * trainer.batch_size / (time.perf_counter() - started)
@@ -311,7 +311,8 @@ def main(config: Config) -> Path:
         keep_freed_memory()
     weights = read_weights(config.weights) if config.weights and checkpoint is None else {}
     spec = checkpoint.spec if checkpoint else new_spec(config, weights)
-    train, val = load_data(config, spec, device)
+    caches = load_data(config, spec, device)
+    train = caches[0]
     trainer = Trainer(config, spec, len(train), device)
     print(f"YOLOv4-tiny phi {spec.phi}: {summary(trainer.state.model, spec.input_size)}")
     print(f"{len(train)} images, batches of {trainer.batch_size}, {device}, {trainer.dtype}; run folder {folder}")
@@ -328,7 +329,7 @@ def main(config: Config) -> Path:
         for batch in range(min(2, trainer.batches)):
             log.picture(f"batch_{batch}", draw_batch(trainer, train, batch), 0)
     for epoch in range(first_epoch, config.epochs):
-        best = run_epoch(trainer, train, val, log, epoch, best)
+        best = run_epoch(trainer, caches, log, epoch, best)
     log.close()
     print(f"done: {folder}/best.safetensors is the best on the validation split, last.safetensors the last")
     return folder

@@ -2,11 +2,14 @@
 
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 from tools import make_demo_data
+from utils.errors import run_script
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
@@ -30,11 +33,18 @@ def run(*arguments: object, cwd: Path = ROOT) -> subprocess.CompletedProcess[str
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, check=False)
 
 
-def expect_mistake(result: subprocess.CompletedProcess[str], *words: str) -> None:
-    """One sentence on stderr with these words, exit code 2, no traceback."""
-    assert result.returncode == 2, result.stderr
-    assert "Traceback" not in result.stderr
-    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1, result.stderr
-    for word in words:
-        assert word in errors[0], errors[0]
+@pytest.fixture
+def expect_mistake(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., None]:
+    """A call of a script that must end with exit code 2 and one sentence on stderr that has all the words."""
+
+    def expect(script: ModuleType, arguments: Sequence[object], *words: str) -> None:
+        monkeypatch.setattr(sys, "argv", [script.__name__, *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            run_script(script.main, script.Config)
+        assert stop.value.code == 2
+        errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert len(errors) == 1
+        for word in words:
+            assert word in errors[0], errors[0]
+
+    return expect

@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated
 
@@ -21,8 +22,7 @@ import torch
 import tyro
 from torch.optim.lr_scheduler import LambdaLR
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from nets.yolo import ModelSpec
 from utils.anchors import load_anchors
@@ -33,6 +33,7 @@ from utils.errors import run_script
 from utils.loss import LossSettings, YoloLoss
 from utils.optim import build_ema, build_optimizer, lr_factor
 
+ROOT = Path(__file__).resolve().parent.parent
 OBJECTS = 12  # per image of the fixed batch
 WARMUP_STEPS = 5
 PHOTO = (480, 640)  # height, width of the image that end-to-end times start from
@@ -79,7 +80,7 @@ def whole_loop(config: Train, folder: Path, turn: int) -> list[float]:
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     images = config.steps * config.batch_size
     seconds = [record["seconds"] for record in records]  # since the start, at the end of each epoch
-    return [images / (after - before) for before, after in zip(seconds[:-1], seconds[1:], strict=True)]
+    return [images / (after - before) for before, after in pairwise(seconds)]
 
 
 class FixedBatch:

@@ -152,10 +152,14 @@ def restore_training(state: TrainingState, checkpoint: Checkpoint) -> None:
     state.model.load_state_dict(parts["model"])
     state.ema.module.load_state_dict(checkpoint.weights)
     state.ema.n_averaged.copy_(parts["ema"]["n_averaged"])
+    parameters = [parameter for group in state.optimizer.param_groups for parameter in group["params"]]
     moments: dict[int, dict[str, Tensor]] = {}
     for flat, value in parts["optimizer"].items():
         index, name = flat.split("/")
-        moments.setdefault(int(index), {})[name] = value
+        parameter = parameters[int(index)]
+        # fused optimizers expect the parameter's memory layout, and do not check
+        like = torch.empty_like(parameter).copy_(value) if value.shape == parameter.shape else value
+        moments.setdefault(int(index), {})[name] = like
     state.scheduler.load_state_dict(checkpoint.info["scheduler"])
     groups = state.optimizer.state_dict()["param_groups"]
     for group, lr in zip(groups, state.scheduler.get_last_lr(), strict=True):

@@ -28,9 +28,8 @@ def run_script(main: Callable[[Config], object], config_type: type[Config]) -> N
 
     A `UserError` becomes one line on stderr and exit code 2, Ctrl-C exit code 130; a bug keeps its traceback.
     """
-    config = tyro.cli(config_type)
     try:
-        main(config)
+        main(tyro.cli(config_type))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

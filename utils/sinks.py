@@ -7,7 +7,6 @@ from typing import Protocol
 
 import supervision as sv
 
-from utils.errors import UserError
 from utils.images import draw_detections, write_image
 from utils.sources import Frame
 
@@ -21,18 +20,19 @@ class Sink(Protocol):
 
 
 class Pictures:
-    """An annotated copy of each image, under its own name."""
+    """An annotated copy of each image, under its own name, or with a number where two have the same."""
 
     def __init__(self, folder: Path, class_names: tuple[str, ...]) -> None:
         self.folder = folder
         self.class_names = class_names
+        self.written: Counter[str] = Counter()
         folder.mkdir(parents=True, exist_ok=True)
 
     def write(self, frame: Frame, detections: sv.Detections) -> None:
-        target = self.folder / frame.path.name
-        if target.resolve() == frame.path.resolve():
-            raise UserError(f"the annotated picture would replace its input {frame.path}; choose another --out")
-        write_image(target, draw_detections(frame.image, detections, self.class_names))
+        self.written[frame.path.name] += 1
+        number = self.written[frame.path.name]
+        name = frame.path.name if number == 1 else f"{frame.path.stem}_{number}{frame.path.suffix}"
+        write_image(self.folder / name, draw_detections(frame.image, detections, self.class_names))
 
     def close(self) -> None:
         pass

@@ -1,0 +1,304 @@
+"""The scripts as users run them, on a small drawn set: train, resume, evaluate, predict, and mistakes."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import supervision as sv
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import eval as eval_script
+import predict
+import train
+from tests.conftest import ROOT, run
+from utils.cache import build_cache
+from utils.checkpoint import load_checkpoint
+from utils.detector import EVALUATION_THRESHOLDS, Detector
+from utils.images import draw_detections, read_image, write_image
+from utils.voc import load_samples
+
+
+@pytest.fixture(scope="module")
+def config(devkit) -> train.Config:
+    """A run of a minute's fraction."""
+    return train.Config(
+        devkit=str(devkit),
+        train_sets=("Demo/train",),
+        val_sets=("Demo/val",),
+        classes=str(devkit / "Demo" / "classes.txt"),
+        anchors=str(ROOT / "model_data" / "yolo_anchors.txt"),
+        input_size=(96, 128),
+        epochs=4,
+        batch_size=8,
+        nominal_batch=16,
+        freeze_epochs=1,
+        eval_every=2,
+        phi=4,
+        mixup=0.3,
+        device="cpu",
+    )
+
+
+@pytest.fixture(scope="module")
+def run_dir(config, tmp_path_factory):
+    """A finished run."""
+    return train.main(replace(config, run_dir=str(tmp_path_factory.mktemp("runs") / "whole")))
+
+
+def test_a_run_leaves_its_files(run_dir):
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [record["epoch"] for record in records] == [1, 2, 3, 4]
+    assert ["val/AP" in record for record in records] == [False, True, False, True]
+    assert all(np.isfinite(record["train/loss"]) for record in records)
+    for name in ("batch_0.jpg", "batch_1.jpg", "val_examples.jpg", "curves.png"):
+        assert read_image(run_dir / name).std() > 5, name
+    board = EventAccumulator(str(run_dir / "tensorboard")).Reload()
+    assert {"train/loss", "train/lr", "val/AP", "val/AP50"} <= set(board.Tags()["scalars"])
+    assert {"batch_0", "val_examples"} <= set(board.Tags()["images"])
+    best = load_checkpoint(run_dir / "best.safetensors")
+    assert best.info["best"] == max(record.get("val/AP", 0) for record in records)
+    assert not best.training
+
+
+def test_a_resumed_run_equals_one_that_never_stopped(config, run_dir, tmp_path, monkeypatch):
+    folder = tmp_path / "stopped"
+    real = train.run_epoch
+
+    def stop_before_the_third(trainer, caches, log, epoch, best):
+        if epoch == 2:
+            raise KeyboardInterrupt
+        return real(trainer, caches, log, epoch, best)
+
+    monkeypatch.setattr(train, "run_epoch", stop_before_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        train.main(replace(config, run_dir=str(folder)))
+    monkeypatch.undo()
+    (folder / "metrics.jsonl").open("a").write('{"epoch": 3, "train/loss": 9}\n{"epo')  # from a step that was lost
+    train.main(train.Config(run_dir=str(folder), resume=True))
+    whole, resumed = (load_checkpoint(path / "last.safetensors") for path in (run_dir, folder))
+    assert whole.weights.keys() == resumed.weights.keys()
+    for part in ("weights", "training"):
+        for name, value in getattr(whole, part).items():
+            assert torch.equal(value, getattr(resumed, part)[name]), (part, name)
+    timeless = [
+        [
+            {name: value for name, value in json.loads(line).items() if "second" not in name}
+            for line in (path / "metrics.jsonl").read_text().splitlines()
+        ]
+        for path in (run_dir, folder)
+    ]
+    assert timeless[0] == timeless[1]
+
+
+def test_logged_map_is_what_eval_says(config, run_dir, tmp_path):
+    last = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
+    for batch_size in (1, 5):
+        metrics = eval_script.main(
+            eval_script.Config(
+                weights=str(run_dir / "last.safetensors"),
+                devkit=config.devkit,
+                sets=("Demo/val",),
+                out=str(tmp_path / "eval"),
+                batch_size=batch_size,
+                device="cpu",
+            )
+        )
+        assert metrics["coco"]["AP"] == pytest.approx(last["val/AP"], abs=1e-6)
+        assert metrics["voc"]["mAP_area"] == pytest.approx(last["val/mAP_area"], abs=1e-6)
+    written = json.loads((tmp_path / "eval" / "metrics.json").read_text())
+    assert written["coco"] == metrics["coco"]
+    assert set(written["voc"]["per_class"]) == {"circle", "square", "triangle", "star", "cross", "ring"}
+    assert read_image(tmp_path / "eval" / "precision_recall.png").std() > 5
+
+
+def test_detector_is_one_path(config, run_dir):
+    """Single images, batches and the cache give the same detections."""
+    detector = Detector.load(run_dir / "last.safetensors", thresholds=EVALUATION_THRESHOLDS)
+    samples = load_samples(config.devkit, ["Demo/test"], detector.spec.class_names)
+    cache = build_cache(samples, detector.spec.input_size, detector.spec.letterbox, torch.device("cpu"))
+    images = [read_image(sample.image) for sample in samples]
+    single = [detector(image) for image in images]
+    batched = list(detector.detect(images, batch_size=4))
+    cached = [
+        found
+        for part, heads in detector.run_cached(cache, 3)
+        for found in detector.select(heads, cache.fits[part], cache.sizes[part])
+    ]
+    for one, other in [*zip(single, batched, strict=True), *zip(single, cached, strict=True)]:
+        assert len(one) == len(other) > 0
+        np.testing.assert_allclose(one.confidence, other.confidence, atol=1e-5)
+        np.testing.assert_allclose(one.xyxy[:20], other.xyxy[:20], atol=0.05)
+    heights_and_widths = np.array([image.shape[:2] for image in images])
+    for found, (height, width) in zip(single, heights_and_widths, strict=True):
+        assert found.xyxy.min() >= 0
+        assert (found.xyxy <= [width, height, width, height]).all()
+
+
+def test_folding_changes_nothing(run_dir):
+    checkpoint = load_checkpoint(run_dir / "last.safetensors")
+    model = checkpoint.build_model("last").eval()
+    detector = Detector(model, checkpoint.spec, torch.device("cpu"))
+    image = torch.randint(256, (2, 3, 96, 128), dtype=torch.uint8)
+    with torch.no_grad():
+        for ours, theirs in zip(detector.forward(image), model(image / 255), strict=True):
+            torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-3)
+
+
+def test_predict_writes_pictures_lines_and_crops(config, run_dir, tmp_path, capsys):
+    images = tmp_path / "in put" / "ä"
+    images.mkdir(parents=True)
+    sample = load_samples(config.devkit, ["Demo/test"], load_checkpoint(run_dir / "last.safetensors").spec.class_names)[
+        0
+    ]
+    picture = read_image(sample.image)
+    write_image(images / "one.png", picture)
+    write_image(images / "tiny.jpg", picture[:9, :7])
+    (images / "notes.txt").write_text("no image")
+    out = tmp_path / "out"
+    settings = predict.Config(
+        source=str(images),
+        weights=str(run_dir / "last.safetensors"),
+        out=str(out),
+        confidence=0.01,
+        crops=True,
+        counts=True,
+        device="cpu",
+    )
+    found = predict.main(settings)
+    lines = [json.loads(line) for line in (out / "detections.jsonl").read_text().splitlines()]
+    assert len(lines) == found > 0
+    assert set(lines[0]) == {"image", "class", "score", "box"}
+    assert all(line["score"] >= 0.01 and len(line["box"]) == 4 for line in lines)
+    drawn = read_image(out / "one.png")
+    assert drawn.shape == picture.shape
+    assert (drawn != picture).any()
+    assert read_image(out / "tiny.jpg").shape == (9, 7, 3)
+    assert list((out / "crops").glob("*/one_*.png"))
+    assert "in all: " in capsys.readouterr().out
+    single = predict.main(replace(settings, source=str(images / "one.png"), out=str(tmp_path / "b")))
+    matched = predict.main(replace(settings, source=str(images / "o*.png"), out=str(tmp_path / "c")))
+    assert single == matched > 0
+
+
+def test_weights_start_a_new_run(config, run_dir, tmp_path, capsys):
+    checkpoint = load_checkpoint(run_dir / "last.safetensors")
+    short = replace(config, epochs=1, freeze_epochs=0, val_sets=(), run_dir=str(tmp_path / "a"))
+    train.main(replace(short, weights=str(run_dir / "last.safetensors")))
+    assert "tensors taken" in capsys.readouterr().out
+    assert load_checkpoint(tmp_path / "a" / "best.safetensors").spec.identity_start
+    plain = {name: value for name, value in checkpoint.weights.items() if not name.startswith("attention_gain")}
+    torch.save(plain, tmp_path / "published.pth")
+    train.main(replace(short, weights=str(tmp_path / "published.pth"), run_dir=str(tmp_path / "b")))
+    assert not load_checkpoint(tmp_path / "b" / "best.safetensors").spec.identity_start
+
+
+def test_a_set_smaller_than_a_batch_trains(config, tmp_path):
+    small = replace(config, batch_size=64, nominal_batch=256, epochs=2, freeze_epochs=0, run_dir=str(tmp_path / "a"))
+    folder = train.main(small)
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_nan_loss_stops_and_spares_the_checkpoint(config, run_dir, tmp_path):
+    checkpoint = load_checkpoint(run_dir / "last.safetensors")
+    broken = {
+        name: value * float("nan") if value.is_floating_point() else value for name, value in checkpoint.weights.items()
+    }
+    torch.save(broken, tmp_path / "broken.pth")
+    with pytest.raises(train.UserError, match=r"epoch 1, step 1 is not finite.*: train_\d+"):
+        train.main(replace(config, weights=str(tmp_path / "broken.pth"), run_dir=str(tmp_path / "a")))
+    assert not list((tmp_path / "a").glob("*.safetensors"))
+
+
+def test_flags_work_as_a_user_gives_them(devkit, tmp_path):
+    common = ["--device", "cpu", "--devkit", devkit]
+    result = run(
+        "train.py", *common, "--train-sets", "Demo/train", "Demo/val", "--val-sets", "Demo/val", "--classes",
+        devkit / "Demo" / "classes.txt", "--phi", 1, "--input-size", 64, 64, "--epochs", 1, "--batch-size", 10,
+        "--seed", 3, "--run-dir", tmp_path / "run",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "30 images" in result.stdout
+    assert "phi 1" in result.stdout
+    result = run("train.py", "--resume", "--run-dir", tmp_path / "run")
+    assert result.returncode == 0, result.stderr
+    weights = tmp_path / "run" / "last.safetensors"
+    result = run("eval.py", *common, "--weights", weights, "--sets", "Demo/test", "--out", tmp_path / "eval")
+    assert result.returncode == 0, result.stderr
+    assert "mean" in result.stdout
+    source = devkit / "Demo" / "JPEGImages"
+    result = run("predict.py", source, "--weights", weights, "--out", tmp_path / "out", "--confidence", 0.5)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "out" / "detections.jsonl").is_file()
+
+
+@pytest.mark.parametrize("script", ["train.py", "eval.py", "predict.py"])
+def test_help_explains_every_flag(script):
+    result = run(script, "--help")
+    assert result.returncode == 0
+    config = {"train.py": train.Config, "eval.py": eval_script.Config, "predict.py": predict.Config}[script]
+    for name in config.__annotations__:
+        assert name.replace("_", "-") in result.stdout.lower(), name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--devkit", "/nowhere"], ["VOC2007/train", "/nowhere", "make demo"]),
+        (["--phi", "9"], ["phi is 9", "0 (none), 1 (se_block)"]),
+        (["--input-size", "416", "400"], ["multiples of 32"]),
+        (["--lr", "nan"], ["lr is nan"]),
+        (["--batch-size", "-1"], ["batch_size is -1"]),
+        (["--classes", "nothing.txt"], ["nothing.txt"]),
+        (["--phi", "2", "--attention-args", "kernel_size", "5"], ["3 or 7"]),
+        (["--weights", "nothing.pth"], ["nothing.pth"]),
+        (["--weights", "README.md"], ["README.md"]),
+        (["--resume", "--run-dir", "/nowhere"], ["/nowhere"]),
+        (["--device", "tpu"], ["auto, cpu or cuda"]),
+    ],
+)
+def test_mistakes_in_training(expect_mistake, arguments, words):
+    expect_mistake(train, ["--device", "cpu", *arguments], *words)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+@pytest.mark.parametrize(("script", "source"), [(train, []), (eval_script, []), (predict, ["README.md"])])
+def test_cuda_asked_for_and_absent(expect_mistake, script, source):
+    expect_mistake(script, [*source, "--device", "cuda"], "CUDA", "--device cpu")
+
+
+def test_classes_that_match_nothing(expect_mistake, devkit):
+    arguments = ["--device", "cpu", "--devkit", devkit, "--train-sets", "Demo/train", "--val-sets", "Demo/val"]
+    expect_mistake(train, arguments, "'circle'", "'ring'", "aeroplane")
+
+
+def test_mistakes_with_a_checkpoint(expect_mistake, run_dir, devkit, tmp_path):
+    weights = ["--weights", run_dir / "last.safetensors", "--device", "cpu"]
+    classes = ["--classes", ROOT / "model_data" / "voc_classes.txt"]
+    image = devkit / "Demo" / "JPEGImages" / "test_0000.jpg"
+    (tmp_path / "bad.jpg").write_text("no picture")
+    expect_mistake(train, ["--run-dir", run_dir], "already holds a run", "--resume")
+    expect_mistake(eval_script, [*weights, *classes], "6 classes", "20")
+    expect_mistake(eval_script, [*weights, "--sets", "VOC2007/test", "--devkit", tmp_path], "VOC2007/test", "make demo")
+    expect_mistake(predict, [devkit / "Demo", *weights], "has no image")
+    expect_mistake(predict, [image, *weights, *classes], "6 classes", "20")
+    expect_mistake(predict, [image, "--weights", ROOT / "README.md"], "README.md", "no checkpoint")
+    expect_mistake(predict, ["no such.jpg", *weights], "no such.jpg")
+    expect_mistake(predict, [image, *weights, "--confidence", 2], "confidence is 2")
+    expect_mistake(predict, [image, *weights, "--out", image.parent], "replace their inputs")
+    expect_mistake(predict, [tmp_path / "bad.jpg", *weights, "--out", tmp_path / "out"], "bad.jpg")
+
+
+def test_unknown_flags_suggest():
+    result = run("train.py", "--epoch", "3")
+    assert result.returncode == 2
+    assert "--epochs" in result.stderr + result.stdout
+
+
+def test_labels_are_readable_at_any_size():
+    for height, width in ((40, 60), (480, 640), (3000, 4000)):
+        box = sv.Detections(np.array([[2.0, height / 2, width / 2, height - 2]]), class_id=np.array([0]))
+        picture = draw_detections(np.zeros((height, width, 3), np.uint8), box, ["cat"])
+        rows = np.flatnonzero(picture[: height // 2 - 3].any(axis=(1, 2)))
+        assert len(rows) >= min(10, 0.02 * height)
