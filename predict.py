@@ -28,8 +28,6 @@ class Config:
     """Detect objects in images."""
 
     source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE", help=SOURCE_HELP)]
-        tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")
-    ]  # an image, a folder of images, or a glob such as "photos/*.jpg"
     weights: str = ""  # checkpoint of train.py; empty: best.safetensors of the newest run under logs/
     out: str = "predictions"  # folder for the results: annotated pictures and detections.jsonl
     classes: str = ""  # class file to compare with the checkpoint's classes; empty: those of the checkpoint
