@@ -19,7 +19,6 @@ from utils.sinks import Counts, Crops, JsonLines, Pictures, Sink
 from utils.sources import find_images, read_frames
 from utils.voc import load_classes
 
-
 SOURCE_HELP = 'an image, a folder of images, or a glob such as "photos/*.jpg"'
 
 
