@@ -283,7 +283,7 @@ def open_run(config: Config) -> tuple[Config, Path, Checkpoint | None]:
     """The settings and the folder of the run, and its last checkpoint when it resumes."""
     if not config.resume:
         folder = Path(config.run_dir or f"logs/{time.strftime('%Y-%m-%d_%H-%M-%S')}")
-        if (folder / "config.json").exists():
+        if (folder / "last.safetensors").exists():
             raise UserError(f"{folder} already holds a run; add --resume to continue it, or choose another --run-dir")
         return config, folder, None
     folder = Path(config.run_dir) if config.run_dir else newest_checkpoint("last").parent

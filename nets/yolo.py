@@ -104,13 +104,12 @@ class ModelSpec:
     def num_classes(self) -> int:
         return len(self.class_names)
 
-    def build(self, pretrained: bool = False) -> YoloBody:
+    def build(self) -> YoloBody:
         """A network of this specification with fresh weights; raises ValueError as `YoloBody` does."""
         model = YoloBody(
             self.anchors_mask,
             self.num_classes,
             self.phi,
-            pretrained,
             attention_args=self.attention_args,
             places=self.places,
             identity_start=self.identity_start and self.phi > 0,
