@@ -11,7 +11,7 @@ from tests.conftest import ANCHORS
 from utils.anchors import Level, levels_of
 from utils.boxes import batched_iou, ciou
 from utils.errors import UserError
-from utils.loss import HEAD_BALANCE, LossSettings, YoloLoss, assign_targets, check_losses
+from utils.loss import HEAD_BALANCE, LossSettings, YoloLoss, assign_targets, check_losses, matching_anchors
 
 SPEC = ModelSpec(("a", "b", "c"), ANCHORS, input_size=(96, 128))
 SETTINGS = LossSettings(label_smoothing=0.1)
@@ -30,25 +30,35 @@ def random_heads(seed: int = 0) -> list[torch.Tensor]:
     return [torch.randn(3, 24, 96 // stride, 128 // stride, generator=generator) for stride in STRIDES]
 
 
+def test_anchors_by_hand():
+    levels = (Level(32, torch.tensor([[40.0, 40], [200, 200]])), Level(16, torch.tensor([[20.0, 40], [40, 40]])))
+    boxes = torch.tensor([[[0.0, 0, 40, 40], [0, 0, 30, 40], [0, 0, 2, 2]]])
+    coarse, fine = matching_anchors(boxes, levels, 0.6)
+    # 40x40 is itself in both heads; 30x40 overlaps 40x40 by 0.75 and 20x40 by 0.67; 2x2 takes the best, 4 / 800
+    assert coarse[0].tolist() == [[True, False], [True, False], [False, False]]
+    assert fine[0].tolist() == [[False, True], [True, True], [True, False]]
+
+
 def test_assignment_by_hand():
     level = Level(32, torch.tensor([[40.0, 40], [200, 200]]))
     boxes = torch.tensor([[[20.0, 68, 60, 108], [0, 0, 1, 1]]])  # centre 40, 88: cell (1, 2), at (1.25, 2.75)
-    found = assign_targets(boxes, torch.tensor([[0, -1]]), level, (4, 4), max_ratio=4)
+    labels, matches = torch.tensor([[0, -1]]), torch.tensor([[[True, False], [True, True]]])
+    found = assign_targets(boxes, labels, matches, level, (4, 4))
     slots = found.mask[0].nonzero().flatten().tolist()
-    assert slots == [0, 1, 2]  # the first anchor alone: the second is five times too large
+    assert slots == [0, 1, 2]
     assert found.cells[0, slots].tolist() == [[1, 2], [0, 2], [1, 3]]  # own cell, left, below
     assert found.index[0, slots].tolist() == [9, 8, 13]
     assert found.target[0, slots].tolist() == [0, 0, 0]
-    wider = assign_targets(boxes, torch.tensor([[0, -1]]), level, (4, 4), max_ratio=6)
-    assert wider.mask.sum() == 6
-    assert wider.index[0, 3:6].tolist() == [25, 24, 29]
-    assert wider.anchors[3].tolist() == [200, 200]
+    both = assign_targets(boxes, labels, torch.ones_like(matches), level, (4, 4))
+    assert both.mask.sum() == 6
+    assert both.index[0, 3:6].tolist() == [25, 24, 29]
+    assert both.anchors[3].tolist() == [200, 200]
 
 
 def test_no_neighbour_beyond_the_border():
     level = Level(32, torch.tensor([[40.0, 40]]))
     boxes = torch.tensor([[[0.0, 0, 30, 30], [98, 98, 128, 128]]])  # centres (0.47, 0.47) and (3.53, 3.53)
-    found = assign_targets(boxes, torch.tensor([[0, 0]]), level, (4, 4), max_ratio=4)
+    found = assign_targets(boxes, torch.tensor([[0, 0]]), torch.ones(1, 2, 1, dtype=torch.bool), level, (4, 4))
     assert found.mask[0].tolist() == [True, False, False, True, False, False]
 
 
@@ -73,10 +83,17 @@ def slow_assignment(level, boxes, labels, grid) -> list[tuple[tuple[int, ...], i
         cells = [(int(x), int(y))]
         cells.append((int(x) + (-1 if x % 1 < 0.5 else 1), int(y)))
         cells.append((int(x), int(y) + (-1 if y % 1 < 0.5 else 1)))
-        ratios = (boxes[b, k, 2:] - boxes[b, k, :2]) / level.anchors
-        fitting = (torch.maximum(ratios, 1 / ratios).amax(dim=1) < SETTINGS.max_ratio).nonzero().flatten()
+        w, h = (boxes[b, k, 2:] - boxes[b, k, :2]).tolist()
+
+        def overlap(anchor, w=w, h=h):
+            inner = min(w, anchor[0]) * min(h, anchor[1])
+            return inner / (w * h + anchor[0] * anchor[1] - inner)
+
+        best = max(map(overlap, ANCHORS[1:]))  # the first anchor belongs to no head
+        overlaps = map(overlap, level.anchors.tolist())
+        fitting = [a for a, value in enumerate(overlaps) if value > SETTINGS.anchor_iou or value >= best - 1e-9]
         inside = [(cx, cy) for cx, cy in cells if 0 <= cx < grid[1] and 0 <= cy < grid[0]]
-        pairs += [((b, a, cy, cx), b, k) for a in fitting.tolist() for cx, cy in inside]
+        pairs += [((b, a, cy, cx), b, k) for a in fitting for cx, cy in inside]
     return pairs
 
 
@@ -152,7 +169,7 @@ def test_a_perfect_prediction_costs_nothing():
     boxes, labels = torch.tensor([[[32.0, 32, 64, 64]]]), torch.tensor([[1]])
     heads = [torch.full((1, 24, size, size), -30.0) for size in (3, 6)]
     for head, level in zip(heads, levels_of(SPEC), strict=True):
-        found = assign_targets(boxes, labels, level, head.shape[2:], SETTINGS.max_ratio)
+        found = assign_targets(boxes, labels, torch.ones(1, 1, 3, dtype=torch.bool), level, tuple(head.shape[2:]))
         raw = head.view(1, 3, 8, -1)
         for slot in found.mask[0].nonzero().flatten().tolist():
             anchor, cell = divmod(found.index[0, slot].item(), head.shape[2] * head.shape[3])

@@ -62,3 +62,9 @@ def batched_iou(boxes: Tensor, others: Tensor) -> Tensor:
     overlap = (right_bottom - left_top).clamp_(min=0).prod(dim=-1)  # (B, N, M)
     union = box_area(boxes)[:, :, None] + box_area(others)[:, None, :] - overlap
     return overlap / union.clamp(min=1e-9)
+
+
+def shape_iou(sides: Tensor, others: Tensor) -> Tensor:
+    """IoU of boxes laid over each other at one corner: sides (..., 2) and (N, 2), width and height -> (..., N)."""
+    overlap = torch.minimum(sides[..., None, :], others).prod(dim=-1)
+    return overlap / (sides.prod(dim=-1)[..., None] + others.prod(dim=-1) - overlap)

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nets.yolo import ModelSpec
-from utils.anchors import Level, decode_boxes, levels_of, read_head
-from utils.boxes import batched_iou, ciou
+from utils.anchors import Level, decode_boxes, decode_level, levels_of, read_head
+from utils.boxes import batched_iou, ciou, shape_iou
 from utils.errors import UserError
 
 TERMS = ("loss", "box", "objectness", "class")
@@ -27,19 +27,28 @@ class Assignment(NamedTuple):
     anchors: Tensor  # (P, 2) width, height in input pixels
 
 
-def assign_targets(boxes: Tensor, labels: Tensor, level: Level, grid: tuple[int, int], max_ratio: float) -> Assignment:
+def matching_anchors(boxes: Tensor, levels: Sequence[Level], min_iou: float) -> tuple[Tensor, ...]:
+    """Which anchors answer for objects (B, M, 4) xyxy in pixels: for each head a mask (B, M, A).
+
+    An anchor does when its shape overlaps the object's by more than `min_iou`, or when none overlaps it more: so every
+    object is answered for, and most by several.
+    """
+    sides = (boxes[..., 2:] - boxes[..., :2]).clamp(min=1e-3)
+    overlap = shape_iou(sides, torch.cat([level.anchors for level in levels]))  # (B, M, all anchors)
+    matches = (overlap > min_iou) | (overlap == overlap.amax(dim=-1, keepdim=True))
+    return matches.split([len(level.anchors) for level in levels], dim=-1)
+
+
+def assign_targets(boxes: Tensor, labels: Tensor, matches: Tensor, level: Level, grid: tuple[int, int]) -> Assignment:
     """Give objects (B, M, 4) xyxy in pixels, labels (B, M) with -1 for padding, to predictions of one head.
 
-    An anchor answers when neither side of it differs from the object's by more than `max_ratio`; it does so in the
-    cell of the object's centre and in the nearest neighbour left or right and above or below. `grid` is (H, W).
+    The anchors of `matches` (B, M, A) answer in the cell of the object's centre and in the nearest neighbours, one left
+    or right and one above or below. `grid` is (H, W).
     """
     height, width = grid
     batch, most = labels.shape
     num_anchors = len(level.anchors)
     centres = (boxes[..., :2] + boxes[..., 2:]) / (2 * level.stride)  # (B, M, 2) in cells
-    sides = (boxes[..., 2:] - boxes[..., :2]).clamp(min=1e-3)
-    ratio = sides[:, :, None] / level.anchors  # (B, M, A, 2)
-    fits = torch.maximum(ratio, 1 / ratio).amax(dim=-1) < max_ratio  # (B, M, A)
 
     limits = torch.tensor([width, height], device=boxes.device)
     own = centres.long().clamp(min=0).minimum(limits - 1)  # (B, M, 2)
@@ -56,7 +65,7 @@ def assign_targets(boxes: Tensor, labels: Tensor, level: Level, grid: tuple[int,
     cells = own[:, :, None] + steps
     inside = ((cells >= 0) & (cells < limits)).all(dim=-1)  # (B, M, 3)
 
-    mask = (fits[..., None] & inside[:, :, None] & (labels >= 0)[:, :, None, None]).flatten(1)  # (B, M*A*3)
+    mask = (matches[..., None] & inside[:, :, None] & (labels >= 0)[:, :, None, None]).flatten(1)  # (B, M*A*3)
     cells = cells.clamp(min=0).minimum(limits - 1)
     flat = cells[..., 1] * width + cells[..., 0]  # (B, M, 3)
     anchor = torch.arange(num_anchors, device=boxes.device)
@@ -79,7 +88,7 @@ class LossSettings:
     box: float = 0.05
     objectness: float = 1.0
     classes: float = 0.02
-    max_ratio: float = 4.0  # of sides between an object and the anchors that answer for it
+    anchor_iou: float = 0.3  # of the shapes of an object and the anchors that answer for it
     ignore_iou: float = 0.7  # a prediction this close to an object is no background even if not assigned
     label_smoothing: float = 0.0
 
@@ -99,21 +108,21 @@ class YoloLoss:
 
     def __call__(self, heads: Sequence[Tensor], boxes: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Heads P5, P4; boxes (B, M, 4) xyxy in input pixels, labels (B, M) -> "loss" and its three parts."""
-        terms = [
-            self.head_terms(head, level, balance, boxes, labels)
-            for head, level, balance in zip(heads, self.levels, HEAD_BALANCE, strict=True)
-        ]
-        weights = (self.settings.box, self.settings.objectness, self.settings.classes)
-        box, objectness, classes = (
-            weight * sum(values) for weight, values in zip(weights, zip(*terms, strict=True), strict=True)
-        )
+        matches = matching_anchors(boxes, self.levels, self.settings.anchor_iou)
+        box = objectness = classes = boxes.new_zeros(())
+        for head, level, match, balance in zip(heads, self.levels, matches, HEAD_BALANCE, strict=True):
+            found = assign_targets(boxes, labels, match, level, (head.shape[2], head.shape[3]))
+            terms = self.head_terms(head, level, found, boxes, labels)
+            box = box + self.settings.box * terms[0]
+            objectness = objectness + self.settings.objectness * balance * terms[1]
+            classes = classes + self.settings.classes * terms[2]
         return dict(zip(TERMS, (box + objectness + classes, box, objectness, classes), strict=True))
 
     def head_terms(
-        self, head: Tensor, level: Level, balance: float, boxes: Tensor, labels: Tensor
+        self, head: Tensor, level: Level, found: Assignment, boxes: Tensor, labels: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """Box, objectness and class term of one head, not yet weighted."""
         raw = read_head(head, len(level.anchors))  # (B, A, H, W, 5+C)
-        found = assign_targets(boxes, labels, level, (raw.shape[2], raw.shape[3]), self.settings.max_ratio)
         flat = raw.flatten(1, 3)  # (B, N, 5+C)
         count = found.mask.sum().clamp(min=1)
 
@@ -129,9 +138,9 @@ class YoloLoss:
         target = torch.where(found.mask, quality.detach().clamp(min=0), -1.0)
         target = torch.full_like(flat[..., 4], -1).scatter_reduce(1, found.index, target, "amax")  # (B, N), -1: none
         with torch.no_grad():
-            counted = (target >= 0) | ~self.near_an_object(raw, level, boxes, labels)
+            counted = (target >= 0) | ~self.near_an_object(head, level, boxes, labels)
         objectness = F.binary_cross_entropy_with_logits(flat[..., 4], target.clamp(min=0), reduction="none")
-        objectness = balance * (objectness * counted).sum() / counted.sum().clamp(min=1)
+        objectness = (objectness * counted).sum() / counted.sum().clamp(min=1)
 
         smoothing = self.settings.label_smoothing
         one_hot = F.one_hot(labels.clamp(min=0).gather(1, found.target), self.num_classes)
@@ -139,13 +148,10 @@ class YoloLoss:
         classes = F.binary_cross_entropy_with_logits(chosen[..., 5:], wanted_class, reduction="none").sum(dim=-1)
         return box, objectness, (classes * found.mask).sum() / count
 
-    def near_an_object(self, raw: Tensor, level: Level, boxes: Tensor, labels: Tensor) -> Tensor:
+    def near_an_object(self, head: Tensor, level: Level, boxes: Tensor, labels: Tensor) -> Tensor:
         """Which predictions (B, A*H*W) overlap some object by more than `ignore_iou`."""
-        columns = torch.arange(raw.shape[3], device=raw.device)
-        rows = torch.arange(raw.shape[2], device=raw.device)
-        cells = torch.stack(torch.meshgrid(columns, rows, indexing="xy"), dim=-1)  # (H, W, 2)
-        decoded = decode_boxes(raw[..., :4], cells, level.anchors[:, None, None], level.stride, self.scale_xy)
-        overlap = batched_iou(decoded.flatten(1, 3), boxes)  # (B, N, M)
+        decoded, _ = decode_level(head, level, self.scale_xy)
+        overlap = batched_iou(decoded, boxes)  # (B, N, M)
         return (overlap.masked_fill(labels[:, None] < 0, 0) > self.settings.ignore_iou).any(dim=-1)
 
 
