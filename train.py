@@ -3,11 +3,10 @@
 python train.py --train-sets VOC2007/trainval --phi 2 --epochs 50
 """
 
-import json
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +33,22 @@ from utils.checkpoint import (
 )
 from utils.detector import EVALUATION_THRESHOLDS, Detector, Thresholds
 from utils.device import autocast, choose_device, choose_precision, keep_freed_memory
-from utils.errors import UserError, check_range, run_script
+from utils.errors import UserError, check_choice, check_range, run_script
 from utils.images import draw_sheet
 from utils.loss import TERMS, LossSettings, YoloLoss, check_losses
 from utils.metrics import evaluate
-from utils.optim import accumulation_steps, build_ema, build_optimizer, freeze_backbone, lr_factor
-from utils.runlog import RunLog
+from utils.optim import (
+    OPTIMIZERS,
+    SCHEDULES,
+    accumulation_steps,
+    build_ema,
+    build_optimizer,
+    freeze_backbone,
+    lr_factor,
+)
+from utils.runlog import RunLog, load_settings, save_settings
 from utils.voc import load_classes, load_samples
-from utils.weights import has_plain_attention, read_weights, start_from
+from utils.weights import fits_plain_attention, read_weights, start_from
 
 CHECK_EVERY = 20  # steps between two looks at the losses, which wait for the device
 PICTURES = 8  # images drawn of a batch and of a validation
@@ -111,8 +118,12 @@ class Config:
         check_range(self, 0, self.epochs, "freeze_epochs")
         check_range(self, 1e-9, 1e3, "lr")
         check_range(self, 0, 1e3, "weight_decay", "aspect")
-        check_range(self, 0, 1, "momentum", "warmup", "ema", "label_smoothing", "mosaic", "mixup", "mosaic_until")
-        check_range(self, 0, 0.99, "scale", "translate", "flip", "hue", "saturation", "value")
+        check_range(self, 0, 2**63, "seed")
+        check_range(self, 0, 1, "momentum", "warmup", "label_smoothing", "mosaic", "mixup", "mosaic_until", "flip")
+        check_range(self, 0, 0.99, "scale", "translate", "hue", "saturation", "value")
+        check_range(self, 1e-6, 1, "ema")
+        check_choice(self, "optimizer", OPTIMIZERS)
+        check_choice(self, "schedule", SCHEDULES)
 
     def augment_settings(self, epoch: int) -> AugmentSettings:
         """The strengths in an epoch: mosaic and mixup stop for the last part."""
@@ -234,20 +245,24 @@ def run_epoch(
     started = time.perf_counter()
     values = train_one_epoch(trainer, train, epoch)
     values["train/images_per_second"] = trainer.batches * trainer.batch_size / (time.perf_counter() - started)
+    if not all(value.isfinite().all() for value in trainer.state.model.parameters()):
+        raise UserError(
+            f"the weights are not finite after epoch {epoch + 1}; the last checkpoint is still good, lower lr"
+        )
     values["train/lr"] = trainer.state.scheduler.get_last_lr()[0]
     metrics: dict[str, Any] = {}
     if val and ((epoch + 1) % config.eval_every == 0 or epoch + 1 == config.epochs):
         found, metrics = validate(trainer, val, log, epoch + 1)
         values |= found
-    is_best = not val or values.get("val/AP", -1.0) > best
+    is_best = not val or values.get("val/AP", -2.0) >= best
     best = max(best, values.get("val/AP", -1.0))
     values["seconds"] = time.perf_counter() - trainer.started
     log.epoch(epoch + 1, values)
     info = {"epoch": epoch + 1, "best": best, "metrics": metrics}
-    save_checkpoint(log.folder / "last.safetensors", pack_training(trainer.state, trainer.spec, info))
     if is_best:
         weights = trainer.state.ema.module.state_dict()
         save_checkpoint(log.folder / "best.safetensors", Checkpoint(trainer.spec, weights, info, {}))
+    save_checkpoint(log.folder / "last.safetensors", pack_training(trainer.state, trainer.spec, info))
     shown = ("train/loss", "val/loss", "val/AP", "val/AP50", "train/images_per_second")
     print(f"epoch {epoch + 1}/{config.epochs}", *(f"{name} {values[name]:.4g}" for name in shown if name in values))
     return best
@@ -262,21 +277,21 @@ def load_data(config: Config, spec: ModelSpec, device: torch.device) -> tuple[Im
 
 
 def new_spec(config: Config, weights: dict[str, Tensor]) -> ModelSpec:
-    """What to build for a new run; published attention weights need the plain gate."""
+    """What to build for a new run; published weights of the same attention need its plain gate."""
     spec = ModelSpec(
         class_names=load_classes(config.classes),
         anchors=load_anchors(config.anchors),
         phi=config.phi,
         attention_args=config.attention_args,
-        identity_start=config.identity_start and config.phi > 0 and not has_plain_attention(weights),
+        identity_start=config.identity_start and config.phi > 0,
         input_size=config.input_size,
         letterbox=config.letterbox,
     )
     try:
-        spec.build()
+        model = spec.build()
     except ValueError as error:
         raise UserError(str(error)) from None
-    return spec
+    return replace(spec, identity_start=False) if fits_plain_attention(model, weights) else spec
 
 
 def open_run(config: Config) -> tuple[Config, Path, Checkpoint | None]:
@@ -288,19 +303,10 @@ def open_run(config: Config) -> tuple[Config, Path, Checkpoint | None]:
         return config, folder, None
     folder = Path(config.run_dir) if config.run_dir else newest_checkpoint("last").parent
     checkpoint = load_checkpoint(folder / "last.safetensors")
-    saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    types = {item.name: tuple for item in fields(Config) if isinstance(getattr(config, item.name), tuple)}
-    saved = {name: types.get(name, lambda value: value)(value) for name, value in saved.items()}
+    settings = load_settings(folder, config, free=("run_dir", "resume", "device"))
+    device = settings.device if config.device == "auto" else config.device
     print(f"resuming {folder} after epoch {checkpoint.info['epoch']}, with the settings in its config.json")
-    return replace(Config(**saved), device=config.device, resume=True), folder, checkpoint
-
-
-def start_run(config: Config, folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write the run's folder {folder}: {error.strerror}") from None
+    return replace(settings, device=device), folder, checkpoint
 
 
 def main(config: Config) -> Path:
@@ -323,7 +329,7 @@ def main(config: Config) -> Path:
     else:
         if weights:
             print(start_from(trainer.state.model, weights, config.weights))
-        start_run(config, folder)
+        save_settings(folder, config)
     log = RunLog(folder, first_epoch)
     if first_epoch == 0:
         for batch in range(min(2, trainer.batches)):
@@ -331,7 +337,8 @@ def main(config: Config) -> Path:
     for epoch in range(first_epoch, config.epochs):
         best = run_epoch(trainer, caches, log, epoch, best)
     log.close()
-    print(f"done: {folder}/best.safetensors is the best on the validation split, last.safetensors the last")
+    best_of = f"the best on {', '.join(config.val_sets)}" if config.val_sets else "the same, without validation"
+    print(f"done: {folder}/last.safetensors is the last checkpoint, best.safetensors {best_of}")
     return folder
 
 

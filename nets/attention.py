@@ -114,6 +114,8 @@ def reduced_channels(channels: int, ratio: int) -> int:
 
 def eca_kernel_size(channels: int, b: int, gamma: int) -> int:
     """ECA's odd kernel size for a number of channels (equation 12 of the paper)."""
+    if gamma < 1:
+        raise ValueError(f"ECA's gamma is {gamma}, but must be at least 1")
     size = int(abs((log2(channels) + b) / gamma))
     return size if size % 2 else size + 1
 

@@ -10,7 +10,7 @@ from nets.yolo import ModelSpec, YoloBody
 from tests.conftest import ANCHORS
 from utils.checkpoint import Checkpoint, load_checkpoint, load_model, save_checkpoint
 from utils.errors import UserError
-from utils.weights import has_plain_attention, read_weights, start_from
+from utils.weights import fits_plain_attention, read_weights, start_from
 
 SPEC = ModelSpec(("cat", "dög"), ANCHORS, phi=2, attention_args={"ratio": 4}, input_size=(64, 96), letterbox=True)
 
@@ -108,14 +108,30 @@ def test_published_names_load(tmp_path):
         theirs["module." + old.replace("spatialattention.conv1", "spatialattention.conv")] = value
     torch.save(theirs, tmp_path / "published.pth")
     weights = read_weights(tmp_path / "published.pth")
-    assert has_plain_attention(weights)
     same = YoloBody(SPEC.anchors_mask, 20, 2)
+    assert fits_plain_attention(same, weights)
+    assert not fits_plain_attention(YoloBody(SPEC.anchors_mask, 20, 1), weights)  # another block
+    assert not fits_plain_attention(YoloBody(SPEC.anchors_mask, 20, 0), weights)
     assert "fresh" not in start_from(same, weights, "published.pth")
     for name, value in source.state_dict().items():
         assert torch.equal(same.state_dict()[name], value)
     other_classes = YoloBody(SPEC.anchors_mask, 3, 2)
     line = start_from(other_classes, weights, "published.pth")
     assert "fresh: yolo_headP4.1.bias, yolo_headP4.1.weight, yolo_headP5.1.bias, yolo_headP5.1.weight" in line
+
+
+def test_a_gain_comes_only_with_its_block():
+    trained = YoloBody(SPEC.anchors_mask, 2, 2, identity_start=True)
+    with torch.no_grad():
+        for gain in trained.attention_gain.values():
+            gain.fill_(0.4)
+    other = YoloBody(SPEC.anchors_mask, 2, 4, identity_start=True)
+    line = start_from(other, trained.state_dict(), "a")
+    assert "attention_gain.feat1" in line
+    assert all(gain == 0 for gain in other.attention_gain.values())
+    same = YoloBody(SPEC.anchors_mask, 2, 2, identity_start=True)
+    start_from(same, trained.state_dict(), "a")
+    assert all(gain.item() == pytest.approx(0.4) for gain in same.attention_gain.values())
 
 
 def test_nothing_that_fits():

@@ -17,6 +17,7 @@ def sample(boxes, labels, difficult=None) -> Sample:
     return Sample(
         "a",
         Path("a.jpg"),
+        None,
         np.array(boxes, np.float32).reshape(-1, 4),
         np.array(labels, np.int64),
         np.array(difficult, bool),

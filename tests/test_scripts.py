@@ -62,7 +62,7 @@ def test_a_run_leaves_its_files(run_dir):
     assert not best.training
 
 
-def test_a_resumed_run_equals_one_that_never_stopped(config, run_dir, tmp_path, monkeypatch):
+def test_a_resumed_run_equals_one_that_never_stopped(config, run_dir, tmp_path, monkeypatch, expect_mistake):
     folder = tmp_path / "stopped"
     real = train.run_epoch
 
@@ -76,6 +76,7 @@ def test_a_resumed_run_equals_one_that_never_stopped(config, run_dir, tmp_path, 
         train.main(replace(config, run_dir=str(folder)))
     monkeypatch.undo()
     (folder / "metrics.jsonl").open("a").write('{"epoch": 3, "train/loss": 9}\n{"epo')  # from a step that was lost
+    expect_mistake(train, ["--resume", "--run-dir", folder, "--epochs", 9], "keeps its settings", "epochs is 4")
     train.main(train.Config(run_dir=str(folder), resume=True))
     whole, resumed = (load_checkpoint(path / "last.safetensors") for path in (run_dir, folder))
     assert whole.weights.keys() == resumed.weights.keys()
@@ -155,6 +156,9 @@ def test_predict_writes_pictures_lines_and_crops(config, run_dir, tmp_path, caps
     picture = read_image(sample.image)
     write_image(images / "one.png", picture)
     write_image(images / "tiny.jpg", picture[:9, :7])
+    (images / "no suffix").write_bytes((images / "one.png").read_bytes())
+    (images / "more").mkdir()
+    write_image(images / "more" / "one.png", picture)
     (images / "notes.txt").write_text("no image")
     out = tmp_path / "out"
     settings = predict.Config(
@@ -180,6 +184,13 @@ def test_predict_writes_pictures_lines_and_crops(config, run_dir, tmp_path, caps
     single = predict.main(replace(settings, source=str(images / "one.png"), out=str(tmp_path / "b")))
     matched = predict.main(replace(settings, source=str(images / "o*.png"), out=str(tmp_path / "c")))
     assert single == matched > 0
+    assert predict.main(replace(settings, source=str(images / "no suffix"), out=str(tmp_path / "d"))) == single
+    assert (tmp_path / "d" / "no suffix.png").is_file()
+    assert predict.main(replace(settings, source=str(images / "**" / "one.png"), out=str(tmp_path / "e"))) == 2 * single
+    assert (tmp_path / "e" / "one_2.png").is_file()
+    assert len(list((tmp_path / "e" / "crops").glob("*/*.png"))) == 2 * len(
+        list((tmp_path / "b" / "crops").glob("*/*"))
+    )
 
 
 def test_weights_start_a_new_run(config, run_dir, tmp_path, capsys):
@@ -256,6 +267,9 @@ def test_help_explains_every_flag(script):
         (["--weights", "README.md"], ["README.md"]),
         (["--resume", "--run-dir", "/nowhere"], ["/nowhere"]),
         (["--device", "tpu"], ["auto, cpu or cuda"]),
+        (["--optimizer", "adam"], ["adamw, sgd"]),
+        (["--seed", "-1"], ["seed is -1"]),
+        (["--phi", "3", "--attention-args", "gamma", "0"], ["gamma is 0"]),
     ],
 )
 def test_mistakes_in_training(expect_mistake, arguments, words):

@@ -4,8 +4,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 from tests.conftest import SHARED, needs_shared
+from utils.cache import build_cache
 from utils.errors import UserError
 from utils.images import write_image
 from utils.voc import load_classes, load_samples
@@ -69,6 +72,7 @@ BOX = (1, 1, 5, 5)
         ("<html></html>", ["a.xml", "<html>", "<annotation>"]),
         ('<!DOCTYPE x [<!ENTITY e "1">]><annotation>&e;</annotation>', ["a.xml", "DOCTYPE"]),
         ('<!DOCTYPE x SYSTEM "file:///etc/passwd"><annotation/>', ["a.xml", "DOCTYPE"]),
+        ('<?xml version="1.0" encoding="GBK"?><annotation/>', ["a.xml", "encoding", "UTF-8"]),
         (annotation(("", BOX, 0)), ["a.xml", "object 1", "no <name>"]),
         (annotation(("cat", BOX, 0), ("cat", ("12,5", 1, 2, 3), 0)), ["object 2", "xmin", "12,5"]),
         (annotation(("cat", (1, 1, "NaN", 5), 0)), ["xmax", "NaN"]),
@@ -102,6 +106,30 @@ def test_missing_parts(tmp_path):
     (devkit / "VOC" / "ImageSets" / "Main" / "train.txt").write_text("\n\n")
     with pytest.raises(UserError, match=r"train\.txt is empty"):
         load_samples(devkit, ["VOC/train"], ("cat",))
+
+
+@pytest.mark.parametrize("stated", ["stored", "upright"])
+def test_exif_orientation_follows_the_annotation(tmp_path, stated):
+    """A picture stored 40x20 and shown 20x40: the stated size says which of the two the boxes lie on."""
+    pixels = np.zeros((20, 40, 3), np.uint8)
+    pixels[:, :20] = 255
+    devkit = make_set(tmp_path, {})
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: turned a quarter to the right
+    Image.fromarray(pixels).save(devkit / "VOC" / "JPEGImages" / "a.jpg", exif=exif)
+    (devkit / "VOC" / "ImageSets" / "Main" / "train.txt").write_text("a")
+    height, width = (20, 40) if stated == "stored" else (40, 20)
+    box = (1, 1, 20, 20)  # the white half in both
+    text = annotation(("cat", box, 0)).replace(
+        "<object>", f"<size><width>{width}</width><height>{height}</height></size><object>", 1
+    )
+    (devkit / "VOC" / "Annotations" / "a.xml").write_text(text)
+    cache = build_cache(load_samples(devkit, ["VOC/train"], ("cat",)), (64, 64), False, torch.device("cpu"))
+    assert cache.sizes == [(height, width)]
+    x1, y1, x2, y2 = cache.boxes[0, 0].int().tolist()
+    white = cache.images[0, :, y1 + 2 : y2 - 2, x1 + 2 : x2 - 2]
+    assert white.min() > 200
+    assert cache.images[0].float().mean() < 140
 
 
 def test_class_file(tmp_path):

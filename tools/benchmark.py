@@ -68,6 +68,13 @@ def make_spec(phi: int, input_size: tuple[int, int]) -> ModelSpec:
     return ModelSpec(names, load_anchors(ROOT / "model_data" / "yolo_anchors.txt"), phi=phi, input_size=input_size)
 
 
+def run_quietly(command: list[object]) -> None:
+    """Run a command, and show what it printed if it fails."""
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise RuntimeError(f"{command} failed:\n{result.stdout}\n{result.stderr}")
+
+
 def whole_loop(config: Train, folder: Path, turn: int) -> list[float]:
     """Images per second of each epoch but the first of a run of train.py, all that an epoch does included."""
     run_dir, devkit = folder / f"run{turn}", folder / "devkit"
@@ -76,7 +83,7 @@ def whole_loop(config: Train, folder: Path, turn: int) -> list[float]:
     command += ["--epochs", 4, "--batch-size", config.batch_size, "--nominal-batch", config.batch_size]
     command += ["--input-size", *config.input_size, "--phi", config.phi]
     command += ["--device", config.device, "--run-dir", run_dir]
-    subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    run_quietly(command)
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     images = config.steps * config.batch_size
     seconds = [record["seconds"] for record in records]  # since the start, at the end of each epoch
@@ -133,7 +140,7 @@ def benchmark_train(config: Train) -> dict[str, float]:
         folder, images = Path(name), config.steps * config.batch_size
         draw = [sys.executable, ROOT / "tools" / "make_demo_data.py", "--folder", folder / "devkit" / "Demo"]
         draw += ["--train", images, "--val", 1, "--test", 1]
-        subprocess.run(list(map(str, draw)), check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        run_quietly(draw)
         batch = FixedBatch(config)
         batch.images_per_second(WARMUP_STEPS)
         for turn in range(config.rounds):

@@ -1,4 +1,4 @@
-"""Write missing split files of a VOC data set: python tools/make_splits.py --folder VOCdevkit/VOC2007
+"""Write the split files of a VOC data set that has none: python tools/make_splits.py --folder VOCdevkit/VOC2007
 
 Every image that has an annotation goes into test, val or train by the shares given; trainval is train and val. The
 same seed makes the same split. A split file that exists is never replaced.
@@ -17,7 +17,7 @@ from utils.voc import index_images
 
 @dataclass(frozen=True)
 class Config:
-    """Write missing split files of a VOC data set."""
+    """Write the split files of a VOC data set that has none."""
 
     folder: str = "VOCdevkit/VOC2007"  # the data set, with JPEGImages/ and Annotations/
     val: float = 0.1  # share of the images to validate on

@@ -61,7 +61,7 @@ def augment(
     images = warp(cache, tiles, device, len(indices))
     images = jitter_colours(images, random, settings)
     boxes, labels = move_boxes(cache, tiles, len(indices))
-    return images, boxes.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+    return images, boxes.to(device), labels.to(device)
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def place(numbers: Tensor, rects: Tensor, size: tuple[int, int], settings: Augme
 def warp(cache: ImageCache, tiles: Tiles, device: torch.device, batch: int) -> Tensor:
     """Draw the tiles: (B, 3, H, W) float, about 0..1."""
     height, width = cache.images.shape[2:]
-    images = cache.images[tiles.sources.to(cache.images.device)].to(device, non_blocking=True)
+    images = cache.images[tiles.sources.to(cache.images.device)].to(device, non_blocking=device.type == "cuda")
     images = images.float().div_(255).sub_(FILL)  # so that the zeros outside an image are the fill
     grid = torch.stack(
         torch.broadcast_tensors(

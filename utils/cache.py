@@ -48,7 +48,7 @@ def build_cache(
     array = images.numpy()
 
     def load(index: int) -> tuple[Fit, tuple[int, int]]:
-        image = read_image(samples[index].image)
+        image = read_sample(samples[index])
         fitted, fit = fit_image(image, input_size, letterbox)
         array[index] = fitted.transpose(2, 0, 1)
         return fit, image.shape[:2]
@@ -60,6 +60,15 @@ def build_cache(
     if device.type == "cuda" and images.nbytes < DEVICE_MEMORY_SHARE * torch.cuda.mem_get_info(device)[0]:
         images = images.to(device)
     return ImageCache(samples, images, boxes, labels, fits, sizes)
+
+
+def read_sample(sample: Sample) -> np.ndarray:
+    """The image as its annotation saw it: as stored, or turned upright by EXIF if the stated size says so."""
+    image = read_image(sample.image, upright=False)
+    if sample.size is None or image.shape[:2] == sample.size:
+        return image
+    upright = read_image(sample.image)
+    return upright if upright.shape[:2] == sample.size else image
 
 
 def padded_targets(

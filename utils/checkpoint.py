@@ -89,11 +89,13 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def newest_checkpoint(name: str) -> Path:
-    """`last` or `best` of the run under logs/ that was saved most recently."""
-    found = list(Path("logs").glob(f"*/{name}.safetensors"))
+    """`last` or `best` of the run under logs/ that was saved most recently; `last` when it has no `best` yet."""
+    found = list(Path("logs").glob("*/last.safetensors"))
     if not found:
         raise UserError("there is no trained run under logs/; give a checkpoint with --weights, or run train.py first")
-    return max(found, key=lambda path: path.stat().st_mtime)
+    newest = max(found, key=lambda path: path.stat().st_mtime)
+    wanted = newest.with_name(f"{name}.safetensors")
+    return wanted if wanted.exists() else newest
 
 
 def load_model(path: str | Path) -> tuple[YoloBody, ModelSpec]:
@@ -165,4 +167,5 @@ def restore_training(state: TrainingState, checkpoint: Checkpoint) -> None:
     for group, lr in zip(groups, state.scheduler.get_last_lr(), strict=True):
         group["lr"] = lr
     state.optimizer.load_state_dict({"state": moments, "param_groups": groups})
-    state.scaler.load_state_dict(checkpoint.info["scaler"])
+    if checkpoint.info["scaler"]:  # empty unless the run was in fp16
+        state.scaler.load_state_dict(checkpoint.info["scaler"])

@@ -106,7 +106,7 @@ class Detector:
     @torch.inference_mode()
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """uint8 (B, 3, H, W) at the input size -> the raw heads."""
-        images = images.to(self.device, non_blocking=True)
+        images = images.to(self.device)
         return self.model(images.to(self.dtype, memory_format=torch.channels_last) / 255)
 
     @torch.inference_mode()

@@ -1,7 +1,7 @@
 """The one error type for a user's mistake, and how a script shows it."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import inf
 from typing import TypeVar
 
@@ -21,6 +21,12 @@ def check_range(settings: object, low: float, high: float, *names: str) -> None:
         if not low <= value <= high:
             limits = f"at least {low:g}" if high == inf else f"between {low:g} and {high:g}"
             raise UserError(f"{name} is {value}, but must be {limits}")
+
+
+def check_choice(settings: object, name: str, choices: Sequence[str]) -> None:
+    """Raise UserError unless the named field is one of `choices`."""
+    if getattr(settings, name) not in choices:
+        raise UserError(f"{name} is {getattr(settings, name)!r}, but must be one of {', '.join(choices)}")
 
 
 def run_script(main: Callable[[Config], object], config_type: type[Config]) -> None:

@@ -14,25 +14,27 @@ from utils.errors import UserError
 PADDING = 114  # the gray around a letterboxed image
 
 
-def read_image(path: str | Path) -> np.ndarray:
-    """An image file -> uint8 RGB (H, W, 3)."""
+def read_image(path: str | Path, upright: bool = True) -> np.ndarray:
+    """An image file -> uint8 RGB (H, W, 3), turned upright by its EXIF orientation, or as it is stored."""
     path = Path(path)
     try:
         encoded = np.fromfile(path, dtype=np.uint8)  # not imread, which cannot open every path on Windows
     except OSError as error:
         raise UserError(f"cannot read the image {path}: {error.strerror}") from None
-    image = cv2.imdecode(encoded, cv2.IMREAD_COLOR) if len(encoded) else None
+    flags = cv2.IMREAD_COLOR if upright else cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
+    try:
+        image = cv2.imdecode(encoded, flags) if len(encoded) else None
+    except cv2.error:  # a header that promises more pixels than OpenCV's limit
+        image = None
     if image is None:
         raise UserError(f"{path} is not an image that can be read")
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
 
 def write_image(path: str | Path, image: np.ndarray) -> None:
-    """uint8 RGB (H, W, 3) -> a file, in the format of its suffix."""
+    """uint8 RGB (H, W, 3) -> a file, in the format of its suffix, which must be one of IMAGE_SUFFIXES."""
     path = Path(path)
-    done, encoded = cv2.imencode(path.suffix, cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
-    if not done:
-        raise UserError(f"cannot write {path}: the image has no format {path.suffix!r}")
+    _, encoded = cv2.imencode(path.suffix.lower(), cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
     path.write_bytes(encoded.tobytes())
 
 

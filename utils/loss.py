@@ -85,7 +85,7 @@ def gather_rows(values: Tensor, index: Tensor) -> Tensor:
 class LossSettings:
     """Weights and thresholds."""
 
-    box: float = 0.05
+    box: float = 0.1
     objectness: float = 1.0
     classes: float = 0.02
     anchor_iou: float = 0.3  # of the shapes of an object and the anchors that answer for it

@@ -30,7 +30,7 @@ def build_optimizer(model: nn.Module, name: str, lr: float, momentum: float, wei
     if name == "adamw":
         return AdamW(groups, lr=lr, betas=ADAM_BETAS, fused=True)
     if name == "sgd":
-        return SGD(groups, lr=lr, momentum=momentum, nesterov=True)
+        return SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0)
     raise UserError(f"optimizer is {name!r}, but must be one of {', '.join(OPTIMIZERS)}")
 
 

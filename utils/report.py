@@ -40,13 +40,16 @@ def write_report(folder: Path, metrics: dict[str, Any], curves: Sequence[Curve],
 def draw_precision_recall(curves: Sequence[Curve], class_names: Sequence[str], path: Path) -> None:
     """One line per class that has objects; with many classes the legend stands beside the plot."""
     figure, axes = plt.subplots(figsize=(8, 6), layout="constrained")
+    lines, labels = [], []
     for curve, name in zip(curves, class_names, strict=True):
         if curve.positives:
-            axes.plot(curve.recall, curve.precision, label=f"{name} {curve.ap_area():.3f}")
+            lines += axes.plot(curve.recall, curve.precision)
+            labels.append(f"{name} {curve.ap_area():.3f}".replace("$", r"\$"))  # $ would begin a formula
     axes.set(xlabel="recall", ylabel="precision", title="precision and recall at IoU 0.5 (AP by area)")
     axes.set(xlim=(0, 1), ylim=(0, 1.02))
     axes.grid(alpha=0.3)
-    if axes.lines:
-        axes.legend(loc="upper left", bbox_to_anchor=(1, 1), ncols=1 + len(axes.lines) // 25, fontsize="small")
+    if lines:
+        side = {"loc": "upper left", "bbox_to_anchor": (1, 1)}
+        axes.legend(lines, labels, ncols=1 + len(lines) // 25, fontsize="small", **side)
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -1,8 +1,10 @@
-"""The only writer of a run's TensorBoard events, `metrics.jsonl`, curves and pictures."""
+"""The only writer of a run's settings, TensorBoard events, `metrics.jsonl`, curves and pictures."""
 
 import json
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import matplotlib
 import numpy as np
@@ -11,7 +13,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from torch.utils.tensorboard import SummaryWriter
 
+from utils.errors import UserError
 from utils.images import write_image
+
+Settings = TypeVar("Settings")  # a dataclass whose fields all have defaults
 
 
 class RunLog:
@@ -68,3 +73,31 @@ def draw_curves(records: list[dict[str, Any]], path: Path) -> None:
     right.set_ylim(0, 1)
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def save_settings(folder: Path, config: Settings) -> None:
+    """Begin a run: make its folder and write its `config.json`."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write the run's folder {folder}: {error.strerror}") from None
+
+
+def load_settings(folder: Path, config: Settings, free: Sequence[str]) -> Settings:
+    """The settings of the run in `folder`; `config` holds those that the user gave on resuming it.
+
+    Raises UserError when one that is not `free` was given and differs.
+    """
+    path, defaults = folder / "config.json", type(config)()
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        lists = {name: tuple(value) for name, value in saved.items() if isinstance(value, list)}
+        settings = type(config)(**saved | lists)
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"cannot read the settings of the run in {path} ({error})") from None
+    for name in saved:
+        given, own = getattr(config, name), getattr(settings, name)
+        if name not in free and given not in (own, getattr(defaults, name)):
+            raise UserError(f"a resumed run keeps its settings: {name} is {own} there, not {given}; leave it out")
+    return settings

@@ -9,6 +9,7 @@ import supervision as sv
 
 from utils.images import draw_detections, write_image
 from utils.sources import Frame
+from utils.voc import IMAGE_SUFFIXES
 
 
 class Sink(Protocol):
@@ -29,9 +30,8 @@ class Pictures:
         folder.mkdir(parents=True, exist_ok=True)
 
     def write(self, frame: Frame, detections: sv.Detections) -> None:
-        self.written[frame.path.name] += 1
-        number = self.written[frame.path.name]
-        name = frame.path.name if number == 1 else f"{frame.path.stem}_{number}{frame.path.suffix}"
+        known = frame.path.suffix.lower() in IMAGE_SUFFIXES
+        name = numbered(frame.path.name if known else f"{frame.path.name}.png", self.written)
         write_image(self.folder / name, draw_detections(frame.image, detections, self.class_names))
 
     def close(self) -> None:
@@ -65,12 +65,16 @@ class Crops:
     def __init__(self, folder: Path, class_names: tuple[str, ...]) -> None:
         self.folder = folder
         self.class_names = class_names
+        self.written: Counter[str] = Counter()
 
     def write(self, frame: Frame, detections: sv.Detections) -> None:
         for i, (box, label) in enumerate(zip(detections.xyxy, detections.class_id, strict=True)):
             crop = sv.crop_image(frame.image, box)
             if crop.size:
-                target = self.folder / self.class_names[label].replace("/", "_") / f"{frame.path.stem}_{i}.png"
+                folder = "".join(
+                    letter if letter.isalnum() or letter in " -" else "_" for letter in self.class_names[label]
+                )
+                target = self.folder / numbered(f"{folder}/{frame.path.stem}_{i}.png", self.written)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 write_image(target, crop)
 
@@ -92,6 +96,13 @@ class Counts:
 
     def close(self) -> None:
         print(f"in all: {describe(self.total)}")
+
+
+def numbered(name: str, written: Counter[str]) -> str:
+    """The name, with a number before its suffix where it was written before."""
+    written[name] += 1
+    path = Path(name)
+    return name if written[name] == 1 else str(path.with_name(f"{path.stem}_{written[name]}{path.suffix}"))
 
 
 def describe(counts: Counter[str]) -> str:

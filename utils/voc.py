@@ -27,6 +27,7 @@ class Sample:
 
     name: str  # the image's id in its split file
     image: Path
+    size: tuple[int, int] | None  # height, width that the annotation states
     boxes: np.ndarray  # (N, 4) float32 xyxy in pixels of the image
     labels: np.ndarray  # (N,) int64, index into the class names
     difficult: np.ndarray  # (N,) bool
@@ -95,11 +96,20 @@ def load_samples(devkit: str | Path, sets: Sequence[str], class_names: Sequence[
         images = index_images(folder / "JPEGImages")
         for image_id in tqdm(ids, desc=f"annotations of {name}", leave=False, disable=None):
             image = find_image(images, image_id, folder, split_file(devkit, name))
-            objects = read_objects(folder / "Annotations" / f"{image_id}.xml")
+            size, objects = read_annotation(folder / "Annotations" / f"{image_id}.xml")
             for class_name, *_ in objects:
                 if class_name not in indices:
                     unknown[class_name] += 1
-            samples.append(make_sample(image_id, image, objects, indices))
+            samples.append(
+                Sample(
+                    image_id,
+                    image,
+                    size,
+                    np.array([box for _, box, _ in objects], dtype=np.float32).reshape(-1, 4),
+                    np.array([indices.get(name, -1) for name, _, _ in objects], dtype=np.int64),
+                    np.array([difficult for *_, difficult in objects], dtype=bool),
+                )
+            )
     if unknown:
         found = ", ".join(f"{name!r} ({count})" for name, count in sorted(unknown.items()))
         raise UserError(
@@ -129,8 +139,11 @@ def find_image(images: dict[str, list[Path]], image_id: str, folder: Path, sourc
     return found[0]
 
 
-def read_objects(path: Path) -> list[tuple[str, list[float], bool]]:
-    """The objects of an annotation: class name, xyxy box in pixels counted from 0, difficult."""
+def read_annotation(path: Path) -> tuple[tuple[int, int] | None, list[tuple[str, list[float], bool]]]:
+    """The image's (height, width) where it is stated, and its objects.
+
+    An object is a class name, an xyxy box in pixels counted from 0, and whether it is difficult.
+    """
     if not path.is_file():
         raise UserError(f"there is no annotation {path}; an image without objects needs one without <object>")
     try:
@@ -139,9 +152,13 @@ def read_objects(path: Path) -> list[tuple[str, list[float], bool]]:
         raise UserError(f"{path} is not well-formed XML: {error}") from None
     except DefusedXmlException:
         raise UserError(f"{path} has a DOCTYPE or entities, which annotations must not have; remove them") from None
+    except (ValueError, LookupError) as error:
+        raise UserError(f"{path} declares an encoding that cannot be read ({error}); save it as UTF-8") from None
     if root.tag != "annotation":
         raise UserError(f"{path} starts with <{root.tag}>, but a VOC annotation starts with <annotation>")
-    return [read_object(item, f"{path}, object {i}") for i, item in enumerate(root.findall("object"), start=1)]
+    size = root.findtext("size/height", ""), root.findtext("size/width", "")
+    stated = (int(size[0]), int(size[1])) if all(side.strip().isdecimal() and int(side) for side in size) else None
+    return stated, [read_object(item, f"{path}, object {i}") for i, item in enumerate(root.findall("object"), start=1)]
 
 
 def read_object(item: Element, where: str) -> tuple[str, list[float], bool]:
@@ -165,13 +182,3 @@ def read_object(item: Element, where: str) -> tuple[str, list[float], bool]:
     if difficult not in ("0", "1"):
         raise UserError(f"{where} ({name}): <difficult> is {difficult!r}, but must be 0 or 1")
     return name, [xmin - 1, ymin - 1, xmax, ymax], difficult == "1"
-
-
-def make_sample(image_id: str, image: Path, objects: list[tuple], indices: dict[str, int]) -> Sample:
-    return Sample(
-        image_id,
-        image,
-        np.array([box for _, box, _ in objects], dtype=np.float32).reshape(-1, 4),
-        np.array([indices.get(name, -1) for name, _, _ in objects], dtype=np.int64),
-        np.array([difficult for *_, difficult in objects], dtype=bool),
-    )

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from utils.checkpoint import load_checkpoint
 from utils.errors import UserError
 
+GAIN = "attention_gain."
+
 # CBAM comes with two namings in the wild; ours is the second of each pair
 RENAMED = (
     (".channelattention.fc.0.", ".channelattention.fc1."),
@@ -45,18 +47,24 @@ def standard_name(name: str) -> str:
     return name
 
 
-def has_plain_attention(weights: Mapping[str, Tensor]) -> bool:
-    """Whether they were trained with attention that gates directly, as published weights are."""
-    return any("_att." in name for name in weights) and not any(name.startswith("attention_gain.") for name in weights)
+def fits_plain_attention(model: nn.Module, weights: Mapping[str, Tensor]) -> bool:
+    """Whether the weights fill the model's attention blocks and were trained with their plain gate, without gains."""
+    blocks = {name: value.shape for name, value in model.state_dict().items() if "_att." in name}
+    fit = all(name in weights and weights[name].shape == shape for name, shape in blocks.items())
+    return bool(blocks) and fit and not any(name.startswith(GAIN) for name in weights)
 
 
 def start_from(model: nn.Module, weights: Mapping[str, Tensor], source: str | Path) -> str:
     """Copy every parameter whose name and shape fit, and say in one line what did not.
 
-    Raises UserError when nothing fits.
+    The gain of an attention block is taken only with its block. Raises UserError when nothing fits.
     """
     own = model.state_dict()
     fitting = {name: value for name, value in weights.items() if name in own and own[name].shape == value.shape}
+    for name in [name for name in fitting if name.startswith(GAIN)]:
+        block = f"{name.removeprefix(GAIN)}_att."
+        if any(other.startswith(block) and other not in fitting for other in own):
+            del fitting[name]
     if not fitting:
         raise UserError(f"{source}: no parameter fits this network; is it YOLOv4-tiny?")
     model.load_state_dict(fitting, strict=False)
