@@ -1,7 +1,6 @@
 """Accuracy of detections: VOC AP (11-point and area), COCO's twelve figures, precision-recall curves.
 
-Boxes come as float xyxy counted from 0, in pixels of the image; the VOC figures add VOC's 1 again, so that a box is
-xmax - xmin + 1 wide for them.
+Boxes come as float xyxy in pixels counted from 0, so that VOC's width xmax - xmin + 1 is simply x2 - x1.
 """
 
 import contextlib
@@ -12,8 +11,10 @@ from typing import Any
 
 import numpy as np
 import supervision as sv
+import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from torchvision.ops import box_iou
 
 from utils.voc import Sample
 
@@ -73,7 +74,8 @@ def voc_curve(
         positives += int((~difficult).sum())
         mine = found.class_id == label
         order = np.argsort(-found.confidence[mine], kind="stable")
-        iou = voc_iou(found.xyxy[mine][order], sample.boxes[truth])
+        boxes = torch.from_numpy(found.xyxy[mine][order]).double(), torch.from_numpy(sample.boxes[truth]).double()
+        iou = box_iou(*boxes).numpy()  # boxes from 0 with an exclusive end overlap as VOC's do with an inclusive one
         hit, ignored = match(iou, difficult, iou_threshold)
         scores.append(found.confidence[mine][order])
         hits.append(hit)
@@ -84,16 +86,6 @@ def voc_curve(
     true_positives = np.cumsum(hit[order])
     precision = true_positives / np.arange(1, len(order) + 1)
     return Curve(precision, true_positives / max(1, positives), score[order], positives)
-
-
-def voc_iou(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """IoU (N, M) of boxes counted from 0 with an exclusive end, which is VOC's with its inclusive one."""
-    boxes, others = boxes.astype(np.float64), others.astype(np.float64)
-    left_top = np.maximum(boxes[:, None, :2], others[None, :, :2])
-    right_bottom = np.minimum(boxes[:, None, 2:], others[None, :, 2:])
-    overlap = np.clip(right_bottom - left_top, 0, None).prod(axis=2)
-    areas, other_areas = (np.prod(group[:, 2:] - group[:, :2], axis=1) for group in (boxes, others))
-    return overlap / np.maximum(areas[:, None] + other_areas[None] - overlap, 1e-12)
 
 
 def match(iou: np.ndarray, difficult: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray]:
