@@ -34,7 +34,7 @@ from utils.checkpoint import (
 from utils.detector import EVALUATION_THRESHOLDS, Detector, Thresholds
 from utils.device import autocast, choose_device, choose_precision, keep_freed_memory
 from utils.errors import UserError, check_choice, check_range, run_script
-from utils.images import draw_sheet
+from utils.images import draw_sheet, draw_targets
 from utils.loss import TERMS, LossSettings, YoloLoss, check_losses
 from utils.metrics import evaluate
 from utils.optim import (
@@ -230,11 +230,7 @@ def draw_batch(trainer: Trainer, cache: ImageCache, batch: int) -> np.ndarray:
     rows = slice(batch * trainer.batch_size, batch * trainer.batch_size + min(PICTURES, trainer.batch_size))
     settings = trainer.config.augment_settings(0)
     images, boxes, labels = augment(cache, order[rows], random[rows], settings, torch.device("cpu"))
-    objects = [
-        sv.Detections(box[label >= 0], class_id=label[label >= 0])
-        for box, label in zip(boxes.numpy(), labels.numpy(), strict=True)
-    ]
-    return draw_sheet((images * 255).round().byte(), objects, trainer.spec.class_names)
+    return draw_targets(images, boxes, labels, trainer.spec.class_names)
 
 
 def run_epoch(

@@ -76,3 +76,12 @@ def draw_sheet(
     pictures = [draw_detections(im, found, class_names) for im, found in zip(pixels, detections, strict=True)]
     pictures += [np.full_like(pictures[0], PADDING)] * (-len(pictures) % columns)
     return np.vstack([np.hstack(pictures[i : i + columns]) for i in range(0, len(pictures), columns)])
+
+
+def draw_targets(images: Tensor, boxes: Tensor, labels: Tensor, class_names: Sequence[str]) -> np.ndarray:
+    """A training batch, images (N, 3, H, W) in 0..1 with boxes (N, M, 4) and labels (N, M) padded with -1, on a sheet."""
+    objects = [
+        sv.Detections(box[label >= 0], class_id=label[label >= 0])
+        for box, label in zip(boxes.cpu().numpy(), labels.cpu().numpy(), strict=True)
+    ]
+    return draw_sheet((images * 255).round().byte(), objects, class_names)
