@@ -79,7 +79,7 @@ def draw_sheet(
 
 
 def draw_targets(images: Tensor, boxes: Tensor, labels: Tensor, class_names: Sequence[str]) -> np.ndarray:
-    """A training batch, images (N, 3, H, W) in 0..1 with boxes (N, M, 4) and labels (N, M) padded with -1, on a sheet."""
+    """A training batch on a sheet: images (N, 3, H, W) in 0..1, boxes (N, M, 4), labels (N, M) padded with -1."""
     objects = [
         sv.Detections(box[label >= 0], class_id=label[label >= 0])
         for box, label in zip(boxes.cpu().numpy(), labels.cpu().numpy(), strict=True)
