@@ -63,7 +63,10 @@ def draw_detections(image: np.ndarray, detections: sv.Detections, class_names: S
     ]
     picture = sv.BoxAnnotator(thickness=thickness).annotate(image.copy(), detections)
     annotator = sv.LabelAnnotator(
-        text_scale=text_scale, text_thickness=max(1, thickness // 2), text_padding=max(2, thickness)
+        text_scale=text_scale,
+        text_thickness=max(1, thickness // 2),
+        text_padding=max(2, thickness),
+        smart_position=True,
     )
     return annotator.annotate(picture, detections, labels=labels)
 
