@@ -24,8 +24,8 @@ from utils.voc import EDGES
 CLASSES = ("circle", "square", "triangle", "star", "cross", "ring")
 MARKER = "drawn_by_make_demo_data.txt"  # a folder without it is not ours to write to
 MAX_OBJECTS = 9
-SIDES = (14, 150)  # pixels, least and greatest radius-doubled size of a shape
-MIN_VISIBLE = 0.35  # share of a shape that later ones leave uncovered
+SIDES = (20, 180)  # pixels, least and greatest size of a shape
+MIN_VISIBLE = 0.5  # share of a shape that later ones leave uncovered
 CURVE_POINTS = 64
 
 
@@ -34,7 +34,7 @@ class Config:
     """Draw a synthetic detection set in VOC layout."""
 
     folder: str = "VOCdevkit/Demo"  # where it goes
-    train: int = 360  # images to train on
+    train: int = 520  # images to train on
     val: int = 60  # images to choose the best checkpoint on
     test: int = 100  # images held out
     seed: int = 0  # the same seed draws the same set
