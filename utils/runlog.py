@@ -11,6 +11,7 @@ import numpy as np
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import MaxNLocator
 from torch.utils.tensorboard import SummaryWriter
 
 from utils.errors import UserError
@@ -58,7 +59,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 def draw_curves(records: list[dict[str, Any]], path: Path) -> None:
     """Losses, and accuracy where it was measured, against the epoch."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), sharex=True, layout="constrained")
     for axes, names, title in (
         (left, ("train/loss", "val/loss"), "loss"),
         (right, ("val/AP", "val/AP50"), "accuracy on the validation split"),
@@ -69,6 +70,7 @@ def draw_curves(records: list[dict[str, Any]], path: Path) -> None:
                 axes.plot(*zip(*points, strict=True), marker=".", label=name)
                 axes.legend()
         axes.set(title=title, xlabel="epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
     right.set_ylim(0, 1)
     figure.savefig(path, dpi=110)
