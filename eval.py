@@ -15,7 +15,7 @@ from utils.cache import build_cache
 from utils.checkpoint import newest_checkpoint
 from utils.detector import Detector, Thresholds
 from utils.device import choose_device, choose_precision, keep_freed_memory
-from utils.errors import check_range, run_script
+from utils.errors import check_range, make_folder, run_script
 from utils.metrics import evaluate
 from utils.report import metrics_table, write_report
 from utils.voc import load_classes, load_samples
@@ -49,6 +49,8 @@ def main(config: Config) -> dict[str, Any]:
     spec = detector.spec
     if config.classes:
         detector.expect_classes(load_classes(config.classes), config.classes)
+    folder = Path(config.out) if config.out else weights.parent / "eval"
+    make_folder(folder)
     samples = load_samples(config.devkit, config.sets, spec.class_names)
     cache = build_cache(samples, spec.input_size, spec.letterbox, device)
     detections: list[sv.Detections] = []
@@ -57,7 +59,6 @@ def main(config: Config) -> dict[str, Any]:
             detections += detector.select(heads, cache.fits[part], cache.sizes[part])
             progress.update(part.stop - part.start)
     metrics, curves = evaluate(samples, detections, cache.sizes, spec.class_names)
-    folder = Path(config.out) if config.out else weights.parent / "eval"
     about = {"weights": str(weights), "sets": list(config.sets), "images": len(samples)}
     write_report(folder, about | metrics, curves, spec.class_names)
     print(f"{weights} on {', '.join(config.sets)}, {len(samples)} images")

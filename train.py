@@ -330,9 +330,16 @@ def main(config: Config) -> Path:
     if first_epoch == 0:
         for batch in range(min(2, trainer.batches)):
             log.picture(f"batch_{batch}", draw_batch(trainer, train, batch), 0)
-    for epoch in range(first_epoch, config.epochs):
-        best = run_epoch(trainer, caches, log, epoch, best)
-    log.close()
+    if first_epoch == config.epochs:
+        print(f"this run is finished; to train longer, start a new one with --weights {folder}/last.safetensors")
+    try:
+        for epoch in range(first_epoch, config.epochs):
+            best = run_epoch(trainer, caches, log, epoch, best)
+    except KeyboardInterrupt:
+        print(f"\nstopped in epoch {epoch + 1}; python train.py --resume --run-dir {folder} continues at its beginning")
+        raise
+    finally:
+        log.close()
     best_of = f"the best on {', '.join(config.val_sets)}" if config.val_sets else "the same, without validation"
     print(f"done: {folder}/last.safetensors is the last checkpoint, best.safetensors {best_of}")
     return folder

@@ -3,6 +3,7 @@
 The class names are the ones that users of YOLOv4-tiny know; parameter names match the published weights.
 """
 
+from inspect import signature
 from math import log2
 from typing import Any
 
@@ -140,7 +141,8 @@ def build_attention(phi: int, channels: int, arguments: dict[str, Any]) -> nn.Mo
         if arguments:
             raise ValueError(f"phi 0 has no attention block, so it takes no arguments (got {', '.join(arguments)})")
         return None
-    try:
-        return block(channels, **arguments)
-    except TypeError as error:
-        raise ValueError(f"phi {phi}: {error}") from error
+    known = list(signature(block).parameters)[1:]  # after `channels`
+    for name in arguments:
+        if name not in known:
+            raise ValueError(f"phi {phi} ({block.__name__}) takes {', '.join(known)}, but no argument {name!r}")
+    return block(channels, **arguments)

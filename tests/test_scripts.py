@@ -1,7 +1,10 @@
 """The scripts as users run them, on a small drawn set: train, resume, evaluate, predict, and mistakes."""
 
 import json
+import os
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +17,7 @@ import predict
 import train
 from tests.conftest import ROOT, run
 from utils.cache import build_cache
-from utils.checkpoint import load_checkpoint
+from utils.checkpoint import load_checkpoint, newest_checkpoint
 from utils.detector import EVALUATION_THRESHOLDS, Detector
 from utils.images import draw_detections, read_image, write_image
 from utils.voc import load_samples
@@ -160,9 +163,10 @@ def test_predict_writes_pictures_lines_and_crops(config, run_dir, tmp_path, caps
     (images / "more").mkdir()
     write_image(images / "more" / "one.png", picture)
     (images / "notes.txt").write_text("no image")
+    (images / "broken.jpg").write_text("no image either")
     out = tmp_path / "out"
     settings = predict.Config(
-        source=str(images),
+        source=(str(images),),
         weights=str(run_dir / "last.safetensors"),
         out=str(out),
         confidence=0.01,
@@ -180,13 +184,18 @@ def test_predict_writes_pictures_lines_and_crops(config, run_dir, tmp_path, caps
     assert (drawn != picture).any()
     assert read_image(out / "tiny.jpg").shape == (9, 7, 3)
     assert list((out / "crops").glob("*/one_*.png"))
-    assert "in all: " in capsys.readouterr().out
-    single = predict.main(replace(settings, source=str(images / "one.png"), out=str(tmp_path / "b")))
-    matched = predict.main(replace(settings, source=str(images / "o*.png"), out=str(tmp_path / "c")))
+    said = capsys.readouterr()
+    assert "in all: " in said.out
+    assert "skipped 1 of 3 images" in said.err
+    assert "broken.jpg" in said.err
+    single = predict.main(replace(settings, source=(str(images / "one.png"),), out=str(tmp_path / "b")))
+    matched = predict.main(replace(settings, source=(str(images / "o*.png"),), out=str(tmp_path / "c")))
     assert single == matched > 0
-    assert predict.main(replace(settings, source=str(images / "no suffix"), out=str(tmp_path / "d"))) == single
+    assert predict.main(replace(settings, source=(str(images / "no suffix"),), out=str(tmp_path / "d"))) == single
     assert (tmp_path / "d" / "no suffix.png").is_file()
-    assert predict.main(replace(settings, source=str(images / "**" / "one.png"), out=str(tmp_path / "e"))) == 2 * single
+    assert (
+        predict.main(replace(settings, source=(str(images / "**" / "one.png"),), out=str(tmp_path / "e"))) == 2 * single
+    )
     assert (tmp_path / "e" / "one_2.png").is_file()
     assert len(list((tmp_path / "e" / "crops").glob("*/*.png"))) == 2 * len(
         list((tmp_path / "b" / "crops").glob("*/*"))
@@ -203,6 +212,22 @@ def test_weights_start_a_new_run(config, run_dir, tmp_path, capsys):
     torch.save(plain, tmp_path / "published.pth")
     train.main(replace(short, weights=str(tmp_path / "published.pth"), run_dir=str(tmp_path / "b")))
     assert not load_checkpoint(tmp_path / "b" / "best.safetensors").spec.identity_start
+
+
+def test_the_newest_run_is_meant_without_a_name(run_dir, tmp_path, monkeypatch, expect_mistake):
+    monkeypatch.chdir(tmp_path)
+    expect_mistake(train, ["--resume"], "no run under logs/")
+    for name, parts in (("old", ["last", "best"]), ("new", ["last"])):
+        (tmp_path / "logs" / name).mkdir(parents=True)
+        for part in parts:
+            shutil.copy(run_dir / f"{part}.safetensors", tmp_path / "logs" / name)
+        (tmp_path / "logs" / name / "metrics.jsonl").touch()
+        os.utime(tmp_path / "logs" / name / "metrics.jsonl", (len(name), 10.0 * len(parts)))
+    assert newest_checkpoint("best") == Path("logs/old/best.safetensors")
+    os.utime(tmp_path / "logs" / "new" / "metrics.jsonl")
+    assert newest_checkpoint("best") == Path("logs/new/last.safetensors")
+    (tmp_path / "logs" / "new" / "last.safetensors").unlink()
+    expect_mistake(train, ["--resume"], "logs/new", "before its first checkpoint")
 
 
 def test_a_set_smaller_than_a_batch_trains(config, tmp_path):
@@ -268,6 +293,8 @@ def test_help_explains_every_flag(script):
         (["--resume", "--run-dir", "/nowhere"], ["/nowhere"]),
         (["--device", "tpu"], ["auto, cpu or cuda"]),
         (["--optimizer", "adam"], ["adamw, sgd"]),
+        (["--train-sets", "MySet"], ["folder/split", "MySet/train"]),
+        (["--phi", "2", "--attention-args", "ratoi", "8"], ["takes ratio, kernel_size", "'ratoi'"]),
         (["--seed", "-1"], ["seed is -1"]),
         (["--phi", "3", "--attention-args", "gamma", "0"], ["gamma is 0"]),
     ],
@@ -294,6 +321,11 @@ def test_mistakes_with_a_checkpoint(expect_mistake, run_dir, devkit, tmp_path):
     (tmp_path / "bad.jpg").write_text("no picture")
     expect_mistake(train, ["--run-dir", run_dir], "already holds a run", "--resume")
     expect_mistake(eval_script, [*weights, *classes], "6 classes", "20")
+    expect_mistake(eval_script, [*weights, "--out", tmp_path / "bad.jpg"], "cannot write to", "bad.jpg")
+    expect_mistake(predict, [image, *weights, "--out", tmp_path / "bad.jpg"], "cannot write to", "bad.jpg")
+    expect_mistake(predict, [], "no source")
+    torch.save({"a": torch.zeros(1)}, tmp_path / "a.pth")
+    expect_mistake(predict, [image, "--weights", tmp_path / "a.pth"], "a.pth", "train.py --weights")
     expect_mistake(eval_script, [*weights, "--sets", "VOC2007/test", "--devkit", tmp_path], "VOC2007/test", "make demo")
     expect_mistake(predict, [devkit / "Demo", *weights], "has no image")
     expect_mistake(predict, [image, *weights, *classes], "6 classes", "20")

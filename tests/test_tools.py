@@ -57,7 +57,7 @@ def test_splits_are_never_replaced(expect_mistake, unsplit):
     result = run("tools/make_splits.py", "--folder", unsplit)
     assert result.returncode == 0, result.stderr
     assert "1 images without an annotation" in result.stdout
-    expect_mistake(make_splits, ["--folder", unsplit], "exists already")
+    expect_mistake(make_splits, ["--folder", unsplit], "already has train.txt, val.txt, trainval.txt, test.txt")
     expect_mistake(make_splits, ["--folder", unsplit / "none"], "there is no data set")
     expect_mistake(make_splits, ["--folder", unsplit, "--val", 0.6, "--test", 0.4], "none to train on")
 

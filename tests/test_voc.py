@@ -67,7 +67,7 @@ BOX = (1, 1, 5, 5)
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("", ["a.xml", "not well-formed"]),
+        ("", ["a.xml", "not well-formed", "split file"]),
         ("<annotation><object>", ["a.xml", "not well-formed"]),
         ("<html></html>", ["a.xml", "<html>", "<annotation>"]),
         ('<!DOCTYPE x [<!ENTITY e "1">]><annotation>&e;</annotation>', ["a.xml", "DOCTYPE"]),

@@ -1,7 +1,7 @@
 """Write the split files of a VOC data set that has none: python tools/make_splits.py --folder VOCdevkit/VOC2007
 
 Every image that has an annotation goes into test, val or train by the shares given; trainval is train and val. The
-same seed makes the same split. A split file that exists is never replaced.
+same seed makes the same split. A split file with names in it is never replaced.
 """
 
 import random
@@ -39,9 +39,10 @@ def main(config: Config) -> dict[str, list[str]]:
         raise UserError(f"{folder} has no image in JPEGImages/ with an annotation of its name in Annotations/")
     target = folder / "ImageSets" / "Main"
     splits = split_names(names, config)
-    existing = [str(target / f"{split}.txt") for split in splits if (target / f"{split}.txt").exists()]
+    files = [target / f"{split}.txt" for split in splits]
+    existing = [file.name for file in files if file.exists() and file.read_text(encoding="utf-8").strip()]
     if existing:
-        raise UserError(f"{', '.join(existing)} exists already; remove it to split anew")
+        raise UserError(f"{target} already has {', '.join(existing)}; to split anew, remove them")
     target.mkdir(parents=True, exist_ok=True)
     for split, members in splits.items():
         (target / f"{split}.txt").write_text("".join(f"{name}\n" for name in members), encoding="utf-8")

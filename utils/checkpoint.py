@@ -71,13 +71,14 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     """Read and check; raises UserError for a file that is missing, damaged or no checkpoint of ours."""
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"there is no checkpoint {path}; train.py writes last.safetensors and best.safetensors")
+        raise UserError(f"there is no checkpoint {path}; correct the path, or run train.py, which writes checkpoints")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no mapping
-    except SafetensorError as error:
-        raise UserError(f"{path} is no checkpoint of train.py, or it is damaged ({error})") from None
+    except SafetensorError:
+        hint = "; a .pth can only start a training, with train.py --weights" if path.suffix in (".pth", ".pt") else ""
+        raise UserError(f"{path} is no checkpoint of train.py (.safetensors), or it is damaged{hint}") from None
     if metadata.get("format") != FORMAT:
         raise UserError(f"{path} is a safetensors file, but no checkpoint of train.py")
     if metadata["sha256"] != digest(tensors):
@@ -89,13 +90,17 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def newest_checkpoint(name: str) -> Path:
-    """`last` or `best` of the run under logs/ that was saved most recently; `last` when it has no `best` yet."""
-    found = list(Path("logs").glob("*/last.safetensors"))
+    """`last` or `best` of the newest run under logs/; `last` when it has no `best` yet."""
+    found = list(Path("logs").glob("*/metrics.jsonl"))
     if not found:
-        raise UserError("there is no trained run under logs/; give a checkpoint with --weights, or run train.py first")
-    newest = max(found, key=lambda path: path.stat().st_mtime)
-    wanted = newest.with_name(f"{name}.safetensors")
-    return wanted if wanted.exists() else newest
+        raise UserError("there is no run under logs/; run train.py first, or name the place of another")
+    folder = max(found, key=lambda path: path.stat().st_mtime).parent
+    best, last = folder / "best.safetensors", folder / "last.safetensors"
+    if not last.exists():
+        raise UserError(
+            f"the newest run, {folder}, stopped before its first checkpoint; train again, or name the place of another"
+        )
+    return best if name == "best" and best.exists() else last
 
 
 def load_model(path: str | Path) -> tuple[YoloBody, ModelSpec]:

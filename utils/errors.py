@@ -1,8 +1,10 @@
 """The one error type for a user's mistake, and how a script shows it."""
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from math import inf
+from pathlib import Path
 from typing import TypeVar
 
 import tyro
@@ -21,6 +23,16 @@ def check_range(settings: object, low: float, high: float, *names: str) -> None:
         if not low <= value <= high:
             limits = f"at least {low:g}" if high == inf else f"between {low:g} and {high:g}"
             raise UserError(f"{name} is {value}, but must be {limits}")
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder for results; raises UserError where that cannot be."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {path}: {error.strerror}; choose another folder") from None
+    if not os.access(path, os.W_OK):
+        raise UserError(f"cannot write to {path}: no permission; choose another folder")
 
 
 def check_choice(settings: object, name: str, choices: Sequence[str]) -> None:

@@ -27,7 +27,7 @@ def read_image(path: str | Path, upright: bool = True) -> np.ndarray:
     except cv2.error:  # a header that promises more pixels than OpenCV's limit
         image = None
     if image is None:
-        raise UserError(f"{path} is not an image that can be read")
+        raise UserError(f"{path} is not an image that can be read; it may be empty, cut off or of another type")
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
 

@@ -30,8 +30,7 @@ def metrics_table(metrics: dict[str, Any]) -> str:
 
 
 def write_report(folder: Path, metrics: dict[str, Any], curves: Sequence[Curve], class_names: Sequence[str]) -> None:
-    """`metrics.json`, `metrics.txt` and `precision_recall.png` in `folder`, which is made if needed."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """`metrics.json`, `metrics.txt` and `precision_recall.png` in `folder`."""
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     (folder / "metrics.txt").write_text(metrics_table(metrics) + "\n", encoding="utf-8")
     draw_precision_recall(curves, class_names, folder / "precision_recall.png")

@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 from matplotlib.ticker import MaxNLocator
 from torch.utils.tensorboard import SummaryWriter
 
-from utils.errors import UserError
+from utils.errors import UserError, make_folder
 from utils.images import write_image
 
 Settings = TypeVar("Settings")  # a dataclass whose fields all have defaults
@@ -79,11 +79,8 @@ def draw_curves(records: list[dict[str, Any]], path: Path) -> None:
 
 def save_settings(folder: Path, config: Settings) -> None:
     """Begin a run: make its folder and write its `config.json`."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write the run's folder {folder}: {error.strerror}") from None
+    make_folder(folder)
+    (folder / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n", encoding="utf-8")
 
 
 def load_settings(folder: Path, config: Settings, free: Sequence[str]) -> Settings:

@@ -1,6 +1,5 @@
-"""What to predict on: an image, a folder or a glob becomes a stream of named images."""
+"""What to predict on: an image, a folder or a glob becomes a list of image files."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from glob import glob
 from pathlib import Path
@@ -8,7 +7,6 @@ from pathlib import Path
 import numpy as np
 
 from utils.errors import UserError
-from utils.images import read_image
 from utils.voc import IMAGE_SUFFIXES
 
 
@@ -35,9 +33,3 @@ def find_images(source: str) -> list[Path]:
     if not images:
         raise UserError(f"{source} has no image ({', '.join(sorted(IMAGE_SUFFIXES))})")
     return images
-
-
-def read_frames(paths: list[Path]) -> Iterator[Frame]:
-    """Read each when it is needed."""
-    for path in paths:
-        yield Frame(path, read_image(path))

@@ -68,6 +68,8 @@ def split_file(devkit: Path, name: str) -> Path:
 
 def read_split(devkit: Path, name: str) -> list[str]:
     """The image ids of a set such as VOC2007/trainval."""
+    if "/" not in name:
+        raise UserError(f"the set {name!r} names no split; write it as folder/split, such as {name}/train")
     path = split_file(devkit, name)
     if not path.is_file():
         raise UserError(
@@ -76,7 +78,9 @@ def read_split(devkit: Path, name: str) -> list[str]:
         )
     ids = [line for line in read_lines(path) if line]
     if not ids:
-        raise UserError(f"{path} is empty: it must name an image on each line; tools/make_splits.py can write it")
+        raise UserError(
+            f"{path} is empty: it must name an image on each line; tools/make_splits.py can make the splits"
+        )
     return ids
 
 
@@ -149,7 +153,9 @@ def read_annotation(path: Path) -> tuple[tuple[int, int] | None, list[tuple[str,
     try:
         root = parse(path, forbid_dtd=True).getroot()
     except ParseError as error:
-        raise UserError(f"{path} is not well-formed XML: {error}") from None
+        raise UserError(
+            f"{path} is not well-formed XML ({error}); mend it, or take the image out of its split file"
+        ) from None
     except DefusedXmlException:
         raise UserError(f"{path} has a DOCTYPE or entities, which annotations must not have; remove them") from None
     except (ValueError, LookupError) as error:

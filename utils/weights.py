@@ -31,9 +31,11 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         raise UserError(f"there is no weights file {path}")
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file leads the unpickler into errors of any type
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path} is no file of weights alone that torch can read ({reason})") from None
+    except Exception:  # a damaged file leads the unpickler into errors of any type
+        raise UserError(
+            f"{path} is damaged, or holds more than weights, which could run code; give a file that was written by "
+            "torch.save(model.state_dict(), path)"
+        ) from None
     if not isinstance(loaded, Mapping) or not all(isinstance(value, Tensor) for value in loaded.values()):
         raise UserError(f"{path} does not hold a state dict, that is tensors by name")
     return {standard_name(name): value for name, value in loaded.items()}
