@@ -88,7 +88,7 @@ class Config:
 
     # optimisation
     optimizer: str = "adamw"  # adamw or sgd
-    lr: float = 0.004  # peak learning rate; about 0.01 for sgd
+    lr: float = 0.004  # peak learning rate; about 0.1 for sgd
     momentum: float = 0.9  # of sgd
     weight_decay: float = 0.05  # of weights, not of norms and biases; about 0.0005 for sgd
     schedule: str = "cosine"  # cosine, or step: a tenth at 80 % and at 90 % of the run
