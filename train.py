@@ -250,7 +250,7 @@ def run_epoch(
     if val and ((epoch + 1) % config.eval_every == 0 or epoch + 1 == config.epochs):
         found, metrics = validate(trainer, val, log, epoch + 1)
         values |= found
-    is_best = not val or values.get("val/AP", -2.0) >= best
+    is_best = values.get("val/AP", -2.0) >= best if val else epoch + 1 == config.epochs
     best = max(best, values.get("val/AP", -1.0))
     values["seconds"] = time.perf_counter() - trainer.started
     log.epoch(epoch + 1, values)

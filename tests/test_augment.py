@@ -92,7 +92,7 @@ def test_mixup_blends_and_joins_the_boxes(cache):
 
 def test_outside_is_gray(cache):
     _, images, _, _ = batch(cache, replace(OFF, translate=0.9))
-    assert (images.flatten(2)[:, 0] - FILL).abs().amin(dim=1).max() < 1e-4
+    assert (images.flatten(2)[:, 0] - FILL / 255).abs().amin(dim=1).max() < 1e-4
 
 
 def test_hidden_and_tiny_boxes_are_dropped():

@@ -15,7 +15,7 @@ from torch import Tensor
 from utils.boxes import box_area
 from utils.cache import ImageCache
 
-FILL = 114 / 255  # the gray where no image lies
+FILL = 114.0  # the gray level, of 255, where no image lies
 MIN_SIDE = 2.0  # pixels that a box must keep on each side
 MIN_VISIBLE = 0.25  # share of its area that a box must keep
 MOSAIC_SPLIT = (0.3, 0.7)  # where the four tiles of a mosaic meet, as a share of the side
@@ -58,8 +58,7 @@ def augment(
     where M is the most objects of one image; what a crowded mosaic has beyond 2M is dropped.
     """
     tiles = plan_tiles(indices, random, settings, cache)
-    images = warp(cache, tiles, device, len(indices))
-    images = jitter_colours(images, random, settings)
+    images = jitter_colours(warp(cache, tiles, device, len(indices)), random, settings)
     boxes, labels = move_boxes(cache, tiles, len(indices))
     return images, boxes.to(device), labels.to(device)
 
@@ -126,10 +125,10 @@ def place(numbers: Tensor, rects: Tensor, size: tuple[int, int], settings: Augme
 
 
 def warp(cache: ImageCache, tiles: Tiles, device: torch.device, batch: int) -> Tensor:
-    """Draw the tiles: (B, 3, H, W) float, about 0..1."""
+    """Draw the tiles: (B, 3, H, W) float, gray levels minus FILL, so that the zeros outside an image are the fill."""
     height, width = cache.images.shape[2:]
     images = cache.images[tiles.sources.to(cache.images.device)].to(device, non_blocking=device.type == "cuda")
-    images = images.float().div_(255).sub_(FILL)  # so that the zeros outside an image are the fill
+    images = torch.sub(images, FILL)  # float from here on
     grid = torch.stack(
         torch.broadcast_tensors(
             source_coordinates(tiles, 0, width).to(device)[:, None, :],
@@ -139,9 +138,9 @@ def warp(cache: ImageCache, tiles: Tiles, device: torch.device, batch: int) -> T
     )  # (T, H, W, 2)
     drawn = F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
     if len(tiles.rows) == batch:  # one tile each, in order
-        return drawn.add_(FILL)
+        return drawn
     drawn *= tiles.weights.to(device)[:, None, None, None]
-    return drawn.new_full((batch, 3, height, width), FILL).index_add_(0, tiles.rows.to(device), drawn)
+    return drawn.new_zeros(batch, 3, height, width).index_add_(0, tiles.rows.to(device), drawn)
 
 
 def source_coordinates(tiles: Tiles, axis: int, length: int) -> Tensor:
@@ -177,15 +176,16 @@ def move_boxes(cache: ImageCache, tiles: Tiles, batch: int) -> tuple[Tensor, Ten
     return all_boxes.gather(1, order[..., None].expand(-1, -1, 4)), all_labels.gather(1, order)
 
 
-def jitter_colours(images: Tensor, random: Tensor, settings: AugmentSettings) -> Tensor:
-    """Turn hue, and scale saturation and value, with one colour matrix per image; clamps to 0..1."""
+def jitter_colours(drawn: Tensor, random: Tensor, settings: AugmentSettings) -> Tensor:
+    """Turn hue, and scale saturation and value, with one colour matrix per image; from `warp`'s range to 0..1."""
     symmetric = 2 * random[:, [HUE, SATURATION, VALUE]] - 1  # (B, 3)
     matrices = colour_matrices(
         symmetric[:, 0] * settings.hue * tau,
         1 + symmetric[:, 1] * settings.saturation,
         1 + symmetric[:, 2] * settings.value,
-    ).to(images.device)
-    return torch.bmm(matrices, images.flatten(2)).clamp_(0, 1).view_as(images)
+    ).to(drawn.device)
+    fill = FILL / 255 * matrices.sum(dim=2, keepdim=True)  # (B, 3, 1)
+    return torch.baddbmm(fill, matrices / 255, drawn.flatten(2)).clamp_(0, 1).view_as(drawn)
 
 
 def colour_matrices(angle: Tensor, saturation: Tensor, value: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ class RunLog:
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=epoch + 1)
 
     def epoch(self, epoch: int, values: dict[str, float]) -> None:
-        """One line of metrics, its TensorBoard scalars, and the curve anew."""
+        """One line of metrics, its TensorBoard scalars, and after a validation the curve anew."""
         record: dict[str, Any] = {"epoch": epoch, **values}
         self.records.append(record)
         with open(self.path, "a", encoding="utf-8") as file:
@@ -39,7 +39,8 @@ class RunLog:
         for name, value in values.items():
             self.board.add_scalar(name, value, epoch)
         self.board.flush()
-        draw_curves(self.records, self.folder / "curves.png")
+        if any(name.startswith("val/") for name in values):  # drawing takes longer than writing
+            draw_curves(self.records, self.folder / "curves.png")
 
     def picture(self, name: str, image: np.ndarray, epoch: int) -> None:
         """An RGB picture (H, W, 3), as a file and in TensorBoard."""
@@ -47,6 +48,7 @@ class RunLog:
         self.board.add_image(name, image, epoch, dataformats="HWC")
 
     def close(self) -> None:
+        draw_curves(self.records, self.folder / "curves.png")
         self.board.close()
 
 
