@@ -336,7 +336,9 @@ def main(config: Config) -> Path:
         for epoch in range(first_epoch, config.epochs):
             best = run_epoch(trainer, caches, log, epoch, best)
     except KeyboardInterrupt:
-        print(f"\nstopped in epoch {epoch + 1}; python train.py --resume --run-dir {folder} continues at its beginning")
+        resume = f"python train.py --resume --run-dir {folder} continues at its beginning"
+        how = resume if (folder / "last.safetensors").exists() else "nothing was saved yet"
+        print(f"\nstopped in epoch {epoch + 1}; {how}")
         raise
     finally:
         log.close()
