@@ -79,7 +79,7 @@ def main(config: Config) -> int:
         raise UserError("no source was given; name an image, a folder or a glob")
     if any(path.parent.resolve() == Path(config.out).resolve() for path in paths):
         raise UserError(f"out is {config.out}, where the pictures would replace their inputs; choose another folder")
-    weights = config.weights or newest_checkpoint("best")
+    weights = config.weights or newest_checkpoint()
     thresholds = Thresholds(config.confidence, config.nms_iou)
     detector = Detector.load(weights, device, choose_precision(config.precision, device), thresholds)
     if config.classes:

@@ -4,9 +4,12 @@ python train.py --train-sets VOC2007/trainval --phi 2 --epochs 50
 """
 
 import math
+import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from contextlib import closing
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,28 +17,32 @@ import numpy as np
 import supervision as sv
 import torch
 from torch import Tensor
+from torch.nn import SyncBatchNorm
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 from nets.attention import ATTENTION, describe_phi
 from nets.yolo import ModelSpec, summary
 from utils.anchors import load_anchors
-from utils.augment import AugmentSettings, augment, epoch_order
-from utils.cache import ImageCache, build_cache
+from utils.augment import AugmentSettings, draw
+from utils.batches import Batches
+from utils.cache import PLACES, ImageCache, build_cache
+from utils.capacity import is_out_of_memory, largest_batch, too_large, try_steps
 from utils.checkpoint import (
+    BEST,
+    LAST,
     Checkpoint,
-    TrainingState,
-    load_checkpoint,
-    newest_checkpoint,
-    pack_training,
-    restore_training,
-    save_checkpoint,
+    is_resumable,
+    load_last,
+    newest_run,
 )
-from utils.detector import EVALUATION_THRESHOLDS, Detector, Thresholds
-from utils.device import autocast, choose_device, choose_precision, keep_freed_memory
+from utils.detector import Thresholds
+from utils.device import choose_compile, choose_device, choose_precision, keep_freed_memory
+from utils.distributed import Ranks, join_ranks
 from utils.errors import UserError, check_choice, check_range, run_script
 from utils.images import draw_sheet, draw_targets
-from utils.loss import TERMS, LossSettings, YoloLoss, check_losses
+from utils.interrupt import Stopped, StopSignals
+from utils.loss import TERMS, LossSettings, YoloLoss
 from utils.metrics import evaluate
 from utils.optim import (
     OPTIMIZERS,
@@ -43,15 +50,16 @@ from utils.optim import (
     accumulation_steps,
     build_ema,
     build_optimizer,
-    freeze_backbone,
     lr_factor,
 )
-from utils.runlog import RunLog, load_settings, save_settings
+from utils.runlog import RunLog, keep_fingerprints, load_settings, save_settings
+from utils.training import COLUMNS, Progress, Trainer, TrainingState, read_progress, restore_training
 from utils.voc import load_classes, load_samples
 from utils.weights import fits_plain_attention, read_weights, start_from
 
-CHECK_EVERY = 20  # steps between two looks at the losses, which wait for the device
+CHECK_EVERY = 20  # batches between two looks at the losses, which wait for the device
 PICTURES = 8  # images drawn of a batch and of a validation
+VALIDATION_COST = 0.5  # of an image, as a share of a training step's, for the estimate of time
 
 
 @dataclass(frozen=True)
@@ -71,20 +79,27 @@ class Config:
     attention_args: dict[str, int] = field(default_factory=dict)  # the block's arguments, such as: ratio 8
     identity_start: bool = True  # let attention begin as the identity, so that it cannot harm the first steps
     input_size: tuple[int, int] = (416, 416)  # height and width of the network's input, multiples of 32
+    multi_scale: tuple[float, ...] = ()  # train at these multiples of input_size, such as 0.8 1 1.2; empty: at 1
     letterbox: bool = False  # keep the aspect ratio of images with gray bars instead of stretching them
     weights: str = ""  # start from a checkpoint or a published .pth; empty: from nothing
 
     # run
     run_dir: str = ""  # folder of the run; empty: logs/ and the time
     resume: bool = False  # continue the run in run_dir with that run's settings; without run_dir the newest one
+    extend: int = 0  # with resume: epochs to add to a run that has finished
     epochs: int = 100  # passes over the training sets
     freeze_epochs: int = 0  # of these, how many train with the backbone frozen
-    batch_size: int = 16  # images in memory at a time
+    batch_size: int = 16  # images in memory at a time, over all GPUs; 0: as many as fit into them
     nominal_batch: int = 16  # images per step of the optimizer; smaller batches are accumulated up to it
     eval_every: int = 5  # epochs between validations; the last epoch always has one
+    patience: int = 0  # stop after so many validations without a better AP; 0: never
+    checkpoint_every: int = 0  # steps between checkpoints within an epoch; 0: only at its end
+    cache: str = "auto"  # where the decoded images are: auto, device, ram or disk
     seed: int = 0  # of initialisation, order and augmentation
     device: str = "auto"  # auto, cpu or cuda
     precision: str = "auto"  # of training: auto, bf16, fp16 or fp32
+    compile: str = "auto"  # torch.compile: on, off, or auto: on a GPU
+    sync_bn: bool = False  # batch norm over the batches of all GPUs; for few images per GPU
 
     # optimisation
     optimizer: str = "adamw"  # adamw or sgd
@@ -114,7 +129,8 @@ class Config:
             raise UserError(f"phi is {self.phi}, but must be one of {describe_phi()}")
         if min(self.input_size) < 32 or any(side % 32 for side in self.input_size):
             raise UserError(f"input_size is {self.input_size}, but both sides must be multiples of 32")
-        check_range(self, 1, 1e9, "epochs", "batch_size", "nominal_batch", "eval_every")
+        check_range(self, 1, 1e9, "epochs", "nominal_batch", "eval_every")
+        check_range(self, 0, 1e9, "batch_size", "patience", "checkpoint_every", "extend")
         check_range(self, 0, self.epochs, "freeze_epochs")
         check_range(self, 1e-9, 1e3, "lr")
         check_range(self, 0, 1e3, "weight_decay", "aspect")
@@ -124,94 +140,138 @@ class Config:
         check_range(self, 1e-6, 1, "ema")
         check_choice(self, "optimizer", OPTIMIZERS)
         check_choice(self, "schedule", SCHEDULES)
+        check_choice(self, "cache", PLACES)
+        check_choice(self, "compile", ("auto", "on", "off"))
+        if not all(0.25 <= factor <= 4 for factor in self.multi_scale):
+            raise UserError(f"multi_scale is {self.multi_scale}, but its factors must be between 0.25 and 4")
+        if self.extend and not self.resume:
+            raise UserError("extend adds epochs to a run that has finished; it needs --resume")
 
-    def augment_settings(self, epoch: int) -> AugmentSettings:
-        """The strengths in an epoch: mosaic and mixup stop for the last part."""
+    def augment_settings(self, share: float) -> AugmentSettings:
+        """The strengths after a share of the run: mosaic and mixup stop for the last part."""
         settings = AugmentSettings(**{item.name: getattr(self, item.name) for item in fields(AugmentSettings)})
-        return settings if epoch < self.mosaic_until * self.epochs else replace(settings, mosaic=0.0, mixup=0.0)
+        return settings if share < self.mosaic_until else replace(settings, mosaic=0.0, mixup=0.0)
+
+    def train_sizes(self) -> tuple[tuple[int, int], ...]:
+        """The input sizes of training, largest first."""
+        sizes = {
+            tuple(max(32, 32 * round(side * factor / 32)) for side in self.input_size)
+            for factor in self.multi_scale or (1.0,)
+        }
+        return tuple(sorted(sizes, key=math.prod, reverse=True))
 
 
-class Trainer:
-    """A network, what changes while it trains, and the settings of a step."""
+def build_trainer(
+    config: Config, spec: ModelSpec, num_train: int, device: torch.device, ranks: Ranks, progress: Progress
+) -> Trainer:
+    """A fresh network with its optimizer, schedule, average and loss, for epochs from `progress.start` on."""
+    batches = num_train // config.batch_size
+    accumulate = min(accumulation_steps(config.batch_size, config.nominal_batch), batches)
+    steps = math.ceil(batches / accumulate) * (progress.end - progress.start)
+    dtype = choose_precision(config.precision, device)
+    torch.manual_seed(config.seed)
+    model = spec.build()
+    if config.sync_bn and ranks.size > 1:
+        model = SyncBatchNorm.convert_sync_batchnorm(model)
+    model = model.to(device).to(memory_format=torch.channels_last)
+    optimizer = build_optimizer(model, config.optimizer, config.lr, config.momentum, config.weight_decay)
+    state = TrainingState(
+        model=model,
+        optimizer=optimizer,
+        scheduler=LambdaLR(optimizer, lr_factor(config.schedule, steps, round(config.warmup * steps))),
+        scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
+        ema=build_ema(model, steps, config.ema),
+        progress=progress,
+        losses=torch.zeros(batches, len(COLUMNS), device=device),
+    )
+    loss = YoloLoss(spec, LossSettings(label_smoothing=config.label_smoothing), device, ranks)
+    if choose_compile(config.compile, device):
+        torch._dynamo.config.recompile_limit = 4 + 4 * len(config.train_sizes())  # a graph per size, frozen or not
+        model.compile(dynamic=False)
+        loss.sums = torch.compile(loss.sums, dynamic=False)
+    return Trainer(state, spec, loss, device, dtype, accumulate)
 
-    def __init__(self, config: Config, spec: ModelSpec, num_train: int, device: torch.device) -> None:
-        self.config, self.spec, self.device = config, spec, device
-        self.dtype = choose_precision(config.precision, device)
-        self.started = time.perf_counter()
-        self.batch_size = min(config.batch_size, num_train)
-        self.batches = num_train // self.batch_size  # of an epoch; what does not fill one comes in another epoch
-        self.accumulate = min(accumulation_steps(self.batch_size, config.nominal_batch), self.batches)
-        steps = math.ceil(self.batches / self.accumulate) * config.epochs
-        torch.manual_seed(config.seed)
-        model = spec.build().to(device).to(memory_format=torch.channels_last)
-        optimizer = build_optimizer(model, config.optimizer, config.lr, config.momentum, config.weight_decay)
-        self.state = TrainingState(
-            model=model,
-            optimizer=optimizer,
-            scheduler=LambdaLR(optimizer, lr_factor(config.schedule, steps, round(config.warmup * steps))),
-            scaler=torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16),
-            ema=build_ema(model, steps, config.ema),
-        )
-        self.loss = YoloLoss(spec, LossSettings(label_smoothing=config.label_smoothing), device)
 
-    def detector(self) -> Detector:
-        """The averaged weights, as validation and prediction use them."""
-        return Detector(self.state.ema.module, self.spec, self.device, thresholds=EVALUATION_THRESHOLDS)
+def train_one_epoch(trainer: Trainer, config: Config, batches: Batches, log: RunLog, stop: StopSignals) -> None:
+    """The batches of an epoch from where it stands to its end, checking, saving and stopping where it is time."""
+    state, accumulate = trainer.state, trainer.accumulate
+    trainer.set_mode(frozen=batches.epoch < config.freeze_epochs)
+    bar = tqdm(
+        total=len(batches),
+        desc=f"epoch {batches.epoch + 1}/{state.progress.end}",
+        leave=False,
+        disable=log.quiet or None,
+    )
+    while state.progress.batch < len(batches):  # once, and again for each time that it goes back
+        skips = state.progress.skips(batches.epoch)
+        numbers = range(state.progress.batch, len(batches))
+        gathered = 0
+        with closing(batches.load([n for n in numbers if n not in skips], trainer.device)) as loaded:
+            for number in numbers:
+                done = number + 1
+                at_step = done % accumulate == 0 or done == len(batches)
+                if number not in skips:
+                    state.losses[number] = trainer.backward(*next(loaded), joins=at_step or bool(skips))
+                    gathered += 1
+                bar.update(done - bar.n)
+                if not at_step:
+                    continue
+                if gathered:
+                    state.step()
+                gathered = 0
+                stopping = trainer.ranks.any(stop.requested)
+                saving = config.checkpoint_every and math.ceil(done / accumulate) % config.checkpoint_every == 0
+                if stopping or saving or done - state.progress.batch >= CHECK_EVERY or done == len(batches):
+                    if not trainer.goes_well(batches, done):
+                        break
+                    bar.set_postfix(loss=f"{state.losses[number, 0]:.4f}")
+                    if saving or stopping:
+                        log.save(trainer.kept)
+                    if stopping:
+                        stop.leave()
+    bar.close()
 
 
-def train_one_epoch(trainer: Trainer, cache: ImageCache, epoch: int) -> dict[str, float]:
-    """One pass over the cache; returns the mean of each loss term.
-
-    Raises UserError with the step and the images when a loss is not finite.
-    """
-    state, config = trainer.state, trainer.config
-    order, random = epoch_order(config.seed, epoch, len(cache))
-    settings = config.augment_settings(epoch)
-    state.model.train()
-    freeze_backbone(state.model, epoch < config.freeze_epochs)
-    losses = torch.zeros(trainer.batches, len(TERMS), device=trainer.device)
-    checked = 0
-    progress = tqdm(range(trainer.batches), f"epoch {epoch + 1}/{config.epochs}", leave=False, disable=None)
-    for i in progress:
-        rows = slice(i * trainer.batch_size, (i + 1) * trainer.batch_size)
-        images, boxes, labels = augment(cache, order[rows], random[rows], settings, trainer.device)
-        with autocast(trainer.device, trainer.dtype):
-            heads = state.model(images.contiguous(memory_format=torch.channels_last))
-        terms = trainer.loss(heads, boxes, labels)
-        state.scaler.scale(terms["loss"] / trainer.accumulate).backward()
-        losses[i] = torch.stack([terms[name].detach() for name in TERMS])
-        last = i == trainer.batches - 1
-        if (i + 1) % trainer.accumulate == 0 or last:
-            state.step()
-        if (i + 1) % CHECK_EVERY == 0 or last:
-            names = [cache.samples[k].name for k in order[checked * trainer.batch_size : rows.stop].tolist()]
-            check_losses(losses[checked : i + 1], names, f"epoch {epoch + 1}", checked)
-            progress.set_postfix(loss=f"{losses[checked : i + 1, 0].mean():.4f}")
-            checked = i + 1
-    means = dict(zip(TERMS, losses.mean(dim=0).tolist(), strict=True))
-    return {f"train/{name}": value for name, value in means.items()}
+def mean_losses(trainer: Trainer) -> dict[str, float]:
+    """Of the epoch under way, without the batches left out."""
+    progress = trainer.state.progress
+    skips = progress.skips(progress.epoch)
+    used = [number for number in range(len(trainer.state.losses)) if number not in skips]
+    means = trainer.state.losses[used].mean(dim=0).tolist()
+    return {f"train/{name}": value for name, value in zip(COLUMNS, means, strict=True)}
 
 
 @torch.inference_mode()
-def validate(trainer: Trainer, cache: ImageCache, log: RunLog, epoch: int) -> tuple[dict[str, float], dict[str, Any]]:
+def validate(
+    trainer: Trainer, cache: ImageCache, batch_size: int, log: RunLog, stop: StopSignals
+) -> tuple[dict[str, float], dict[str, Any]]:
     """Loss and accuracy of the averaged weights on the validation split: values to log, and all the metrics."""
+    ranks, spec = trainer.ranks, trainer.spec
+    ranks.copy_first(trainer.state.ema.module)
     detector = trainer.detector()
-    detections: list[sv.Detections] = []
-    losses = torch.zeros(len(TERMS))
-    with tqdm(total=len(cache), desc="validating", leave=False, disable=None) as progress:
-        for part, heads in detector.run_cached(cache, trainer.batch_size):
-            terms = trainer.loss(heads, cache.boxes[part].to(trainer.device), cache.labels[part].to(trainer.device))
-            images = part.stop - part.start
-            losses += torch.stack([terms[name] for name in TERMS]).cpu() * images / len(cache)
-            detections += detector.select(heads, cache.fits[part], cache.sizes[part])
-            progress.update(images)
-    class_names = trainer.spec.class_names
-    metrics, _ = evaluate(cache.samples, detections, cache.sizes, class_names)
-    log.picture("val_examples", draw_examples(detections, cache, class_names), epoch)
-    values = {f"val/{name}": value for name, value in zip(TERMS, losses.tolist(), strict=True)}
+    loss = YoloLoss(spec, trainer.loss.settings, trainer.device)  # of this process alone
+    found: dict[int, tuple[Tensor, list[sv.Detections]]] = {}
+    with tqdm(total=len(cache), desc="validating", leave=False, disable=log.quiet or None) as bar:
+        for part, heads in detector.run_cached(cache, batch_size, ranks):
+            if stop.requested:
+                log.save(trainer.kept)
+                stop.leave()
+            terms = loss(heads, cache.boxes[part].to(trainer.device), cache.labels[part].to(trainer.device))
+            losses = torch.stack([terms[name] for name in TERMS]).cpu() * (part.stop - part.start) / len(cache)
+            found[part.start] = losses, detector.select(heads, cache.fits[part], cache.sizes[part])
+            bar.update(ranks.size * (part.stop - part.start))
+    parts = list(ranks.gather(found).values())
+    if not ranks.first:
+        return ranks.share(None)
+    detections = [item for _, batch in parts for item in batch]
+    metrics, _ = evaluate(cache.samples, detections, cache.sizes, spec.class_names)
+    epoch = trainer.state.progress.epoch + 1
+    log.picture("val_examples", partial(draw_examples, detections, cache, spec.class_names), epoch)
+    losses = sum(losses for losses, _ in parts).tolist()
+    values = {f"val/{name}": value for name, value in zip(TERMS, losses, strict=True)}
     values |= {f"val/{name}": metrics["coco"][name] for name in ("AP", "AP50", "AP75")}
     values |= {f"val/{name}": metrics["voc"][name] for name in ("mAP_11point", "mAP_area")}
-    return values, metrics
+    return ranks.share((values, metrics))
 
 
 def draw_examples(detections: Sequence[sv.Detections], cache: ImageCache, class_names: Sequence[str]) -> np.ndarray:
@@ -224,52 +284,67 @@ def draw_examples(detections: Sequence[sv.Detections], cache: ImageCache, class_
     return draw_sheet(cache.images[:PICTURES], shown, class_names)
 
 
-def draw_batch(trainer: Trainer, cache: ImageCache, batch: int) -> np.ndarray:
-    """The first images of a batch of the first epoch as the network will see them, with their boxes."""
-    order, random = epoch_order(trainer.config.seed, 0, len(cache))
-    rows = slice(batch * trainer.batch_size, batch * trainer.batch_size + min(PICTURES, trainer.batch_size))
-    settings = trainer.config.augment_settings(0)
-    images, boxes, labels = augment(cache, order[rows], random[rows], settings, torch.device("cpu"))
-    return draw_targets(images, boxes, labels, trainer.spec.class_names)
+def draw_batch(batches: Batches, number: int, class_names: Sequence[str]) -> np.ndarray:
+    """The first images of a batch as the network will see them, with their boxes."""
+    batch = batches.prepare(number, PICTURES)
+    images = draw(batch._replace(images=batch.images.cpu()))
+    return draw_targets(images, batch.boxes, batch.labels, class_names)
+
+
+def epoch_batches(config: Config, cache: ImageCache, progress: Progress, ranks: Ranks) -> Batches:
+    """The batches of the epoch under way."""
+    share = (progress.epoch - progress.start) / (progress.end - progress.start)
+    settings = config.augment_settings(share)
+    return Batches(cache, config.batch_size, config.seed, progress.epoch, settings, config.train_sizes(), ranks)
 
 
 def run_epoch(
-    trainer: Trainer, caches: tuple[ImageCache, ImageCache | None], log: RunLog, epoch: int, best: float
-) -> float:
-    """Train, validate when it is time, log, save; returns the best AP so far."""
-    config, (train, val) = trainer.config, caches
-    started = time.perf_counter()
-    values = train_one_epoch(trainer, train, epoch)
-    values["train/images_per_second"] = trainer.batches * trainer.batch_size / (time.perf_counter() - started)
-    if not all(value.isfinite().all() for value in trainer.state.model.parameters()):
+    trainer: Trainer, config: Config, caches: tuple[ImageCache, ImageCache | None], log: RunLog, stop: StopSignals
+) -> None:
+    """Train, validate when it is time, log, save."""
+    train, val = caches
+    progress = trainer.state.progress
+    started, first = time.perf_counter(), progress.batch
+    batches = epoch_batches(config, train, progress, trainer.ranks)
+    train_one_epoch(trainer, config, batches, log, stop)
+    progress = trainer.state.progress  # another one after going back
+    values = mean_losses(trainer)
+    seconds = time.perf_counter() - started
+    if first < len(batches):
+        values["train/images_per_second"] = (len(batches) - first) * config.batch_size / seconds
+    if not trainer.is_finite():
         raise UserError(
-            f"the weights are not finite after epoch {epoch + 1}; the last checkpoint is still good, lower lr"
+            f"the weights are not finite after epoch {progress.epoch + 1}; the last checkpoint is still good, lower lr"
         )
     values["train/lr"] = trainer.state.scheduler.get_last_lr()[0]
     metrics: dict[str, Any] = {}
-    if val and ((epoch + 1) % config.eval_every == 0 or epoch + 1 == config.epochs):
-        found, metrics = validate(trainer, val, log, epoch + 1)
+    epoch = progress.epoch + 1
+    if val and (epoch % config.eval_every == 0 or epoch == progress.end):
+        found, metrics = validate(trainer, val, config.batch_size, log, stop)
         values |= found
-    is_best = values.get("val/AP", -2.0) >= best if val else epoch + 1 == config.epochs
-    best = max(best, values.get("val/AP", -1.0))
+    is_best = values.get("val/AP", -2.0) >= progress.best if val else epoch == progress.end
+    if "val/AP" in values:
+        progress.stale = 0 if values["val/AP"] > progress.best else progress.stale + 1
+        progress.best = max(progress.best, values["val/AP"])
+    progress.epoch, progress.batch = epoch, 0
     values["seconds"] = time.perf_counter() - trainer.started
-    log.epoch(epoch + 1, values)
-    info = {"epoch": epoch + 1, "best": best, "metrics": metrics}
-    if is_best:
-        weights = trainer.state.ema.module.state_dict()
-        save_checkpoint(log.folder / "best.safetensors", Checkpoint(trainer.spec, weights, info, {}))
-    save_checkpoint(log.folder / "last.safetensors", pack_training(trainer.state, trainer.spec, info))
+    log.epoch(epoch, values)
+    trainer.kept = replace(trainer.kept, info=trainer.kept.info | asdict(progress) | {"metrics": metrics})
+    best = Checkpoint(trainer.spec, trainer.kept.weights, trainer.kept.info, {}) if is_best else None
+    log.save(trainer.kept, best)
     shown = ("train/loss", "val/loss", "val/AP", "val/AP50", "train/images_per_second")
-    print(f"epoch {epoch + 1}/{config.epochs}", *(f"{name} {values[name]:.4g}" for name in shown if name in values))
-    return best
+    line = " ".join(f"{name} {values[name]:.4g}" for name in shown if name in values)
+    trainer.ranks.say(f"epoch {epoch}/{progress.end} {line}")
 
 
-def load_data(config: Config, spec: ModelSpec, device: torch.device) -> tuple[ImageCache, ImageCache | None]:
+def load_data(
+    config: Config, spec: ModelSpec, device: torch.device, ranks: Ranks
+) -> tuple[ImageCache, ImageCache | None]:
     """The training and, when there are validation sets, the validation images, in memory."""
-    train_samples = load_samples(config.devkit, config.train_sets, spec.class_names)
+    samples = load_samples(config.devkit, config.train_sets, spec.class_names)
     val_samples = load_samples(config.devkit, config.val_sets, spec.class_names) if config.val_sets else []
-    train = build_cache(train_samples, spec.input_size, spec.letterbox, device, config.train_difficult)
-    return train, build_cache(val_samples, spec.input_size, spec.letterbox, device) if val_samples else None
+    train = build_cache(samples, spec, device, config.cache, config.train_difficult, ranks)
+    return train, build_cache(val_samples, spec, device, config.cache, ranks=ranks) if val_samples else None
 
 
 def new_spec(config: Config, weights: dict[str, Tensor]) -> ModelSpec:
@@ -290,61 +365,171 @@ def new_spec(config: Config, weights: dict[str, Tensor]) -> ModelSpec:
     return replace(spec, identity_start=False) if fits_plain_attention(model, weights) else spec
 
 
-def open_run(config: Config) -> tuple[Config, Path, Checkpoint | None]:
-    """The settings and the folder of the run, and its last checkpoint when it resumes."""
-    if not config.resume:
-        folder = Path(config.run_dir or f"logs/{time.strftime('%Y-%m-%d_%H-%M-%S')}")
-        if (folder / "last.safetensors").exists():
+def open_run(config: Config, ranks: Ranks) -> tuple[Config, Checkpoint | None, RunLog]:
+    """The settings of the run, its last checkpoint when it resumes, and its folder, locked."""
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) and not config.run_dir:
+        raise UserError("with torchrun --max-restarts give --run-dir, so that a restarted run finds its folder")
+    now = time.strftime("%Y-%m-%d_%H-%M-%S")
+    name = config.run_dir or (newest_run() if config.resume else f"logs/{now}")
+    folder = Path(ranks.share(name))
+    log = RunLog(folder, quiet=not ranks.first)
+    if not config.resume and not (ranks.restarted and is_resumable(folder)):
+        if is_resumable(folder):
             raise UserError(f"{folder} already holds a run; add --resume to continue it, or choose another --run-dir")
-        return config, folder, None
-    folder = Path(config.run_dir) if config.run_dir else newest_checkpoint("last").parent
-    checkpoint = load_checkpoint(folder / "last.safetensors")
-    settings = load_settings(folder, config, free=("run_dir", "resume", "device"))
-    device = settings.device if config.device == "auto" else config.device
-    print(f"resuming {folder} after epoch {checkpoint.info['epoch']}, with the settings in its config.json")
-    return replace(settings, device=device), folder, checkpoint
+        return config, None, log
+    checkpoint = load_last(folder)
+    free = ("run_dir", "resume", "extend", "device", "cache", "compile", "checkpoint_every")
+    return load_settings(folder, config, free), checkpoint, log
 
 
-def main(config: Config) -> Path:
-    """Train, and return the run's folder."""
-    config, folder, checkpoint = open_run(config)
+def find_progress(config: Config, checkpoint: Checkpoint | None, ranks: Ranks) -> Progress:
+    """Where to begin, and how far to go."""
+    if checkpoint is None:
+        return Progress(end=config.epochs)
+    progress = read_progress(checkpoint)
+    if not is_finished(config, progress):
+        if config.extend and not ranks.restarted:
+            raise UserError(
+                f"the run has {progress.epoch} of {progress.end} epochs; --resume without --extend continues it, and "
+                "more can be added when it has finished"
+            )
+        ranks.say(f"resuming after epoch {progress.epoch}, batch {progress.batch} of the next, with the run's settings")
+        return progress
+    if config.extend:
+        return replace(progress, start=progress.epoch, end=progress.epoch + config.extend, stale=0)
+    ranks.say(f"the run is finished after {progress.epoch} epochs; --resume --extend 20 would add 20")
+    return progress
+
+
+def is_finished(config: Config, progress: Progress) -> bool:
+    return progress.epoch >= progress.end or 0 < config.patience <= progress.stale
+
+
+def share_batch(config: Config, spec: ModelSpec, cache: ImageCache, device: torch.device, ranks: Ranks) -> Config:
+    """The settings with a batch size that all processes have an equal share of; 0 becomes the largest that fits."""
+    size = config.batch_size
+    if size == 0:
+        if device.type != "cuda":
+            raise UserError("batch_size 0 picks what fits into a GPU; on the CPU give a number, such as 16")
+        size = ranks.size * min(ranks.everyone(fitting_batch(config, spec, cache, device, ranks.size)))
+        ranks.say(f"batch size {size} fits")
+    if size % ranks.size or len(cache) < ranks.size:
+        raise UserError(
+            f"{len(cache)} images in batches of {size} cannot be shared by {ranks.size} processes; give a multiple of "
+            f"{ranks.size} as --batch-size, and no fewer images"
+        )
+    return replace(config, batch_size=min(size, len(cache)) // ranks.size * ranks.size)
+
+
+def fitting_batch(config: Config, spec: ModelSpec, cache: ImageCache, device: torch.device, processes: int) -> int:
+    """The largest batch at the largest input size that fits into this process's GPU."""
+    alone = replace(config, batch_size=1, nominal_batch=1, compile="off")
+    probe = build_trainer(alone, spec, len(cache), device, Ranks(), Progress(end=1))
+    size, objects = config.train_sizes()[0], 2 * cache.labels.shape[1]
+    return largest_batch(lambda images: probe.try_batch(images, objects, size), device, len(cache) // processes)
+
+
+def rehearse(trainer: Trainer, config: Config, caches: tuple[ImageCache, ImageCache | None]) -> None:
+    """Try the largest batch, also to compile it, and say what it takes; the state stays as it was.
+
+    Raises UserError with a batch size to try when it does not fit into memory.
+    """
+    (train, val), progress, sizes = caches, trainer.state.progress, config.train_sizes()
+    images, objects = config.batch_size // trainer.ranks.size, 2 * train.labels.shape[1]
+    trainer.set_mode(frozen=False)
+    compiled = choose_compile(config.compile, trainer.device)
+    try:
+        trials = [
+            try_steps(partial(trainer.try_batch, images, objects, size), trainer.device)
+            for size in sizes[: None if compiled else 1]
+        ]
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        alone = trainer.device.type == "cuda" and trainer.ranks.size == 1
+        smaller = fitting_batch(config, trainer.spec, train, trainer.device, 1) if alone else config.batch_size // 2
+        raise too_large(config.batch_size, sizes[0], smaller) from None
+    restore_training(trainer.state, trainer.kept)
+    epochs = progress.end - progress.epoch
+    validated = len(val) * math.ceil(epochs / config.eval_every) * VALIDATION_COST if val else 0
+    area = sum(map(math.prod, sizes)) / len(sizes) / math.prod(sizes[0])
+    seconds = trials[0].seconds / config.batch_size * (epochs * len(train) * area + validated)
+    trainer.ranks.say(
+        f"a step of {config.batch_size} images at {sizes[0][0]}x{sizes[0][1]} takes {trials[0].seconds:.3f} s and "
+        f"{trials[0].memory / 1e9:.1f} GB; {epochs} epochs about {seconds / 60:.0f} min"
+    )
+
+
+def prepare(
+    config: Config, checkpoint: Checkpoint | None, log: RunLog, device: torch.device, ranks: Ranks
+) -> tuple[Config, Trainer, tuple[ImageCache, ImageCache | None]]:
+    """Read the data, build the network or restore it, begin or reopen the log."""
+    weights = read_weights(config.weights) if config.weights and checkpoint is None else {}
+    spec = checkpoint.spec if checkpoint else new_spec(config, weights)
+    progress = find_progress(config, checkpoint, ranks)
+    caches = load_data(config, spec, device, ranks)
+    if ranks.first:
+        found = {split: cache.fingerprints() for split, cache in zip(("train", "val"), caches, strict=True) if cache}
+        keep_fingerprints(log.folder, found, resumed=checkpoint is not None)
+    config = share_batch(config, spec, caches[0], device, ranks)
+    trainer = build_trainer(config, spec, len(caches[0]), device, ranks, progress)
+    ranks.say(f"YOLOv4-tiny phi {spec.phi}: {summary(trainer.state.model, spec.input_size)}")
+    ranks.say(
+        f"{len(caches[0])} images in {caches[0].place}, batches of {config.batch_size}, {device}, {trainer.dtype}"
+        f"{f', {ranks.size} processes' if ranks.size > 1 else ''}; run folder {log.folder}"
+    )
+    if checkpoint:
+        if progress.start != checkpoint.info["start"]:  # extended: its schedule begins anew
+            fresh = {"scheduler": trainer.state.scheduler.state_dict()}
+            checkpoint = replace(checkpoint, info=checkpoint.info | asdict(progress) | fresh)
+        restore_training(trainer.state, checkpoint)
+        trainer.keep(progress.batch)
+    elif weights:
+        ranks.say(start_from(trainer.state.model, weights, config.weights))
+    if checkpoint is None and ranks.first:
+        save_settings(log.folder, config)
+    log.open(progress.epoch)
+    return config, trainer, caches
+
+
+def train(config: Config, stop: StopSignals, ranks: Ranks) -> Path:
+    """A run from its beginning, or from where it stopped, to its end."""
+    config, checkpoint, log = open_run(config, ranks)
     device = choose_device(config.device)
     if device.type == "cpu":
         keep_freed_memory()
-    weights = read_weights(config.weights) if config.weights and checkpoint is None else {}
-    spec = checkpoint.spec if checkpoint else new_spec(config, weights)
-    caches = load_data(config, spec, device)
-    train = caches[0]
-    trainer = Trainer(config, spec, len(train), device)
-    print(f"YOLOv4-tiny phi {spec.phi}: {summary(trainer.state.model, spec.input_size)}")
-    print(f"{len(train)} images, batches of {trainer.batch_size}, {device}, {trainer.dtype}; run folder {folder}")
-    first_epoch, best = 0, -1.0
-    if checkpoint:
-        restore_training(trainer.state, checkpoint)
-        first_epoch, best = checkpoint.info["epoch"], checkpoint.info["best"]
-    else:
-        if weights:
-            print(start_from(trainer.state.model, weights, config.weights))
-        save_settings(folder, config)
-    log = RunLog(folder, first_epoch)
-    if first_epoch == 0:
-        for batch in range(min(2, trainer.batches)):
-            log.picture(f"batch_{batch}", draw_batch(trainer, train, batch), 0)
-    if first_epoch == config.epochs:
-        print(f"this run is finished; to train longer, start a new one with --weights {folder}/last.safetensors")
-    try:
-        for epoch in range(first_epoch, config.epochs):
-            best = run_epoch(trainer, caches, log, epoch, best)
-    except KeyboardInterrupt:
-        resume = f"python train.py --resume --run-dir {folder} continues at its beginning"
-        how = resume if (folder / "last.safetensors").exists() else "nothing was saved yet"
-        print(f"\nstopped in epoch {epoch + 1}; {how}")
-        raise
-    finally:
-        log.close()
+    with closing(log):
+        config, trainer, caches = prepare(config, checkpoint, log, device, ranks)
+        progress = trainer.state.progress
+        if not is_finished(config, progress):
+            if progress.epoch == progress.batch == 0:
+                batches = epoch_batches(config, caches[0], progress, ranks)
+                for number in range(min(2, len(batches))):
+                    log.picture(f"batch_{number}", partial(draw_batch, batches, number, trainer.spec.class_names), 0)
+            rehearse(trainer, config, caches)
+        try:
+            with stop.put_off():
+                while not is_finished(config, trainer.state.progress):
+                    run_epoch(trainer, config, caches, log, stop)
+        except Stopped:
+            ranks.say(f"stopped; python train.py --resume --run-dir {log.folder} continues as if it had not")
+            raise
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise too_large(config.batch_size, config.train_sizes()[0], config.batch_size // 2) from None
+    progress = trainer.state.progress
+    if progress.epoch < progress.end:
+        ranks.say(f"stopped early, since {config.patience} validations brought nothing better")
     best_of = f"the best on {', '.join(config.val_sets)}" if config.val_sets else "the same, without validation"
-    print(f"done: {folder}/last.safetensors is the last checkpoint, best.safetensors {best_of}")
-    return folder
+    ranks.say(f"done: {log.folder / LAST} is the last checkpoint, {BEST} {best_of}")
+    return log.folder
+
+
+def main(config: Config) -> Path:
+    """Train, and return the run's folder; processes that torchrun started train together."""
+    with StopSignals() as stop, join_ranks(choose_device(config.device)) as ranks:
+        return train(config, stop, ranks)
 
 
 if __name__ == "__main__":

@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from utils.augment import FILL, AugmentSettings, augment, colour_matrices, epoch_order
+from utils.augment import FILL, AugmentSettings, colour_matrices, draw, epoch_order, prepare
 from utils.boxes import Fit
 from utils.cache import ImageCache
 
-CPU = torch.device("cpu")
 OFF = AugmentSettings(mosaic=0, mixup=0, scale=0, aspect=0, translate=0, flip=0, hue=0, saturation=0, value=0)
 GEOMETRY = AugmentSettings(
     mosaic=0, mixup=0, scale=0.4, aspect=0.3, translate=0.2, flip=0.5, hue=0, saturation=0, value=0
@@ -32,12 +31,22 @@ def cache() -> ImageCache:
             images[i, :, y : y + h, x : x + w] = 255
             boxes[i, k] = torch.tensor([x, y, x + w, y + h])
             labels[i, k] = i % 3
-    return ImageCache([], images, boxes, labels, [Fit(1, 1, 0, 0)] * 12, [SIZE] * 12)
+    return in_memory(images, boxes, labels)
+
+
+def in_memory(images, boxes, labels) -> ImageCache:
+    count, size = len(images), tuple(images.shape[2:])
+    return ImageCache([], images, boxes, labels, [Fit(1, 1, 0, 0)] * count, [size] * count, [0] * count, "ram")
+
+
+def augment(cache, order, random, settings, size=None):
+    batch = prepare(cache, order, random, settings, size or tuple(cache.images.shape[2:]))
+    return draw(batch), batch.boxes, batch.labels
 
 
 def batch(cache, settings, seed=0):
     order, random = epoch_order(seed, 0, len(cache))
-    return order, *augment(cache, order, random, settings, CPU)
+    return order, *augment(cache, order, random, settings)
 
 
 def test_without_strength_nothing_changes(cache):
@@ -65,6 +74,19 @@ def test_boxes_follow_the_pixels(cache, settings):
                 seen += 1
     assert seen > 80
     assert beside <= (0.05 * seen if settings.mosaic else 0)
+
+
+def test_another_input_size_is_the_same_picture(cache):
+    """Twice the size: pixels and boxes lie where they lay, at twice the distance."""
+    settings = replace(GEOMETRY, mosaic=0.5)
+    order, random = epoch_order(0, 0, len(cache))
+    images, boxes, labels = augment(cache, order, random, settings)
+    double = tuple(2 * side for side in SIZE)
+    larger, moved, same = augment(cache, order, random, settings, double)
+    assert larger.shape[2:] == double
+    assert torch.equal(labels, same)
+    torch.testing.assert_close(moved, 2 * boxes)
+    assert (torch.nn.functional.avg_pool2d(larger, 2) - images).abs().mean() < 0.01
 
 
 def test_flip_mirrors_exactly(cache):
@@ -98,7 +120,7 @@ def test_outside_is_gray(cache):
 def test_hidden_and_tiny_boxes_are_dropped():
     images = torch.zeros(1, 3, 96, 96, dtype=torch.uint8)
     boxes = torch.tensor([[[10.0, 10, 50, 50], [20, 20, 21, 60]]])
-    cache = ImageCache([], images, boxes, torch.zeros(1, 2, dtype=torch.long), [Fit(1, 1, 0, 0)], [(96, 96)])
+    cache = in_memory(images, boxes, torch.zeros(1, 2, dtype=torch.long))
     _, _, moved, labels = batch(cache, OFF)
     assert labels[0].tolist() == [0, -1, -1, -1]  # one pixel wide is too thin to learn from
     torch.testing.assert_close(moved[0, 0], boxes[0, 0])
@@ -118,9 +140,9 @@ def test_order_and_numbers_depend_on_seed_and_epoch_alone():
 def test_a_sample_does_not_depend_on_its_batch(cache):
     settings = replace(GEOMETRY, mosaic=0.5, mixup=0.5, hue=0.1, saturation=0.5, value=0.5)
     order, random = epoch_order(0, 0, len(cache))
-    together = augment(cache, order, random, settings, CPU)
+    together = augment(cache, order, random, settings)
     for i in range(len(cache)):
-        alone = augment(cache, order[i : i + 1], random[i : i + 1], settings, CPU)
+        alone = augment(cache, order[i : i + 1], random[i : i + 1], settings)
         for ours, theirs in zip(alone, together, strict=True):
             torch.testing.assert_close(ours[0], theirs[i], atol=1e-5, rtol=0)
 

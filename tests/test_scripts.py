@@ -69,10 +69,10 @@ def test_a_resumed_run_equals_one_that_never_stopped(config, run_dir, tmp_path, 
     folder = tmp_path / "stopped"
     real = train.run_epoch
 
-    def stop_before_the_third(trainer, caches, log, epoch, best):
-        if epoch == 2:
+    def stop_before_the_third(trainer, *arguments):
+        if trainer.state.progress.epoch == 2:
             raise KeyboardInterrupt
-        return real(trainer, caches, log, epoch, best)
+        real(trainer, *arguments)
 
     monkeypatch.setattr(train, "run_epoch", stop_before_the_third)
     with pytest.raises(KeyboardInterrupt):
@@ -121,7 +121,7 @@ def test_detector_is_one_path(config, run_dir):
     """Single images, batches and the cache give the same detections."""
     detector = Detector.load(run_dir / "last.safetensors", thresholds=EVALUATION_THRESHOLDS)
     samples = load_samples(config.devkit, ["Demo/test"], detector.spec.class_names)
-    cache = build_cache(samples, detector.spec.input_size, detector.spec.letterbox, torch.device("cpu"))
+    cache = build_cache(samples, detector.spec, torch.device("cpu"))
     images = [read_image(sample.image) for sample in samples]
     single = [detector(image) for image in images]
     batched = list(detector.detect(images, batch_size=4))
@@ -223,9 +223,9 @@ def test_the_newest_run_is_meant_without_a_name(run_dir, tmp_path, monkeypatch, 
             shutil.copy(run_dir / f"{part}.safetensors", tmp_path / "logs" / name)
         (tmp_path / "logs" / name / "metrics.jsonl").touch()
         os.utime(tmp_path / "logs" / name / "metrics.jsonl", (len(name), 10.0 * len(parts)))
-    assert newest_checkpoint("best") == Path("logs/old/best.safetensors")
+    assert newest_checkpoint() == Path("logs/old/best.safetensors")
     os.utime(tmp_path / "logs" / "new" / "metrics.jsonl")
-    assert newest_checkpoint("best") == Path("logs/new/last.safetensors")
+    assert newest_checkpoint() == Path("logs/new/last.safetensors")
     (tmp_path / "logs" / "new" / "last.safetensors").unlink()
     expect_mistake(train, ["--resume"], "logs/new", "before its first checkpoint")
 
@@ -236,15 +236,14 @@ def test_a_set_smaller_than_a_batch_trains(config, tmp_path):
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 2
 
 
-def test_a_nan_loss_stops_and_spares_the_checkpoint(config, run_dir, tmp_path):
+def test_weights_that_are_not_finite_are_refused(config, run_dir, tmp_path):
     checkpoint = load_checkpoint(run_dir / "last.safetensors")
     broken = {
         name: value * float("nan") if value.is_floating_point() else value for name, value in checkpoint.weights.items()
     }
     torch.save(broken, tmp_path / "broken.pth")
-    with pytest.raises(train.UserError, match=r"epoch 1, step 1 is not finite.*: train_\d+"):
+    with pytest.raises(train.UserError, match=r"broken\.pth holds numbers that are not finite, in "):
         train.main(replace(config, weights=str(tmp_path / "broken.pth"), run_dir=str(tmp_path / "a")))
-    assert not list((tmp_path / "a").glob("*.safetensors"))
 
 
 def test_flags_work_as_a_user_gives_them(devkit, tmp_path):

@@ -26,12 +26,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from nets.yolo import ModelSpec
 from utils.anchors import load_anchors
-from utils.checkpoint import TrainingState
 from utils.detector import Detector
 from utils.device import autocast, choose_device, choose_precision, cpu_has_bf16, keep_freed_memory
 from utils.errors import run_script
 from utils.loss import LossSettings, YoloLoss
 from utils.optim import build_ema, build_optimizer, lr_factor
+from utils.training import Progress, TrainingState
 
 ROOT = Path(__file__).resolve().parent.parent
 OBJECTS = 12  # per image of the fixed batch
@@ -105,6 +105,8 @@ class FixedBatch:
             LambdaLR(optimizer, lr_factor("cosine", 10_000, 1000)),
             torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16),
             build_ema(model, 10_000, 0.05),
+            Progress(end=1),
+            torch.zeros(1),
         )
         self.loss = YoloLoss(spec, LossSettings(), self.device)
         height, width = config.input_size

@@ -1,4 +1,6 @@
-"""Batched augmentation on the training device: pure functions of cached images, targets and a table of random numbers.
+"""Batched augmentation: pure functions of cached images, targets and a table of random numbers.
+
+`prepare` plans a batch on the CPU, `draw` makes its images on the training device.
 
 Every image is placed in a rectangle of the output by one axis-aligned map, output = input * scale + offset: an
 ordinary sample fills the whole output, a mosaic is four samples in four rectangles, mixup a second sample on top.
@@ -6,6 +8,7 @@ ordinary sample fills the whole output, a mosaic is four samples in four rectang
 
 from dataclasses import dataclass
 from math import tau
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -49,18 +52,62 @@ def epoch_order(seed: int, epoch: int, num_samples: int) -> tuple[Tensor, Tensor
     return torch.randperm(num_samples, generator=generator), torch.rand(num_samples, NUM_COLUMNS, generator=generator)
 
 
-def augment(
-    cache: ImageCache, indices: Tensor, random: Tensor, settings: AugmentSettings, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Samples `indices` (B,) with random rows (B, NUM_COLUMNS), both on the CPU, as a training batch on `device`.
+class Prepared(NamedTuple):
+    """A batch of B samples made of T tiles, ready to be drawn; all that an accelerator needs of it."""
 
-    Returns images (B, 3, H, W) float in 0..1, boxes (B, 2M, 4) xyxy in pixels and labels (B, 2M) padded with -1,
-    where M is the most objects of one image; what a crowded mosaic has beyond 2M is dropped.
+    images: Tensor  # (T, 3, H, W) uint8, the tiles' sources
+    x: Tensor  # (T, output width) where each output pixel lies in the source, in grid_sample's -1..1
+    y: Tensor  # (T, output height)
+    rows: Tensor  # (T,) position in the batch
+    weights: Tensor  # (T,) share in mixup
+    colours: Tensor  # (B, 3, 3) on RGB
+    boxes: Tensor  # (B, 2M, 4) xyxy in pixels of the output, where M is the most objects of one image
+    labels: Tensor  # (B, 2M) padded with -1
+
+
+def prepare(
+    cache: ImageCache, indices: Tensor, random: Tensor, settings: AugmentSettings, output: tuple[int, int]
+) -> Prepared:
+    """Plan a batch of samples `indices` (B,) with random rows (B, NUM_COLUMNS) for an output of (height, width).
+
+    Everything but the images is on the CPU; they are where the cache is. What a crowded mosaic has beyond 2M objects is
+    dropped.
     """
     tiles = plan_tiles(indices, random, settings, cache)
-    images = jitter_colours(warp(cache, tiles, device, len(indices)), random, settings)
     boxes, labels = move_boxes(cache, tiles, len(indices))
-    return images, boxes.to(device), labels.to(device)
+    height, width = cache.images.shape[2:]
+    zoom = torch.tensor([output[1] / width, output[0] / height] * 2)
+    return Prepared(
+        gather_images(cache.images, tiles.sources),
+        source_coordinates(tiles, 0, width, output[1]),
+        source_coordinates(tiles, 1, height, output[0]),
+        tiles.rows,
+        tiles.weights,
+        plan_colours(random, settings),
+        boxes * zoom,
+        labels,
+    )
+
+
+def gather_images(images: Tensor, sources: Tensor) -> Tensor:
+    """Rows (T,) of images (N, 3, H, W); page-locked where CUDA can copy from it while computing."""
+    if images.is_cuda:
+        return images[sources.pin_memory().to(images.device, non_blocking=True)]
+    gathered = torch.empty(len(sources), *images.shape[1:], dtype=images.dtype, pin_memory=torch.cuda.is_available())
+    np.take(images.numpy(), sources.numpy(), axis=0, out=gathered.numpy(), mode="clip")  # in this thread alone
+    return gathered
+
+
+def draw(batch: Prepared) -> Tensor:
+    """The images (B, 3, output height, output width) float in 0..1, on the device that the batch is on."""
+    images = torch.sub(batch.images, FILL)  # float from here on; the zeros outside an image are the fill
+    grid = torch.stack(torch.broadcast_tensors(batch.x[:, None, :], batch.y[:, :, None]), dim=-1)  # (T, H, W, 2)
+    drawn = F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    if len(drawn) > len(batch.colours):  # else one tile each, in order
+        drawn *= batch.weights[:, None, None, None]
+        drawn = drawn.new_zeros(len(batch.colours), *drawn.shape[1:]).index_add_(0, batch.rows, drawn)
+    fill = FILL / 255 * batch.colours.sum(dim=2, keepdim=True)  # (B, 3, 1)
+    return torch.baddbmm(fill, batch.colours / 255, drawn.flatten(2)).clamp_(0, 1).view_as(drawn)
 
 
 @dataclass(frozen=True)
@@ -124,31 +171,12 @@ def place(numbers: Tensor, rects: Tensor, size: tuple[int, int], settings: Augme
     return scales, offsets
 
 
-def warp(cache: ImageCache, tiles: Tiles, device: torch.device, batch: int) -> Tensor:
-    """Draw the tiles: (B, 3, H, W) float, gray levels minus FILL, so that the zeros outside an image are the fill."""
-    height, width = cache.images.shape[2:]
-    images = cache.images[tiles.sources.to(cache.images.device)].to(device, non_blocking=device.type == "cuda")
-    images = torch.sub(images, FILL)  # float from here on
-    grid = torch.stack(
-        torch.broadcast_tensors(
-            source_coordinates(tiles, 0, width).to(device)[:, None, :],
-            source_coordinates(tiles, 1, height).to(device)[:, :, None],
-        ),
-        dim=-1,
-    )  # (T, H, W, 2)
-    drawn = F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
-    if len(tiles.rows) == batch:  # one tile each, in order
-        return drawn
-    drawn *= tiles.weights.to(device)[:, None, None, None]
-    return drawn.new_zeros(batch, 3, height, width).index_add_(0, tiles.rows.to(device), drawn)
-
-
-def source_coordinates(tiles: Tiles, axis: int, length: int) -> Tensor:
-    """For each output pixel along an axis, where in the source it lies: (T, length) in grid_sample's -1..1.
+def source_coordinates(tiles: Tiles, axis: int, length: int, output: int) -> Tensor:
+    """For each of `output` pixels along an axis, where in the source of `length` it lies: (T, output) in -1..1.
 
     Pixels beyond the tile's rectangle get 3, which lies outside every image.
     """
-    pixel = torch.arange(length) + 0.5
+    pixel = (torch.arange(output) + 0.5) * (length / output)
     source = (pixel - tiles.offsets[:, axis, None]) / tiles.scales[:, axis, None]
     inside = (pixel > tiles.rects[:, axis, None]) & (pixel < tiles.rects[:, axis + 2, None])
     return torch.where(inside, 2 * source / length - 1, 3.0)
@@ -176,16 +204,14 @@ def move_boxes(cache: ImageCache, tiles: Tiles, batch: int) -> tuple[Tensor, Ten
     return all_boxes.gather(1, order[..., None].expand(-1, -1, 4)), all_labels.gather(1, order)
 
 
-def jitter_colours(drawn: Tensor, random: Tensor, settings: AugmentSettings) -> Tensor:
-    """Turn hue, and scale saturation and value, with one colour matrix per image; from `warp`'s range to 0..1."""
+def plan_colours(random: Tensor, settings: AugmentSettings) -> Tensor:
+    """One colour matrix per image (B, 3, 3): a turn of the hue, and a scaling of saturation and value."""
     symmetric = 2 * random[:, [HUE, SATURATION, VALUE]] - 1  # (B, 3)
-    matrices = colour_matrices(
+    return colour_matrices(
         symmetric[:, 0] * settings.hue * tau,
         1 + symmetric[:, 1] * settings.saturation,
         1 + symmetric[:, 2] * settings.value,
-    ).to(drawn.device)
-    fill = FILL / 255 * matrices.sum(dim=2, keepdim=True)  # (B, 3, 1)
-    return torch.baddbmm(fill, matrices / 255, drawn.flatten(2)).clamp_(0, 1).view_as(drawn)
+    )
 
 
 def colour_matrices(angle: Tensor, saturation: Tensor, value: Tensor) -> Tensor:

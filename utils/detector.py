@@ -19,6 +19,7 @@ from utils.anchors import decode, levels_of
 from utils.boxes import Fit, clip_boxes
 from utils.cache import ImageCache
 from utils.checkpoint import load_model
+from utils.distributed import Ranks
 from utils.errors import UserError, check_range
 from utils.images import fit_image
 from utils.nms import select_detections
@@ -97,9 +98,15 @@ class Detector:
             stacked = torch.from_numpy(np.stack(fitted)).permute(0, 3, 1, 2)  # (B, 3, H, W), channels-last already
             yield from self.select(self.forward(stacked), fits, [image.shape[:2] for image in batch])
 
-    def run_cached(self, cache: ImageCache, batch_size: int) -> Iterator[tuple[slice, tuple[Tensor, Tensor]]]:
-        """The raw heads of a cached data set, batch by batch, with the part of it that they belong to."""
-        for start in range(0, len(cache), batch_size):
+    def run_cached(
+        self, cache: ImageCache, batch_size: int, ranks: Ranks | None = None
+    ) -> Iterator[tuple[slice, tuple[Tensor, Tensor]]]:
+        """The raw heads of a cached data set, batch by batch, with the part of it that they belong to.
+
+        Several `ranks` take the same batches in turns, so that together they find exactly what one would.
+        """
+        ranks = ranks or Ranks()
+        for start in range(ranks.rank * batch_size, len(cache), ranks.size * batch_size):
             part = slice(start, min(start + batch_size, len(cache)))
             yield part, self.forward(cache.images[part])
 

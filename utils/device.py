@@ -1,9 +1,13 @@
 """Where to compute and in which precision."""
 
 import ctypes
+import os
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
+from importlib.util import find_spec
+from math import inf
+from pathlib import Path
 
 import torch
 
@@ -19,7 +23,9 @@ def choose_device(name: str) -> torch.device:
         raise UserError(f"device is {name!r}, but must be auto, cpu or cuda")
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("device is cuda, but torch finds no CUDA GPU here; use --device cpu, or auto")
-    return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))  # which torchrun sets
 
 
 def choose_precision(name: str, device: torch.device) -> torch.dtype:
@@ -33,6 +39,11 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     return torch.bfloat16 if cpu_has_bf16() else torch.float32
+
+
+def choose_compile(name: str, device: torch.device) -> bool:
+    """ "auto", "on" or "off" -> whether to compile; auto does on a GPU where Triton, which that needs, is there."""
+    return name == "on" or (name == "auto" and device.type == "cuda" and find_spec("triton") is not None)
 
 
 def cpu_has_bf16() -> bool:
@@ -58,3 +69,25 @@ def keep_freed_memory() -> None:
         if mallopt is not None:
             mallopt(M_MMAP_MAX, 0)
             mallopt(M_TRIM_THRESHOLD, -1)
+
+
+def available_memory() -> float:
+    """Bytes of RAM that this process may still take: the system's, or less where a container limits it.
+
+    Infinity where the system does not say.
+    """
+    free = [inf]
+    with suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        free.append(1024 * int(next(line.split()[1] for line in lines if line.startswith("MemAvailable:"))))
+    with suppress(OSError, ValueError):  # "max" where there is no limit
+        group = Path("/sys/fs/cgroup")
+        limit = int((group / "memory.max").read_text(encoding="ascii"))
+        free.append(limit - int((group / "memory.current").read_text(encoding="ascii")))
+    return min(free)
+
+
+def wait_for(device: torch.device) -> None:
+    """Wait until the device has done what it was given; times taken before are not its own."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

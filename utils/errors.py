@@ -1,6 +1,7 @@
 """The one error type for a user's mistake, and how a script shows it."""
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from math import inf
@@ -8,6 +9,8 @@ from pathlib import Path
 from typing import TypeVar
 
 import tyro
+
+from utils.interrupt import Stopped
 
 Config = TypeVar("Config")
 
@@ -44,13 +47,15 @@ def check_choice(settings: object, name: str, choices: Sequence[str]) -> None:
 def run_script(main: Callable[[Config], object], config_type: type[Config]) -> None:
     """Read the command line into `config_type` and call `main` with it.
 
-    A `UserError` becomes one line on stderr and exit code 2, Ctrl-C exit code 130; a bug keeps its traceback.
+    A `UserError` becomes one line on stderr and exit code 2, Ctrl-C exit code 130, SIGTERM 143; a bug keeps its
+    traceback.
     """
     try:
         main(tyro.cli(config_type))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
+    except KeyboardInterrupt as stop:
+        signum = stop.signum if isinstance(stop, Stopped) else signal.SIGINT
+        print(f"stopped by {signum.name}", file=sys.stderr)
+        raise SystemExit(128 + signum) from None

@@ -14,13 +14,21 @@ from utils.errors import UserError
 PADDING = 114  # the gray around a letterboxed image
 
 
-def read_image(path: str | Path, upright: bool = True) -> np.ndarray:
-    """An image file -> uint8 RGB (H, W, 3), turned upright by its EXIF orientation, or as it is stored."""
-    path = Path(path)
+def read_image(path: str | Path) -> np.ndarray:
+    """An image file -> uint8 RGB (H, W, 3), turned upright by its EXIF orientation."""
+    return decode_image(read_encoded(path), path)
+
+
+def read_encoded(path: str | Path) -> np.ndarray:
+    """The bytes of an image file."""
     try:
-        encoded = np.fromfile(path, dtype=np.uint8)  # not imread, which cannot open every path on Windows
+        return np.fromfile(path, dtype=np.uint8)  # and not imread, which cannot open every path on Windows
     except OSError as error:
         raise UserError(f"cannot read the image {path}: {error.strerror}") from None
+
+
+def decode_image(encoded: np.ndarray, path: str | Path, upright: bool = True) -> np.ndarray:
+    """The bytes of the image file `path` -> uint8 RGB (H, W, 3), turned upright by EXIF or as it is stored."""
     flags = cv2.IMREAD_COLOR if upright else cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
     try:
         image = cv2.imdecode(encoded, flags) if len(encoded) else None

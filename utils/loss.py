@@ -11,7 +11,7 @@ from torch import Tensor
 from nets.yolo import ModelSpec
 from utils.anchors import Level, decode_boxes, decode_level, levels_of, read_head
 from utils.boxes import batched_iou, ciou, shape_iou
-from utils.errors import UserError
+from utils.distributed import Ranks
 
 TERMS = ("loss", "box", "objectness", "class")
 HEAD_BALANCE = (0.4, 1.0)  # objectness weight of P5 and P4: the coarse head has few cells and saturates early
@@ -50,8 +50,7 @@ def assign_targets(boxes: Tensor, labels: Tensor, matches: Tensor, level: Level,
     num_anchors = len(level.anchors)
     centres = (boxes[..., :2] + boxes[..., 2:]) / (2 * level.stride)  # (B, M, 2) in cells
 
-    limits = torch.tensor([width, height], device=boxes.device)
-    own = centres.long().clamp(min=0).minimum(limits - 1)  # (B, M, 2)
+    own = within(centres.long(), grid)  # (B, M, 2)
     step = torch.where(centres - own < 0.5, -1, 1)  # (B, M, 2) towards the nearer neighbour
     no_step = torch.zeros_like(step[..., 0])
     steps = torch.stack(
@@ -63,10 +62,10 @@ def assign_targets(boxes: Tensor, labels: Tensor, matches: Tensor, level: Level,
         dim=2,
     )  # (B, M, 3, 2)
     cells = own[:, :, None] + steps
-    inside = ((cells >= 0) & (cells < limits)).all(dim=-1)  # (B, M, 3)
+    inside = (within(cells, grid) == cells).all(dim=-1)  # (B, M, 3)
 
     mask = (matches[..., None] & inside[:, :, None] & (labels >= 0)[:, :, None, None]).flatten(1)  # (B, M*A*3)
-    cells = cells.clamp(min=0).minimum(limits - 1)
+    cells = within(cells, grid)
     flat = cells[..., 1] * width + cells[..., 0]  # (B, M, 3)
     anchor = torch.arange(num_anchors, device=boxes.device)
     index = (anchor[:, None] * (height * width) + flat[:, :, None]).flatten(1)
@@ -74,6 +73,12 @@ def assign_targets(boxes: Tensor, labels: Tensor, matches: Tensor, level: Level,
     cells = cells[:, :, None].expand(-1, -1, num_anchors, -1, -1).flatten(1, 3)
     anchors = level.anchors[anchor.repeat_interleave(3).repeat(most)]
     return Assignment(mask, index, target, cells, anchors)
+
+
+def within(cells: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Cells (..., 2) x, y moved into a grid of (H, W)."""
+    height, width = grid
+    return torch.stack([cells[..., 0].clamp(0, width - 1), cells[..., 1].clamp(0, height - 1)], dim=-1)
 
 
 def gather_rows(values: Tensor, index: Tensor) -> Tensor:
@@ -97,74 +102,70 @@ class YoloLoss:
     """Raw heads and padded targets -> named loss terms; the whole batch at once, shapes fixed.
 
     CIoU (arXiv 1911.08287) for boxes, binary cross-entropy for objectness, whose target is the CIoU reached, and for
-    classes. Each term is a mean over what it is about in the batch, per head.
+    classes. Each term is a mean over what it is about in the batch, per head. With several `ranks` it is a mean over
+    all their batches: each finds its share, and the shares add up to what one process would find.
     """
 
-    def __init__(self, spec: ModelSpec, settings: LossSettings, device: torch.device) -> None:
+    def __init__(
+        self, spec: ModelSpec, settings: LossSettings, device: torch.device, ranks: Ranks | None = None
+    ) -> None:
         self.settings = settings
         self.num_classes = spec.num_classes
         self.scale_xy = spec.scale_xy
         self.levels = levels_of(spec, device)
+        self.ranks = ranks or Ranks()
+        weights = [[settings.box, settings.objectness * balance, settings.classes] for balance in HEAD_BALANCE]
+        self.weights = torch.tensor(weights, device=device)  # (heads, terms)
+        self.blank = torch.tensor([0.0, 0.0, 1.0, 1.0], device=device)  # the box in padding slots
 
     def __call__(self, heads: Sequence[Tensor], boxes: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Heads P5, P4; boxes (B, M, 4) xyxy in input pixels, labels (B, M) -> "loss" and its three parts."""
-        matches = matching_anchors(boxes, self.levels, self.settings.anchor_iou)
-        box = objectness = classes = boxes.new_zeros(())
-        for head, level, match, balance in zip(heads, self.levels, matches, HEAD_BALANCE, strict=True):
-            found = assign_targets(boxes, labels, match, level, (head.shape[2], head.shape[3]))
-            terms = self.head_terms(head, level, found, boxes, labels)
-            box = box + self.settings.box * terms[0]
-            objectness = objectness + self.settings.objectness * balance * terms[1]
-            classes = classes + self.settings.classes * terms[2]
-        return dict(zip(TERMS, (box + objectness + classes, box, objectness, classes), strict=True))
+        sums, counts = self.sums(heads, boxes, labels)
+        terms = (self.weights * sums / self.ranks.sum(counts).clamp(min=1)).sum(dim=0)
+        return dict(zip(TERMS, (terms.sum(), *terms.unbind()), strict=True))
 
-    def head_terms(
+    def sums(self, heads: Sequence[Tensor], boxes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The terms of each head summed over what they are about, and how many that are: both (heads, terms)."""
+        matches = matching_anchors(boxes, self.levels, self.settings.anchor_iou)
+        sums, counts = [], []
+        for head, level, match in zip(heads, self.levels, matches, strict=True):
+            found = assign_targets(boxes, labels, match, level, (head.shape[2], head.shape[3]))
+            terms, number = self.head_sums(head, level, found, boxes, labels)
+            sums.append(terms)
+            counts.append(number)
+        return torch.stack(sums), torch.stack(counts)
+
+    def head_sums(
         self, head: Tensor, level: Level, found: Assignment, boxes: Tensor, labels: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Box, objectness and class term of one head, not yet weighted."""
+    ) -> tuple[Tensor, Tensor]:
+        """Box, objectness and class sums of one head (3,), and what they count (3,)."""
         raw = read_head(head, len(level.anchors))  # (B, A, H, W, 5+C)
         flat = raw.flatten(1, 3)  # (B, N, 5+C)
-        count = found.mask.sum().clamp(min=1)
 
         chosen = gather_rows(flat, found.index)  # (B, P, 5+C)
         predicted = decode_boxes(chosen[..., :4], found.cells, found.anchors, level.stride, self.scale_xy)
-        # padding slots compare the unit box with itself, so that no gradient of theirs is NaN
-        unit = boxes.new_tensor([0.0, 0.0, 1.0, 1.0])
-        wanted = torch.where(found.mask[..., None], gather_rows(boxes, found.target), unit)
-        predicted = torch.where(found.mask[..., None], predicted, unit)
+        # padding slots compare the blank box with itself, so that no gradient of theirs is NaN
+        wanted = torch.where(found.mask[..., None], gather_rows(boxes, found.target), self.blank)
+        predicted = torch.where(found.mask[..., None], predicted, self.blank)
         quality = ciou(predicted.flatten(0, 1), wanted.flatten(0, 1)).view_as(found.mask)
-        box = ((1 - quality) * found.mask).sum() / count
+        box = ((1 - quality) * found.mask).sum()
 
         target = torch.where(found.mask, quality.detach().clamp(min=0), -1.0)
         target = torch.full_like(flat[..., 4], -1).scatter_reduce(1, found.index, target, "amax")  # (B, N), -1: none
         with torch.no_grad():
             counted = (target >= 0) | ~self.near_an_object(head, level, boxes, labels)
         objectness = F.binary_cross_entropy_with_logits(flat[..., 4], target.clamp(min=0), reduction="none")
-        objectness = (objectness * counted).sum() / counted.sum().clamp(min=1)
 
         smoothing = self.settings.label_smoothing
         one_hot = F.one_hot(labels.clamp(min=0).gather(1, found.target), self.num_classes)
         wanted_class = one_hot * (1 - smoothing) + smoothing / self.num_classes
         classes = F.binary_cross_entropy_with_logits(chosen[..., 5:], wanted_class, reduction="none").sum(dim=-1)
-        return box, objectness, (classes * found.mask).sum() / count
+        sums = torch.stack([box, (objectness * counted).sum(), (classes * found.mask).sum()])
+        answering = found.mask.sum()
+        return sums, torch.stack([answering, counted.sum(), answering]).float()
 
     def near_an_object(self, head: Tensor, level: Level, boxes: Tensor, labels: Tensor) -> Tensor:
         """Which predictions (B, A*H*W) overlap some object by more than `ignore_iou`."""
         decoded, _ = decode_level(head, level, self.scale_xy)
         overlap = batched_iou(decoded, boxes)  # (B, N, M)
         return (overlap.masked_fill(labels[:, None] < 0, 0) > self.settings.ignore_iou).any(dim=-1)
-
-
-def check_losses(losses: Tensor, names: Sequence[str], epoch: str, first: int) -> None:
-    """Raise UserError when one of the steps (S, terms), of which the first is number `first`, is not finite.
-
-    `names` are the images of these steps, in order.
-    """
-    bad = (~losses.isfinite().all(dim=1)).nonzero().flatten().tolist()
-    if bad:
-        batch_size = len(names) // len(losses)
-        images = names[bad[0] * batch_size : (bad[0] + 1) * batch_size]
-        raise UserError(
-            f"the loss of {epoch}, step {first + bad[0] + 1} is not finite; the last checkpoint is still good. "
-            f"A lower lr helps, or a look at the annotations of its images: {', '.join(images)}"
-        )

@@ -3,9 +3,15 @@
 Coordinates in the files are 1-based and inclusive; inside, a box is (xmin - 1, ymin - 1, xmax, ymax).
 """
 
+import json
+import os
+import sys
+import time
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from hashlib import sha256
 from math import isfinite
 from pathlib import Path
 from xml.etree.ElementTree import Element, ParseError
@@ -16,9 +22,16 @@ from defusedxml.ElementTree import parse
 from tqdm import tqdm
 
 from utils.errors import UserError
+from utils.files import CACHE_FOLDER, lock, replacing
 
+INDEX_VERSION = 1  # of the index of annotations; raise it when read_annotation returns something else
+INDEX_FROM = 1000  # annotations in a folder that are worth an index
+RACY_NS = 2_000_000_000  # a file this young may change again within one tick of its file system's clock
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 EDGES = ("xmin", "ymin", "xmax", "ymax")
+
+# (height, width) where it is stated; then class name, xyxy box in pixels counted from 0, and difficult of each object
+Annotation = tuple[tuple[int, int] | None, list[tuple[str, list[float], bool]]]
 
 
 @dataclass(frozen=True)
@@ -97,10 +110,12 @@ def load_samples(devkit: str | Path, sets: Sequence[str], class_names: Sequence[
     for name in sets:
         ids = read_split(devkit, name)
         folder = devkit / name.rpartition("/")[0]
+        source = split_file(devkit, name)
         images = index_images(folder / "JPEGImages")
+        annotations = AnnotationIndex(folder / "Annotations")
         for image_id in tqdm(ids, desc=f"annotations of {name}", leave=False, disable=None):
-            image = find_image(images, image_id, folder, split_file(devkit, name))
-            size, objects = read_annotation(folder / "Annotations" / f"{image_id}.xml")
+            image = find_image(images, image_id, folder, source)
+            size, objects = annotations.read(f"{image_id}.xml")
             for class_name, *_ in objects:
                 if class_name not in indices:
                     unknown[class_name] += 1
@@ -114,6 +129,7 @@ def load_samples(devkit: str | Path, sets: Sequence[str], class_names: Sequence[
                     np.array([difficult for *_, difficult in objects], dtype=bool),
                 )
             )
+        annotations.save()
     if unknown:
         found = ", ".join(f"{name!r} ({count})" for name, count in sorted(unknown.items()))
         raise UserError(
@@ -128,9 +144,10 @@ def index_images(folder: Path) -> dict[str, list[Path]]:
     if not folder.is_dir():
         raise UserError(f"there is no image folder {folder}")
     images = defaultdict(list)
-    for path in sorted(folder.iterdir()):
-        if path.suffix.lower() in IMAGE_SUFFIXES:
-            images[path.stem].append(path)
+    for name in sorted(os.listdir(folder)):
+        stem, suffix = os.path.splitext(name)
+        if suffix.lower() in IMAGE_SUFFIXES:
+            images[stem].append(folder / name)
     return images
 
 
@@ -143,11 +160,94 @@ def find_image(images: dict[str, list[Path]], image_id: str, folder: Path, sourc
     return found[0]
 
 
-def read_annotation(path: Path) -> tuple[tuple[int, int] | None, list[tuple[str, list[float], bool]]]:
-    """The image's (height, width) where it is stated, and its objects.
+class AnnotationIndex:
+    """The annotations of a folder; of a large one, what was read of each file is kept in CACHE_FOLDER for the next run.
 
-    An object is a class name, an xyxy box in pixels counted from 0, and whether it is difficult.
+    What was kept counts as long as its file has the modification time and size that it had then.
     """
+
+    def __init__(self, folder: Path) -> None:
+        digest = sha256(os.fsencode(os.path.realpath(folder))).hexdigest()
+        self.folder = folder
+        self.path = CACHE_FOLDER / f"annotations-{digest[:16]}.json"
+        self.settled_ns = time.time_ns() - RACY_NS
+        self.states = file_states(folder)
+        self.large = len(self.states) >= INDEX_FROM
+        self.entries = load_entries(self.path) if self.large else {}
+        self.changed = False
+
+    def read(self, name: str) -> Annotation:
+        """The annotation in the file of this name; raises UserError like read_annotation."""
+        state = self.states.get(name)
+        match self.entries.get(name):
+            case [int(mtime), int(size), annotation] if (mtime, size) == state and is_annotation(annotation):
+                stated, objects = annotation
+                return stated and tuple(stated), objects
+        annotation = read_annotation(self.folder / name)
+        if state and state[0] < self.settled_ns:
+            self.entries[name] = [*state, annotation]
+            self.changed = True
+        return annotation
+
+    def save(self) -> None:
+        """Write the index where it is worth one and has changed, unless another process is at it.
+
+        Where it cannot be written, a line on stderr says so.
+        """
+        if not (self.large and self.changed):
+            return
+        kept = {name: entry for name, entry in self.entries.items() if name in self.states}
+        try:
+            CACHE_FOLDER.mkdir(parents=True, exist_ok=True)
+            held = lock(self.path.with_suffix(".lock"))
+            if held is None:
+                return
+            with held, replacing(self.path) as file:
+                file.write(json.dumps({"version": INDEX_VERSION, "annotations": kept}).encode())
+        except (OSError, UserError) as error:
+            print(f"the index of {self.folder} could not be written, which costs only time: {error}", file=sys.stderr)
+
+
+def file_states(folder: Path) -> dict[str, tuple[int, int]]:
+    """Modification time in ns and size in bytes of a folder's XML files by name, as far as they can be listed."""
+    states = {}
+    with suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.endswith(".xml") and entry.is_file():
+                state = entry.stat()
+                states[entry.name] = state.st_mtime_ns, state.st_size
+    return states
+
+
+def load_entries(path: Path) -> dict:
+    """What an index file holds by annotation file; nothing if it is missing, damaged or of another version."""
+    try:
+        index = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    match index:
+        case {"version": version, "annotations": dict(entries)} if version == INDEX_VERSION:
+            return entries
+    return {}
+
+
+def is_annotation(value: object) -> bool:
+    """Whether a value from JSON has the form of an Annotation."""
+    match value:
+        case [None | [int(), int()], list(objects)]:
+            return all(map(is_object, objects))
+    return False
+
+
+def is_object(value: object) -> bool:
+    match value:
+        case [str(), [float(), float(), float(), float()], bool()]:
+            return True
+    return False
+
+
+def read_annotation(path: Path) -> Annotation:
+    """Parse an annotation file; raises UserError naming what is wrong in it."""
     if not path.is_file():
         raise UserError(f"there is no annotation {path}; an image without objects needs one without <object>")
     try:

@@ -20,13 +20,19 @@ RENAMED = (
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """Parameters by name from a checkpoint or a `.pth` file; raises UserError when it is neither.
+    """Parameters by name from a checkpoint or a `.pth` file; raises UserError when it is neither, or has NaN or Inf.
 
     A `.pth` is read without running anything that it may contain.
     """
     path = Path(path)
-    if path.suffix == ".safetensors":
-        return load_checkpoint(path).weights
+    weights = load_checkpoint(path).weights if path.suffix == ".safetensors" else read_state_dict(path)
+    broken = [name for name, value in weights.items() if not value.isfinite().all()]
+    if broken:
+        raise UserError(f"{path} holds numbers that are not finite, in {', '.join(broken[:3])}")
+    return weights
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise UserError(f"there is no weights file {path}")
     try:

@@ -1,0 +1,94 @@
+"""The batches of an epoch, planned and moved to the training device ahead of their use."""
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from utils.augment import AugmentSettings, Prepared, draw, epoch_order, prepare
+from utils.cache import ImageCache
+from utils.distributed import Ranks
+
+AHEAD = 2  # batches on their way while one is in use
+SIZE_STEPS = 10  # batches between two changes of the input size
+
+
+@dataclass(frozen=True)
+class Batches:
+    """What each batch of an epoch is made of, the same whichever process asks; `ranks` share each of them."""
+
+    cache: ImageCache
+    batch_size: int
+    seed: int
+    epoch: int
+    settings: AugmentSettings
+    sizes: tuple[tuple[int, int], ...]  # input sizes to choose from, height and width
+    ranks: Ranks
+
+    def __post_init__(self) -> None:
+        order, random = epoch_order(self.seed, self.epoch, len(self.cache))
+        chosen = np.random.default_rng([self.seed, self.epoch]).integers(len(self.sizes), size=1 + len(self))
+        for name, value in (("order", order), ("random", random), ("chosen", chosen)):
+            object.__setattr__(self, name, value)  # the class is frozen
+
+    def __len__(self) -> int:
+        return len(self.cache) // self.batch_size  # what does not fill a batch comes in another epoch
+
+    def size(self, number: int) -> tuple[int, int]:
+        """The input size of a batch."""
+        return self.sizes[self.chosen[number // SIZE_STEPS]]
+
+    def names(self, number: int) -> list[str]:
+        """The images of a batch, of all processes."""
+        rows = slice(number * self.batch_size, (number + 1) * self.batch_size)
+        return [self.cache.samples[index].name for index in self.order[rows].tolist()]
+
+    def prepare(self, number: int, most: int | None = None) -> Prepared:
+        """This process's share of a batch, or its first `most` samples."""
+        own = self.batch_size // self.ranks.size
+        start = number * self.batch_size + self.ranks.rank * own
+        rows = slice(start, start + min(own, most or own))
+        return prepare(self.cache, self.order[rows], self.random[rows], self.settings, self.size(number))
+
+    def load(self, numbers: Iterable[int], device: torch.device) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Batches on `device`: images (B, 3, H, W) float in 0..1, channels-last, boxes (B, 2M, 4), labels (B, 2M).
+
+        A thread plans the next batches and starts their copies in a stream of its own, while the device computes.
+        """
+        on_gpu = device.type == "cuda"
+        stream = torch.cuda.Stream(device) if on_gpu else None
+
+        def move(number: int) -> tuple[Prepared, torch.cuda.Event | None]:
+            with torch.cuda.stream(stream) if on_gpu else nullcontext():
+                batch = self.prepare(number)
+                if on_gpu:
+                    batch = Prepared(*(value if value.is_cuda else to_gpu(value, device) for value in batch))
+                return batch, stream.record_event() if on_gpu else None
+
+        remaining = iter(numbers)
+        pool = ThreadPoolExecutor(1, thread_name_prefix="batches")
+        try:
+            ahead = deque(pool.submit(move, number) for number in islice(remaining, AHEAD))
+            while ahead:
+                batch, copied = ahead.popleft().result()
+                ahead.extend(pool.submit(move, number) for number in islice(remaining, 1))
+                if copied is not None:
+                    current = torch.cuda.current_stream(device)
+                    current.wait_event(copied)
+                    for value in batch:
+                        value.record_stream(current)  # so that its memory is not given away too early
+                images = draw(batch).contiguous(memory_format=torch.channels_last)
+                yield images, batch.boxes, batch.labels
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def to_gpu(values: Tensor, device: torch.device) -> Tensor:
+    """A copy from page-locked memory, which nothing waits for."""
+    return (values if values.is_pinned() else values.pin_memory()).to(device, non_blocking=True)

@@ -1,0 +1,77 @@
+"""Files that are whole or not there, and locks that die with their process."""
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO
+
+from utils.errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    import msvcrt
+
+    fcntl = None
+
+CACHE_FOLDER = Path("logs/cache")  # what can be made again: decoded images, indexed annotations
+TEMPORARY = ".tmp"  # suffix of a file that is being written; one that a dead process left is written over
+
+
+@contextmanager
+def replacing(path: str | Path, previous: str | Path | None = None) -> Iterator[IO[bytes]]:
+    """A file to write into that becomes `path` when the block ends well, and else is removed.
+
+    It is flushed to the disk and renamed, so that `path` is whole at any moment, whenever the process or the machine
+    stops. With `previous`, what was at `path` is kept under that name. Raises UserError when it cannot be written.
+    """
+    path = Path(path)
+    temporary = path.with_name(path.name + TEMPORARY)
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        if previous is not None and path.exists():
+            os.replace(path, previous)
+        os.replace(temporary, path)
+        flush_folder(path.parent)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}; what was written before is whole") from None
+    finally:
+        with suppress(OSError):  # of the folder, which is said already
+            temporary.unlink(missing_ok=True)
+
+
+def flush_folder(folder: Path) -> None:
+    """Make renames in a folder durable, where the system can."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def lock(path: Path, wait: bool = False) -> IO[bytes] | None:
+    """Open and lock a file: the lock lasts until the file is closed or the process dies, however it dies.
+
+    Where another process has it, waits for that one to finish, or returns None. Raises UserError when it cannot be
+    made.
+    """
+    file = None
+    try:
+        file = open(path, "ab")  # noqa: SIM115, the caller keeps it
+        if fcntl is None:
+            msvcrt.locking(file.fileno(), msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)
+        else:
+            fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError as error:
+        if file is None or error.errno not in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
+            raise UserError(f"cannot lock {path}: {error.strerror}; choose another folder") from None
+        file.close()
+        return None
+    return file
