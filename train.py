@@ -6,14 +6,13 @@ python train.py --train-sets VOC2007/trainval --phi 2 --epochs 50
 import math
 import os
 import time
-from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import supervision as sv
 import torch
 from torch import Tensor
@@ -24,10 +23,10 @@ from tqdm import tqdm
 from nets.attention import ATTENTION, describe_phi
 from nets.yolo import ModelSpec, summary
 from utils.anchors import load_anchors
-from utils.augment import AugmentSettings, draw
+from utils.augment import AugmentSettings
 from utils.batches import Batches
 from utils.cache import PLACES, ImageCache, build_cache
-from utils.capacity import is_out_of_memory, largest_batch, too_large, try_steps
+from utils.capacity import is_out_of_memory, largest_batch, too_large, try_largest
 from utils.checkpoint import (
     BEST,
     LAST,
@@ -36,11 +35,9 @@ from utils.checkpoint import (
     load_last,
     newest_run,
 )
-from utils.detector import Thresholds
 from utils.device import choose_compile, choose_device, choose_precision, keep_freed_memory
 from utils.distributed import Ranks, join_ranks
 from utils.errors import UserError, check_choice, check_range, run_script
-from utils.images import draw_sheet, draw_targets
 from utils.interrupt import Stopped, StopSignals
 from utils.loss import TERMS, LossSettings, YoloLoss
 from utils.metrics import evaluate
@@ -52,13 +49,13 @@ from utils.optim import (
     build_optimizer,
     lr_factor,
 )
+from utils.report import draw_batch, draw_examples
 from utils.runlog import RunLog, keep_fingerprints, load_settings, save_settings
 from utils.training import COLUMNS, Progress, Trainer, TrainingState, read_progress, restore_training
 from utils.voc import load_classes, load_samples
 from utils.weights import fits_plain_attention, read_weights, start_from
 
 CHECK_EVERY = 20  # batches between two looks at the losses, which wait for the device
-PICTURES = 8  # images drawn of a batch and of a validation
 VALIDATION_COST = 0.5  # of an image, as a share of a training step's, for the estimate of time
 
 
@@ -254,12 +251,14 @@ def validate(
     with tqdm(total=len(cache), desc="validating", leave=False, disable=log.quiet or None) as bar:
         for part, heads in detector.run_cached(cache, batch_size, ranks):
             if stop.requested:
-                log.save(trainer.kept)
-                stop.leave()
+                break
             terms = loss(heads, cache.boxes[part].to(trainer.device), cache.labels[part].to(trainer.device))
             losses = torch.stack([terms[name] for name in TERMS]).cpu() * (part.stop - part.start) / len(cache)
             found[part.start] = losses, detector.select(heads, cache.fits[part], cache.sizes[part])
             bar.update(ranks.size * (part.stop - part.start))
+    if ranks.any(stop.requested):
+        log.save(trainer.kept)
+        stop.leave()
     parts = list(ranks.gather(found).values())
     if not ranks.first:
         return ranks.share(None)
@@ -272,23 +271,6 @@ def validate(
     values |= {f"val/{name}": metrics["coco"][name] for name in ("AP", "AP50", "AP75")}
     values |= {f"val/{name}": metrics["voc"][name] for name in ("mAP_11point", "mAP_area")}
     return ranks.share((values, metrics))
-
-
-def draw_examples(detections: Sequence[sv.Detections], cache: ImageCache, class_names: Sequence[str]) -> np.ndarray:
-    """The first validation images as the network sees them, with what prediction would show."""
-    shown = []
-    for found, fit in zip(detections[:PICTURES], cache.fits, strict=False):
-        sure = found.confidence > Thresholds().confidence
-        boxes = fit.to_input(found.xyxy[sure])
-        shown.append(sv.Detections(boxes, confidence=found.confidence[sure], class_id=found.class_id[sure]))
-    return draw_sheet(cache.images[:PICTURES], shown, class_names)
-
-
-def draw_batch(batches: Batches, number: int, class_names: Sequence[str]) -> np.ndarray:
-    """The first images of a batch as the network will see them, with their boxes."""
-    batch = batches.prepare(number, PICTURES)
-    images = draw(batch._replace(images=batch.images.cpu()))
-    return draw_targets(images, batch.boxes, batch.labels, class_names)
 
 
 def epoch_batches(config: Config, cache: ImageCache, progress: Progress, ranks: Ranks) -> Batches:
@@ -379,6 +361,8 @@ def open_run(config: Config, ranks: Ranks) -> tuple[Config, Checkpoint | None, R
         return config, None, log
     checkpoint = load_last(folder)
     free = ("run_dir", "resume", "extend", "device", "cache", "compile", "checkpoint_every")
+    if ranks.restarted:  # by the command that began the run, whose batch size `share_batch` has replaced
+        config = replace(config, batch_size=Config.batch_size)
     return load_settings(folder, config, free), checkpoint, log
 
 
@@ -397,7 +381,6 @@ def find_progress(config: Config, checkpoint: Checkpoint | None, ranks: Ranks) -
         return progress
     if config.extend:
         return replace(progress, start=progress.epoch, end=progress.epoch + config.extend, stale=0)
-    ranks.say(f"the run is finished after {progress.epoch} epochs; --resume --extend 20 would add 20")
     return progress
 
 
@@ -411,7 +394,10 @@ def share_batch(config: Config, spec: ModelSpec, cache: ImageCache, device: torc
     if size == 0:
         if device.type != "cuda":
             raise UserError("batch_size 0 picks what fits into a GPU; on the CPU give a number, such as 16")
-        size = ranks.size * min(ranks.everyone(fitting_batch(config, spec, cache, device, ranks.size)))
+        alone = replace(config, batch_size=1, nominal_batch=1, compile="off")
+        probe = build_trainer(alone, spec, len(cache), device, Ranks(), Progress(end=1))
+        fits = largest_batch(probe, 2 * cache.labels.shape[1], config.train_sizes()[0], len(cache) // ranks.size)
+        size = ranks.size * min(ranks.everyone(fits))
         ranks.say(f"batch size {size} fits")
     if size % ranks.size or len(cache) < ranks.size:
         raise UserError(
@@ -421,52 +407,32 @@ def share_batch(config: Config, spec: ModelSpec, cache: ImageCache, device: torc
     return replace(config, batch_size=min(size, len(cache)) // ranks.size * ranks.size)
 
 
-def fitting_batch(config: Config, spec: ModelSpec, cache: ImageCache, device: torch.device, processes: int) -> int:
-    """The largest batch at the largest input size that fits into this process's GPU."""
-    alone = replace(config, batch_size=1, nominal_batch=1, compile="off")
-    probe = build_trainer(alone, spec, len(cache), device, Ranks(), Progress(end=1))
-    size, objects = config.train_sizes()[0], 2 * cache.labels.shape[1]
-    return largest_batch(lambda images: probe.try_batch(images, objects, size), device, len(cache) // processes)
-
-
 def rehearse(trainer: Trainer, config: Config, caches: tuple[ImageCache, ImageCache | None]) -> None:
-    """Try the largest batch, also to compile it, and say what it takes; the state stays as it was.
-
-    Raises UserError with a batch size to try when it does not fit into memory.
-    """
+    """Try the largest batch, also to compile it, and say what it takes; the state stays as it was."""
     (train, val), progress, sizes = caches, trainer.state.progress, config.train_sizes()
-    images, objects = config.batch_size // trainer.ranks.size, 2 * train.labels.shape[1]
-    trainer.set_mode(frozen=False)
     compiled = choose_compile(config.compile, trainer.device)
-    try:
-        trials = [
-            try_steps(partial(trainer.try_batch, images, objects, size), trainer.device)
-            for size in sizes[: None if compiled else 1]
-        ]
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        alone = trainer.device.type == "cuda" and trainer.ranks.size == 1
-        smaller = fitting_batch(config, trainer.spec, train, trainer.device, 1) if alone else config.batch_size // 2
-        raise too_large(config.batch_size, sizes[0], smaller) from None
-    restore_training(trainer.state, trainer.kept)
+    modes = (False, True) if compiled and progress.epoch < config.freeze_epochs else (False,)
+    objects = 2 * train.labels.shape[1]
+    trial = try_largest(trainer, config.batch_size, objects, sizes if compiled else sizes[:1], modes)
     epochs = progress.end - progress.epoch
     validated = len(val) * math.ceil(epochs / config.eval_every) * VALIDATION_COST if val else 0
     area = sum(map(math.prod, sizes)) / len(sizes) / math.prod(sizes[0])
-    seconds = trials[0].seconds / config.batch_size * (epochs * len(train) * area + validated)
+    seconds = trial.seconds / config.batch_size * (epochs * len(train) * area + validated)
     trainer.ranks.say(
-        f"a step of {config.batch_size} images at {sizes[0][0]}x{sizes[0][1]} takes {trials[0].seconds:.3f} s and "
-        f"{trials[0].memory / 1e9:.1f} GB; {epochs} epochs about {seconds / 60:.0f} min"
+        f"a step of {config.batch_size} images at {sizes[0][0]}x{sizes[0][1]} takes {trial.seconds:.3f} s and "
+        f"{trial.memory / 1e9:.1f} GB; {epochs} epochs about {timedelta(seconds=round(seconds))} h"
     )
 
 
 def prepare(
-    config: Config, checkpoint: Checkpoint | None, log: RunLog, device: torch.device, ranks: Ranks
+    config: Config, checkpoint: Checkpoint | None, progress: Progress, log: RunLog, ranks: Ranks
 ) -> tuple[Config, Trainer, tuple[ImageCache, ImageCache | None]]:
     """Read the data, build the network or restore it, begin or reopen the log."""
+    device = choose_device(config.device)
+    if device.type == "cpu":
+        keep_freed_memory()
     weights = read_weights(config.weights) if config.weights and checkpoint is None else {}
     spec = checkpoint.spec if checkpoint else new_spec(config, weights)
-    progress = find_progress(config, checkpoint, ranks)
     caches = load_data(config, spec, device, ranks)
     if ranks.first:
         found = {split: cache.fingerprints() for split, cache in zip(("train", "val"), caches, strict=True) if cache}
@@ -495,18 +461,17 @@ def prepare(
 def train(config: Config, stop: StopSignals, ranks: Ranks) -> Path:
     """A run from its beginning, or from where it stopped, to its end."""
     config, checkpoint, log = open_run(config, ranks)
-    device = choose_device(config.device)
-    if device.type == "cpu":
-        keep_freed_memory()
     with closing(log):
-        config, trainer, caches = prepare(config, checkpoint, log, device, ranks)
-        progress = trainer.state.progress
-        if not is_finished(config, progress):
-            if progress.epoch == progress.batch == 0:
-                batches = epoch_batches(config, caches[0], progress, ranks)
-                for number in range(min(2, len(batches))):
-                    log.picture(f"batch_{number}", partial(draw_batch, batches, number, trainer.spec.class_names), 0)
-            rehearse(trainer, config, caches)
+        progress = find_progress(config, checkpoint, ranks)
+        if is_finished(config, progress):
+            ranks.say(f"the run is finished after {progress.epoch} epochs; --resume --extend 20 would add 20")
+            return log.folder
+        config, trainer, caches = prepare(config, checkpoint, progress, log, ranks)
+        if progress.epoch == progress.batch == 0:
+            batches = epoch_batches(config, caches[0], progress, ranks)
+            for number in range(min(2, len(batches))):
+                log.picture(f"batch_{number}", partial(draw_batch, batches, number, trainer.spec.class_names), 0)
+        rehearse(trainer, config, caches)
         try:
             with stop.put_off():
                 while not is_finished(config, trainer.state.progress):
@@ -517,7 +482,7 @@ def train(config: Config, stop: StopSignals, ranks: Ranks) -> Path:
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            raise too_large(config.batch_size, config.train_sizes()[0], config.batch_size // 2) from None
+            raise too_large(config.batch_size, config.train_sizes()[0]) from None
     progress = trainer.state.progress
     if progress.epoch < progress.end:
         ranks.say(f"stopped early, since {config.patience} validations brought nothing better")

@@ -1,11 +1,13 @@
 """Coordinate arithmetic. Boxes are float xyxy in pixels of the image they belong to, unless a name says otherwise."""
 
+from math import pi
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.ops import complete_box_iou_loss
+
+EPSILON = 1e-7  # keeps divisions finite, as in torchvision
 
 
 class Fit(NamedTuple):
@@ -46,8 +48,21 @@ def clip_boxes(boxes: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def ciou(boxes: Tensor, others: Tensor) -> Tensor:
-    """Complete IoU (arXiv 1911.08287) of pairs: (N, 4) and (N, 4) xyxy -> (N,), at most 1."""
-    return 1 - complete_box_iou_loss(boxes, others)
+    """Complete IoU (arXiv 1911.08287) of pairs: (..., 4) and (..., 4) xyxy -> (...), at most 1.
+
+    Equal to torchvision's, which picks the pairs that overlap and so has a GPU's user wait for their number.
+    """
+    sides, other_sides = boxes[..., 2:] - boxes[..., :2], others[..., 2:] - others[..., :2]
+    corners = torch.maximum(boxes[..., :2], others[..., :2]), torch.minimum(boxes[..., 2:], others[..., 2:])
+    overlap = (corners[1] - corners[0]).clamp(min=0).prod(dim=-1)
+    iou = overlap / (sides.prod(dim=-1) + other_sides.prod(dim=-1) - overlap + EPSILON)
+    around = torch.maximum(boxes[..., 2:], others[..., 2:]) - torch.minimum(boxes[..., :2], others[..., :2])
+    apart = (boxes[..., :2] + boxes[..., 2:] - others[..., :2] - others[..., 2:]) / 2
+    distance = apart.square().sum(dim=-1) / (around.square().sum(dim=-1) + EPSILON)
+    angle = torch.atan(sides[..., 0] / sides[..., 1]) - torch.atan(other_sides[..., 0] / other_sides[..., 1])
+    shape = 4 / pi**2 * angle.square()
+    weight = (shape / (1 - iou + shape + EPSILON)).detach()
+    return iou - distance - weight * shape
 
 
 def box_area(boxes: Tensor) -> Tensor:

@@ -2,8 +2,10 @@
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import product
 
 import torch
 
@@ -14,6 +16,7 @@ except ImportError:  # Windows
 
 from utils.device import wait_for
 from utils.errors import UserError
+from utils.training import Trainer, restore_training
 
 TRIAL_STEPS = 3  # of which the first, which also prepares the device, is not timed
 MEMORY_SHARE = 0.9  # of a GPU that a training may fill; the rest is for validation and for other batches' sizes
@@ -58,42 +61,65 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
 
 
-def largest_batch(step: Callable[[int], None], device: torch.device, most: int, multiple: int = 1) -> int:
-    """The largest batch size, up to `most`, whose step fits into the GPU; raises UserError when none does.
+def try_largest(
+    trainer: Trainer, batch_size: int, objects: int, sizes: Sequence[tuple[int, int]], modes: Sequence[bool]
+) -> Trial:
+    """Run the largest batch, at each of the input `sizes` and with the backbone frozen or not as `modes` say.
 
-    Found by doubling, then by halving the interval; a multiple of `multiple`, and from 8 on of 8.
+    The state stays as it was. Returns what the first took; raises UserError with a batch size to try when memory does
+    not suffice.
     """
-    total = torch.cuda.get_device_properties(device).total_memory
+    images, trials = batch_size // trainer.ranks.size, []
+    try:
+        for frozen, size in product(modes, sizes):
+            trainer.set_mode(frozen)
+            trials.append(try_steps(partial(trainer.try_batch, images, objects, size), trainer.device))
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise too_large(batch_size, sizes[0]) from None
+    restore_training(trainer.state, trainer.kept)
+    return trials[0]
 
-    def fits(size: int) -> bool:
+
+def largest_batch(trainer: Trainer, objects: int, size: tuple[int, int], most: int) -> int:
+    """The most images, up to `most`, whose step at an input of `size` fits into the GPU; uses the trainer up.
+
+    Found by doubling, then by halving the interval; from 8 on a multiple of 8. Raises UserError when not even one fits.
+    """
+    total = torch.cuda.get_device_properties(trainer.device).total_memory
+    trainer.set_mode(frozen=False)
+
+    def fits(images: int) -> bool:
         torch.cuda.empty_cache()
         try:
-            return try_steps(lambda: step(size), device).memory < MEMORY_SHARE * total
+            return (
+                try_steps(partial(trainer.try_batch, images, objects, size), trainer.device).memory
+                < MEMORY_SHARE * total
+            )
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             return False
 
-    return search_largest(fits, most, multiple)
+    return search_largest(fits, most)
 
 
-def search_largest(fits: Callable[[int], bool], most: int, multiple: int = 1) -> int:
-    """The largest size up to `most` that fits, if all below it do; raises UserError when not even `multiple` does."""
-    good, size = 0, multiple
+def search_largest(fits: Callable[[int], bool], most: int) -> int:
+    """The largest size up to `most` that fits, if all below it do; from BATCH_STEP on a multiple of it."""
+    good, size = 0, 1
     while size <= most and fits(size):
         good, size = size, 2 * size
     if good == 0:
-        raise UserError("not even the smallest batch fits into the GPU's memory; lower input_size")
+        raise UserError("not even one image fits into the GPU's memory; lower input_size")
     bad = min(size, most + 1)
-    unit = multiple * max(1, BATCH_STEP // multiple)
-    while good >= unit and (middle := max(good + unit, (good + bad) // 2 // unit * unit)) < bad:
+    while good >= BATCH_STEP and (middle := max(good + BATCH_STEP, (good + bad) // 2 // BATCH_STEP * BATCH_STEP)) < bad:
         good, bad = (middle, bad) if fits(middle) else (good, middle)
     return good
 
 
-def too_large(batch_size: int, size: tuple[int, int], suggestion: int) -> UserError:
+def too_large(batch_size: int, size: tuple[int, int]) -> UserError:
     """What to say when a batch does not fit."""
-    return UserError(
-        f"a batch of {batch_size} images at {size[0]}x{size[1]} does not fit into memory; try --batch-size {suggestion}"
-        " (nominal_batch keeps the result about the same), or a smaller input_size"
-    )
+    smaller = f"try --batch-size {batch_size // 2} (on a GPU, 0 takes what fits), which nominal_batch makes up for"
+    what = f"a batch of {batch_size} images at {size[0]}x{size[1]} does not fit into memory"
+    return UserError(f"{what}; {smaller if batch_size > 1 else 'lower input_size'}")

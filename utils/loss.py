@@ -147,7 +147,7 @@ class YoloLoss:
         # padding slots compare the blank box with itself, so that no gradient of theirs is NaN
         wanted = torch.where(found.mask[..., None], gather_rows(boxes, found.target), self.blank)
         predicted = torch.where(found.mask[..., None], predicted, self.blank)
-        quality = ciou(predicted.flatten(0, 1), wanted.flatten(0, 1)).view_as(found.mask)
+        quality = ciou(predicted, wanted)
         box = ((1 - quality) * found.mask).sum()
 
         target = torch.where(found.mask, quality.detach().clamp(min=0), -1.0)

@@ -1,4 +1,4 @@
-"""What an evaluation leaves behind: a table, `metrics.json` and the precision-recall curves."""
+"""What an evaluation leaves behind: a table, `metrics.json` and the precision-recall curves; pictures of batches."""
 
 import json
 from collections.abc import Sequence
@@ -6,11 +6,20 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
+import supervision as sv
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from utils.augment import draw
+from utils.batches import Batches
+from utils.cache import ImageCache
+from utils.detector import Thresholds
+from utils.images import draw_sheet, draw_targets
 from utils.metrics import COCO_NAMES, Curve
+
+PICTURES = 8  # images drawn of a batch and of a validation
 
 
 def metrics_table(metrics: dict[str, Any]) -> str:
@@ -52,3 +61,20 @@ def draw_precision_recall(curves: Sequence[Curve], class_names: Sequence[str], p
         axes.legend(lines, labels, ncols=1 + len(lines) // 25, fontsize="small", **side)
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def draw_examples(detections: Sequence[sv.Detections], cache: ImageCache, class_names: Sequence[str]) -> np.ndarray:
+    """The first validation images as the network sees them, with what prediction would show."""
+    shown = []
+    for found, fit in zip(detections[:PICTURES], cache.fits, strict=False):
+        sure = found.confidence > Thresholds().confidence
+        boxes = fit.to_input(found.xyxy[sure])
+        shown.append(sv.Detections(boxes, confidence=found.confidence[sure], class_id=found.class_id[sure]))
+    return draw_sheet(cache.images[:PICTURES], shown, class_names)
+
+
+def draw_batch(batches: Batches, number: int, class_names: Sequence[str]) -> np.ndarray:
+    """The first images of a batch as the network will see them, with their boxes."""
+    batch = batches.prepare(number, PICTURES)
+    images = draw(batch._replace(images=batch.images.cpu()))
+    return draw_targets(images, batch.boxes, batch.labels, class_names)

@@ -142,8 +142,8 @@ class Trainer:
         freeze_backbone(self.state.model.train(), frozen)
         if self.ranks.size > 1 and frozen != self.frozen:  # it looks only once at which parameters learn
             devices = [self.device] if self.device.type == "cuda" else None
-            options = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
-            self.network = DistributedDataParallel(self.state.model, devices, **options)
+            self.network = DistributedDataParallel(self.state.model, devices, gradient_as_bucket_view=True)
+            self.network.broadcast_buffers = False  # of each step; the argument's name depends on torch's version
         self.frozen = frozen
 
     def backward(self, images: Tensor, boxes: Tensor, labels: Tensor, joins: bool = True) -> Tensor:
@@ -159,7 +159,7 @@ class Trainer:
             scale = self.ranks.size / self.accumulate  # averaging the shares of the loss would divide by the size
             self.state.scaler.scale(terms["loss"] * scale).backward()
         gradients = [value.grad for value in self.state.model.parameters() if value.grad is not None]
-        norm = get_total_norm(gradients)
+        norm = get_total_norm(gradients) / self.ranks.size  # the shares of all processes are added up, as the terms'
         if self.dtype == torch.float16:  # the scaler looks after these: it leaves out the step
             norm = torch.zeros_like(norm)
         return torch.stack([*(terms[name].detach() for name in TERMS), norm])
@@ -203,6 +203,6 @@ class Trainer:
     def try_batch(self, images: int, objects: int, size: tuple[int, int]) -> None:
         """A step on an empty batch of this process, with so many objects on each image and an input of `size`."""
         empty = torch.zeros(images, 3, *size, device=self.device).contiguous(memory_format=torch.channels_last)
-        boxes = torch.tensor([0.0, 0.0, 32.0, 32.0], device=self.device).expand(images, objects, 4)
+        boxes = torch.tensor([0.0, 0.0, 32.0, 32.0], device=self.device).repeat(images, objects, 1)
         self.backward(empty, boxes, torch.zeros(images, objects, dtype=torch.long, device=self.device))
         self.state.step()
