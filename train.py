@@ -452,6 +452,7 @@ def prepare(
         trainer.keep(progress.batch)
     elif weights:
         ranks.say(start_from(trainer.state.model, weights, config.weights))
+        trainer.keep(progress.batch)  # what `rehearse` goes back to
     if checkpoint is None and ranks.first:
         save_settings(log.folder, config)
     log.open(progress.epoch)

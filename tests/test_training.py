@@ -169,3 +169,23 @@ def test_settings_of_a_run_that_cannot_work(config, tmp_path):
     folder = train.main(replace(config, run_dir=str(tmp_path / "a"), epochs=1, val_sets=()))
     with pytest.raises(UserError, match="already holds a run"):
         train.main(replace(config, run_dir=str(folder)))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")
+@pytest.mark.parametrize("place", ["device", "ram"])
+def test_a_step_on_a_gpu_waits_for_nothing(config, place):
+    config = replace(config, device="cuda", compile="off", precision="bf16", mosaic=0.5, mixup=0.5, cache=place)
+    device = torch.device("cuda", 0)
+    spec = train.new_spec(config, {})
+    trainer = train.build_trainer(config, spec, 24, device, Ranks(), Progress(end=2))
+    cache, _ = train.load_data(config, spec, device, Ranks())
+    batches = train.epoch_batches(config, cache, trainer.state.progress, Ranks())
+    trainer.set_mode(frozen=False)
+    try:
+        for number, data in enumerate(batches.load([0, 1, 2, 0, 1, 2], device)):
+            trainer.state.losses[number % 3] = trainer.backward(*data)
+            trainer.state.step()
+            torch.cuda.set_sync_debug_mode("error" if number >= 2 else "default")  # the first ones allocate
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert trainer.goes_well(batches, 3)

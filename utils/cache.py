@@ -149,14 +149,18 @@ def decode_to_disk(samples: Sequence[Sample], spec: ModelSpec, ranks: Ranks) -> 
     """Write the file unless it is there, and map it; a process that another one writes for waits."""
     path = CACHE_FOLDER / f"{fingerprint(samples, spec)}.images"
     needed = len(samples) * (prod((3, *spec.input_size)) + 12)  # 12 bytes for size and checksum
-    if ranks.local_rank == 0 and not (path.is_file() and path.stat().st_size == needed):
+    if ranks.local_rank == 0 and not is_whole(path, needed):
         make_folder(CACHE_FOLDER)
         with lock(CACHE_FOLDER / "lock", wait=True):
-            if not path.is_file():  # another run may have written it meanwhile
+            if not is_whole(path, needed):  # another run may have written it meanwhile
                 write_images(path, samples, spec, needed)
     ranks.any(False)  # wait for the one that writes
     os.utime(path)  # in use
     return map_images(path, len(samples), spec)
+
+
+def is_whole(path: Path, needed: int) -> bool:
+    return path.is_file() and path.stat().st_size == needed
 
 
 def write_images(path: Path, samples: Sequence[Sample], spec: ModelSpec, needed: int) -> None:

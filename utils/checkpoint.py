@@ -8,6 +8,7 @@ resumable ones the one before stays, as `previous`.
 import hashlib
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from utils.files import replacing
 FORMAT = "yolov4-tiny/2"
 TRAINING = "training/"
 LAST, PREVIOUS, BEST = "last.safetensors", "previous.safetensors", "best.safetensors"  # of a run
+DAMAGED = "damaged.safetensors"  # what was `last` and cannot be read
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,10 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def load_last(folder: Path) -> Checkpoint:
-    """The newest whole checkpoint to resume the run in `folder` from; says so when that is not `last`."""
+    """The newest whole checkpoint to resume the run in `folder` from.
+
+    When that is not `last`, says so, and puts the damaged one aside, so that it does not replace `previous`.
+    """
     last, previous = folder / LAST, folder / PREVIOUS
     if last.exists() or not previous.exists():
         try:
@@ -93,6 +98,10 @@ def load_last(folder: Path) -> Checkpoint:
             if not previous.exists():
                 raise
             print(f"{error}; going on from {previous}, the one before")
+            checkpoint = load_checkpoint(previous)
+            with suppress(OSError):  # when another process of this run did
+                last.replace(folder / DAMAGED)
+            return checkpoint
     return load_checkpoint(previous)
 
 

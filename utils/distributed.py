@@ -98,7 +98,11 @@ def join_ranks(device: torch.device) -> Iterator[Ranks]:
                 "GPUs; set --nproc-per-node to their number"
             )
         torch.cuda.set_device(ranks.local_rank)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+    # torchrun keeps its store when it starts the processes again: there they would find addresses of the dead ones
+    store, _, _ = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    store = dist.PrefixStore(f"attempt {environment.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=TIMEOUT, store=store, rank=ranks.rank, world_size=ranks.size)
     try:
         yield ranks
     finally:

@@ -1,11 +1,15 @@
 """Parameter groups, learning-rate schedule, weight average and freezing."""
 
+import copy
 from collections.abc import Callable
+from itertools import compress
 from math import ceil, cos, pi
+from operator import not_
 
+import torch
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from nets.yolo import YoloBody
 from utils.errors import UserError
@@ -49,10 +53,32 @@ def lr_factor(schedule: str, total_steps: int, warmup_steps: int) -> Callable[[i
     return factor
 
 
-def build_ema(model: nn.Module, total_steps: int, share: float) -> AveragedModel:
-    """An exponential moving average of weights and buffers whose horizon is a share of the run's steps."""
-    decay = 1 - 1 / max(2, ceil(total_steps * share))
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+class WeightAverage:
+    """An exponential moving average of weights and buffers, held by a copy of the network, `module`.
+
+    The arithmetic is torch.optim.swa_utils', whose AveragedModel has the host wait for a GPU at every update.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.module = copy.deepcopy(model).requires_grad_(False)
+        self.updates = 0
+        self.average = get_ema_multi_avg_fn(decay)
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Take a step towards the model's weights; the first time, and counters always, are copied."""
+        own, new = ([*module.parameters(), *module.buffers()] for module in (self.module, model))
+        floats = [value.is_floating_point() and self.updates > 0 for value in own]
+        if self.updates:
+            self.average(list(compress(own, floats)), list(compress(new, floats)), None)
+        for value, other in compress(zip(own, new, strict=True), map(not_, floats)):
+            value.copy_(other)
+        self.updates += 1
+
+
+def build_ema(model: nn.Module, total_steps: int, share: float) -> WeightAverage:
+    """An average whose horizon is a share of the run's steps."""
+    return WeightAverage(model, decay=1 - 1 / max(2, ceil(total_steps * share)))
 
 
 def freeze_backbone(model: YoloBody, frozen: bool) -> None:

@@ -11,7 +11,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torch.optim.swa_utils import AveragedModel
 
 from nets.yolo import ModelSpec, YoloBody
 from utils.batches import Batches
@@ -21,7 +20,7 @@ from utils.device import autocast
 from utils.distributed import Ranks
 from utils.errors import UserError
 from utils.loss import TERMS, YoloLoss
-from utils.optim import freeze_backbone
+from utils.optim import WeightAverage, freeze_backbone
 
 MAX_SKIPPED = 3  # batches that a run may leave out since they gave no finite loss or gradient
 COLUMNS = (*TERMS, "gradient_norm")  # of what is remembered of each batch
@@ -52,7 +51,7 @@ class TrainingState:
     optimizer: Optimizer
     scheduler: LRScheduler
     scaler: torch.amp.GradScaler
-    ema: AveragedModel
+    ema: WeightAverage
     progress: Progress
     losses: Tensor  # (batches, columns) of the epoch under way
 
@@ -62,7 +61,7 @@ class TrainingState:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.scheduler.step()
-        self.ema.update_parameters(self.model)
+        self.ema.update(self.model)
 
 
 def pack_training(state: TrainingState, spec: ModelSpec) -> Checkpoint:
@@ -70,8 +69,8 @@ def pack_training(state: TrainingState, spec: ModelSpec) -> Checkpoint:
     training = {f"model/{name}": value for name, value in state.model.state_dict().items()}
     for index, values in state.optimizer.state_dict()["state"].items():
         training |= {f"optimizer/{index}/{name}": value for name, value in values.items() if value is not None}
-    training |= {"ema/n_averaged": state.ema.n_averaged, "losses": state.losses}
-    info = asdict(state.progress)
+    training["losses"] = state.losses
+    info = asdict(state.progress) | {"averaged": state.ema.updates}
     info |= {"scheduler": state.scheduler.state_dict(), "scaler": state.scaler.state_dict()}
     weights = {name: value.detach().clone() for name, value in state.ema.module.state_dict().items()}
     return Checkpoint(spec, weights, info, {name: value.detach().clone() for name, value in training.items()})
@@ -83,13 +82,13 @@ def restore_training(state: TrainingState, checkpoint: Checkpoint) -> None:
         raise UserError(f"this checkpoint cannot be resumed from, it holds weights alone; use {LAST}")
     info = checkpoint.info
     state.progress = read_progress(checkpoint)
-    parts: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "ema": {}}
+    parts: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}}
     for name, value in checkpoint.training.items():
         part, _, rest = name.partition("/")
         parts.setdefault(part, {})[rest] = value
     state.model.load_state_dict(parts["model"])
     state.ema.module.load_state_dict(checkpoint.weights)
-    state.ema.n_averaged.copy_(parts["ema"]["n_averaged"])
+    state.ema.updates = info["averaged"]
     state.losses.copy_(checkpoint.training["losses"])
     parameters = [parameter for group in state.optimizer.param_groups for parameter in group["params"]]
     moments: dict[int, dict[str, Tensor]] = {}
@@ -97,7 +96,7 @@ def restore_training(state: TrainingState, checkpoint: Checkpoint) -> None:
         index, name = flat.split("/")
         parameter = parameters[int(index)]
         # fused optimizers expect the parameter's memory layout, and do not check
-        like = torch.empty_like(parameter).copy_(value) if value.shape == parameter.shape else value
+        like = torch.empty_like(parameter).copy_(value) if value.shape == parameter.shape else value.clone()
         moments.setdefault(int(index), {})[name] = like
     state.scheduler.load_state_dict(info["scheduler"])
     groups = state.optimizer.state_dict()["param_groups"]
