@@ -1,11 +1,12 @@
-# make demo: the whole job on a small drawn data set. make test: all tests. Both set everything up first.
+# make demo: the whole job on a small drawn data set. make test: all tests. make faults: what can go wrong in training,
+# at length. Each sets everything up first.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 DEMO := logs/demo
 
-.PHONY: demo test lint clean
+.PHONY: demo test faults lint clean
 
 demo: $(READY)
 	$(BIN) tools/make_demo_data.py
@@ -21,6 +22,9 @@ test: $(READY)
 	$(BIN) -m ruff check .
 	$(BIN) -m ruff format --check .
 	$(BIN) -m pytest
+
+faults: $(READY)
+	$(BIN) tests/faults.py
 
 # OpenCV's usual package needs libGL; where a machine has none, the one without windows takes its place
 $(READY): requirements.txt requirements-dev.txt constraints.txt

@@ -355,11 +355,13 @@ def open_run(config: Config, ranks: Ranks) -> tuple[Config, Checkpoint | None, R
     name = config.run_dir or (newest_run() if config.resume else f"logs/{now}")
     folder = Path(ranks.share(name))
     log = RunLog(folder, quiet=not ranks.first)
-    if not config.resume and not (ranks.restarted and is_resumable(folder)):
-        if is_resumable(folder):
-            raise UserError(f"{folder} already holds a run; add --resume to continue it, or choose another --run-dir")
+    own = ranks.share(ranks.restarted and log.read_owner() == ranks.agent)  # torchrun began the run that is there
+    if is_resumable(folder) and not (config.resume or own):
+        raise UserError(f"{folder} already holds a run; add --resume to continue it, or choose another --run-dir")
+    log.write_owner(ranks.agent)
+    if not config.resume and not is_resumable(folder):
         return config, None, log
-    checkpoint = load_last(folder)
+    checkpoint = load_last(folder, ranks.say)
     free = ("run_dir", "resume", "extend", "device", "cache", "compile", "checkpoint_every")
     if ranks.restarted:  # by the command that began the run, whose batch size `share_batch` has replaced
         config = replace(config, batch_size=Config.batch_size)

@@ -7,7 +7,7 @@ resumable ones the one before stays, as `previous`.
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,10 +85,10 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     return Checkpoint(spec, weights, json.loads(metadata["info"]), training)
 
 
-def load_last(folder: Path) -> Checkpoint:
+def load_last(folder: Path, say: Callable[[str], None] = print) -> Checkpoint:
     """The newest whole checkpoint to resume the run in `folder` from.
 
-    When that is not `last`, says so, and puts the damaged one aside, so that it does not replace `previous`.
+    When `last` is damaged, says so, and puts it aside, so that it does not replace `previous`.
     """
     last, previous = folder / LAST, folder / PREVIOUS
     if last.exists() or not previous.exists():
@@ -97,7 +97,7 @@ def load_last(folder: Path) -> Checkpoint:
         except UserError as error:
             if not previous.exists():
                 raise
-            print(f"{error}; going on from {previous}, the one before")
+            say(f"{error}; going on from {previous}, the one before")
             checkpoint = load_checkpoint(previous)
             with suppress(OSError):  # when another process of this run did
                 last.replace(folder / DAMAGED)

@@ -29,6 +29,7 @@ class Ranks:
     local_rank: int = 0  # among those of this machine
     local_size: int = 1
     restarted: bool = False  # torchrun started it again after a failure
+    agent: str = ""  # the torchrun that started it
 
     @property
     def first(self) -> bool:
@@ -89,7 +90,8 @@ def join_ranks(device: torch.device) -> Iterator[Ranks]:
         int(environment["WORLD_SIZE"]),
         int(environment["LOCAL_RANK"]),
         int(environment["LOCAL_WORLD_SIZE"]),
-        int(environment.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0,
+        int(environment.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0,
+        f"{environment.get('TORCHELASTIC_RUN_ID')} {os.getppid()}",
     )
     if device.type == "cuda":
         if ranks.local_size > torch.cuda.device_count():
@@ -100,7 +102,7 @@ def join_ranks(device: torch.device) -> Iterator[Ranks]:
         torch.cuda.set_device(ranks.local_rank)
     # torchrun keeps its store when it starts the processes again: there they would find addresses of the dead ones
     store, _, _ = next(dist.rendezvous("env://", timeout=TIMEOUT))
-    store = dist.PrefixStore(f"attempt {environment.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    store = dist.PrefixStore(f"attempt {environment.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=TIMEOUT, store=store, rank=ranks.rank, world_size=ranks.size)
     try:

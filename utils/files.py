@@ -64,7 +64,7 @@ def lock(path: Path, wait: bool = False) -> IO[bytes] | None:
     """
     file = None
     try:
-        file = open(path, "ab")  # noqa: SIM115, the caller keeps it
+        file = open(path, "a+b")  # noqa: SIM115, the caller keeps it
         if fcntl is None:
             msvcrt.locking(file.fileno(), msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)
         else:

@@ -23,7 +23,7 @@ from utils.errors import UserError, make_folder
 from utils.files import lock, replacing
 from utils.images import write_image
 
-CONFIG, METRICS, DATA = "config.json", "metrics.jsonl", "data.json"  # of a run
+CONFIG, METRICS, DATA, LOCK = "config.json", "metrics.jsonl", "data.json", "run.lock"  # of a run
 SHOWN_CHANGES = 5  # of the data, in a message
 
 Settings = TypeVar("Settings")  # a dataclass whose fields all have defaults
@@ -45,9 +45,22 @@ class RunLog:
         self.writing: Future[None] | None = None
         if not quiet:
             make_folder(folder)
-            self.lock = lock(folder / "run.lock")
+            self.lock = lock(folder / LOCK)
             if self.lock is None:
                 raise UserError(f"another process is training in {folder}; wait for it, or choose another --run-dir")
+
+    def read_owner(self) -> str:
+        """Who began or resumed the run last, as `write_owner` was told."""
+        if self.quiet:
+            return ""
+        self.lock.seek(0)
+        return self.lock.read().decode()  # not through another file: closing that one would give up the lock
+
+    def write_owner(self, owner: str) -> None:
+        if not self.quiet:
+            self.lock.truncate(0)
+            self.lock.write(owner.encode())
+            self.lock.flush()
 
     def open(self, epoch: int) -> None:
         """Go on after `epoch`: what was logged beyond it is dropped."""
