@@ -190,43 +190,43 @@ def build_trainer(
 
 
 def train_one_epoch(trainer: Trainer, config: Config, batches: Batches, log: RunLog, stop: StopSignals) -> None:
-    """The batches of an epoch from where it stands to its end, checking, saving and stopping where it is time."""
-    state, accumulate = trainer.state, trainer.accumulate
+    """The batches of an epoch, from where it stands to its end."""
+    state, last = trainer.state, len(batches)
     trainer.set_mode(frozen=batches.epoch < config.freeze_epochs)
-    bar = tqdm(
-        total=len(batches),
-        desc=f"epoch {batches.epoch + 1}/{state.progress.end}",
-        leave=False,
-        disable=log.quiet or None,
-    )
-    while state.progress.batch < len(batches):  # once, and again for each time that it goes back
-        skips = state.progress.skips(batches.epoch)
-        numbers = range(state.progress.batch, len(batches))
-        gathered = 0
-        with closing(batches.load([n for n in numbers if n not in skips], trainer.device)) as loaded:
-            for number in numbers:
-                done = number + 1
-                at_step = done % accumulate == 0 or done == len(batches)
-                if number not in skips:
-                    state.losses[number] = trainer.backward(*next(loaded), joins=at_step or bool(skips))
-                    gathered += 1
-                bar.update(done - bar.n)
-                if not at_step:
-                    continue
-                if gathered:
-                    state.step()
-                gathered = 0
-                stopping = trainer.ranks.any(stop.requested)
-                saving = config.checkpoint_every and math.ceil(done / accumulate) % config.checkpoint_every == 0
-                if stopping or saving or done - state.progress.batch >= CHECK_EVERY or done == len(batches):
-                    if not trainer.goes_well(batches, done):
+    title = f"epoch {batches.epoch + 1}/{state.progress.end}"
+    with tqdm(total=last, desc=title, leave=False, disable=log.quiet or None) as bar:
+        while state.progress.batch < last:  # once, and again for each time that it goes back
+            skips = state.progress.skips(batches.epoch)
+            numbers = range(state.progress.batch, last)
+            gathered = 0  # batches whose gradients wait for the step
+            with closing(batches.load([n for n in numbers if n not in skips], trainer.device)) as loaded:
+                for done, number in enumerate(numbers, numbers.start + 1):
+                    at_step = done % trainer.accumulate == 0 or done == last
+                    if number not in skips:
+                        state.losses[number] = trainer.backward(*next(loaded), joins=at_step or bool(skips))
+                        gathered += 1
+                    if at_step and gathered:
+                        state.step()
+                        gathered = 0
+                    bar.update(done - bar.n)
+                    if at_step and not look_up(trainer, config, batches, done, log, stop):
                         break
-                    bar.set_postfix(loss=f"{state.losses[number, 0]:.4f}")
-                    if saving or stopping:
-                        log.save(trainer.kept)
-                    if stopping:
-                        stop.leave()
-    bar.close()
+
+
+def look_up(trainer: Trainer, config: Config, batches: Batches, done: int, log: RunLog, stop: StopSignals) -> bool:
+    """After a step: check, save and stop where it is time; False when the state went back to an earlier batch."""
+    stopping = trainer.ranks.any(stop.requested)
+    saving = config.checkpoint_every and math.ceil(done / trainer.accumulate) % config.checkpoint_every == 0
+    unchecked = done - trainer.state.progress.batch
+    if not (stopping or saving or unchecked >= CHECK_EVERY or done == len(batches)):
+        return True
+    if not trainer.goes_well(batches, done):
+        return False
+    if saving or stopping:
+        log.save(trainer.kept)
+    if stopping:
+        stop.leave()
+    return True
 
 
 def mean_losses(trainer: Trainer) -> dict[str, float]:
@@ -294,10 +294,6 @@ def run_epoch(
     seconds = time.perf_counter() - started
     if first < len(batches):
         values["train/images_per_second"] = (len(batches) - first) * config.batch_size / seconds
-    if not trainer.is_finite():
-        raise UserError(
-            f"the weights are not finite after epoch {progress.epoch + 1}; the last checkpoint is still good, lower lr"
-        )
     values["train/lr"] = trainer.state.scheduler.get_last_lr()[0]
     metrics: dict[str, Any] = {}
     epoch = progress.epoch + 1

@@ -165,8 +165,9 @@ class Trainer:
 
     def is_finite(self) -> bool:
         """Whether all weights, and their averages, are."""
-        states = self.state.model.state_dict(), self.state.ema.module.state_dict()
-        return all(bool(values.isfinite().all()) for state in states for values in state.values())
+        modules = self.state.model, self.state.ema.module
+        values = [value for module in modules for value in module.state_dict().values() if value.is_floating_point()]
+        return bool(get_total_norm(values).isfinite())
 
     def keep(self, batch: int) -> None:
         """Remember the state after a batch, to go back to and to save."""
@@ -182,11 +183,13 @@ class Trainer:
         found = self.ranks.sum(self.state.losses[first:done].clone())  # also waits for the device
         bad = [first + int(row) for row in (~found.isfinite().all(dim=1)).nonzero()]
         bad = [number for number in bad if number not in skips]
+        what = f"epoch {batches.epoch + 1}, step {bad[0] + 1 if bad else done}"
+        if not bad and not self.is_finite():
+            raise UserError(f"the weights are not finite after {what}; the last checkpoint is still good, lower lr")
         if not bad:
             self.state.losses[first:done] = found
             self.keep(done)
             return True
-        what = f"epoch {batches.epoch + 1}, step {bad[0] + 1}"
         names = ", ".join(batches.names(bad[0]))
         if len(self.state.progress.skipped) == MAX_SKIPPED:
             raise UserError(
