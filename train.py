@@ -56,6 +56,7 @@ from utils.voc import load_classes, load_samples
 from utils.weights import fits_plain_attention, read_weights, start_from
 
 CHECK_EVERY = 20  # batches between two looks at the losses, which wait for the device
+VALIDATION_BATCH = 16  # images at a time; eval.py's default too, and several processes share them evenly
 VALIDATION_COST = 0.5  # of an image, as a share of a training step's, for the estimate of time
 
 
@@ -149,6 +150,10 @@ class Config:
         settings = AugmentSettings(**{item.name: getattr(self, item.name) for item in fields(AugmentSettings)})
         return settings if share < self.mosaic_until else replace(settings, mosaic=0.0, mixup=0.0)
 
+    def compiles(self, device: torch.device) -> bool:
+        """Whether to compile; batch norm over several processes would not gain by it."""
+        return choose_compile(self.compile, device) and not self.sync_bn
+
     def train_sizes(self) -> tuple[tuple[int, int], ...]:
         """The input sizes of training, largest first."""
         sizes = {
@@ -182,7 +187,7 @@ def build_trainer(
         losses=torch.zeros(batches, len(COLUMNS), device=device),
     )
     loss = YoloLoss(spec, LossSettings(label_smoothing=config.label_smoothing), device, ranks)
-    if choose_compile(config.compile, device):
+    if config.compiles(device):
         torch._dynamo.config.recompile_limit = 4 + 4 * len(config.train_sizes())  # a graph per size, frozen or not
         model.compile(dynamic=False)
         loss.sums = torch.compile(loss.sums, dynamic=False)
@@ -209,11 +214,13 @@ def train_one_epoch(trainer: Trainer, config: Config, batches: Batches, log: Run
                         state.step()
                         gathered = 0
                     bar.update(done - bar.n)
-                    if at_step and not look_up(trainer, config, batches, done, log, stop):
+                    if at_step and not check_and_save(trainer, config, batches, done, log, stop):
                         break
 
 
-def look_up(trainer: Trainer, config: Config, batches: Batches, done: int, log: RunLog, stop: StopSignals) -> bool:
+def check_and_save(
+    trainer: Trainer, config: Config, batches: Batches, done: int, log: RunLog, stop: StopSignals
+) -> bool:
     """After a step: check, save and stop where it is time; False when the state went back to an earlier batch."""
     stopping = trainer.ranks.any(stop.requested)
     saving = config.checkpoint_every and math.ceil(done / trainer.accumulate) % config.checkpoint_every == 0
@@ -240,7 +247,7 @@ def mean_losses(trainer: Trainer) -> dict[str, float]:
 
 @torch.inference_mode()
 def validate(
-    trainer: Trainer, cache: ImageCache, batch_size: int, log: RunLog, stop: StopSignals
+    trainer: Trainer, cache: ImageCache, log: RunLog, stop: StopSignals
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """Loss and accuracy of the averaged weights on the validation split: values to log, and all the metrics."""
     ranks, spec = trainer.ranks, trainer.spec
@@ -249,7 +256,7 @@ def validate(
     loss = YoloLoss(spec, trainer.loss.settings, trainer.device)  # of this process alone
     found: dict[int, tuple[Tensor, list[sv.Detections]]] = {}
     with tqdm(total=len(cache), desc="validating", leave=False, disable=log.quiet or None) as bar:
-        for part, heads in detector.run_cached(cache, batch_size, ranks):
+        for part, heads in detector.run_cached(cache, VALIDATION_BATCH, ranks):
             if stop.requested:
                 break
             terms = loss(heads, cache.boxes[part].to(trainer.device), cache.labels[part].to(trainer.device))
@@ -289,7 +296,6 @@ def run_epoch(
     started, first = time.perf_counter(), progress.batch
     batches = epoch_batches(config, train, progress, trainer.ranks)
     train_one_epoch(trainer, config, batches, log, stop)
-    progress = trainer.state.progress  # another one after going back
     values = mean_losses(trainer)
     seconds = time.perf_counter() - started
     if first < len(batches):
@@ -298,7 +304,7 @@ def run_epoch(
     metrics: dict[str, Any] = {}
     epoch = progress.epoch + 1
     if val and (epoch % config.eval_every == 0 or epoch == progress.end):
-        found, metrics = validate(trainer, val, config.batch_size, log, stop)
+        found, metrics = validate(trainer, val, log, stop)
         values |= found
     is_best = values.get("val/AP", -2.0) >= progress.best if val else epoch == progress.end
     if "val/AP" in values:
@@ -369,7 +375,7 @@ def find_progress(config: Config, checkpoint: Checkpoint | None, ranks: Ranks) -
     if checkpoint is None:
         return Progress(end=config.epochs)
     progress = read_progress(checkpoint)
-    if not is_finished(config, progress):
+    if not progress.is_finished(config.patience):
         if config.extend and not ranks.restarted:
             raise UserError(
                 f"the run has {progress.epoch} of {progress.end} epochs; --resume without --extend continues it, and "
@@ -382,10 +388,6 @@ def find_progress(config: Config, checkpoint: Checkpoint | None, ranks: Ranks) -
     return progress
 
 
-def is_finished(config: Config, progress: Progress) -> bool:
-    return progress.epoch >= progress.end or 0 < config.patience <= progress.stale
-
-
 def share_batch(config: Config, spec: ModelSpec, cache: ImageCache, device: torch.device, ranks: Ranks) -> Config:
     """The settings with a batch size that all processes have an equal share of; 0 becomes the largest that fits."""
     size = config.batch_size
@@ -396,7 +398,9 @@ def share_batch(config: Config, spec: ModelSpec, cache: ImageCache, device: torc
         probe = build_trainer(alone, spec, len(cache), device, Ranks(), Progress(end=1))
         fits = largest_batch(probe, 2 * cache.labels.shape[1], config.train_sizes()[0], len(cache) // ranks.size)
         size = ranks.size * min(ranks.everyone(fits))
-        ranks.say(f"batch size {size} fits")
+        ranks.say(
+            f"batch size {size} fits; an epoch then has {len(cache) // size} batches, which should not be too few"
+        )
     if size % ranks.size or len(cache) < ranks.size:
         raise UserError(
             f"{len(cache)} images in batches of {size} cannot be shared by {ranks.size} processes; give a multiple of "
@@ -408,7 +412,7 @@ def share_batch(config: Config, spec: ModelSpec, cache: ImageCache, device: torc
 def rehearse(trainer: Trainer, config: Config, caches: tuple[ImageCache, ImageCache | None]) -> None:
     """Try the largest batch, also to compile it, and say what it takes; the state stays as it was."""
     (train, val), progress, sizes = caches, trainer.state.progress, config.train_sizes()
-    compiled = choose_compile(config.compile, trainer.device)
+    compiled = config.compiles(trainer.device)
     modes = (False, True) if compiled and progress.epoch < config.freeze_epochs else (False,)
     objects = 2 * train.labels.shape[1]
     trial = try_largest(trainer, config.batch_size, objects, sizes if compiled else sizes[:1], modes)
@@ -428,6 +432,8 @@ def prepare(
     """Read the data, build the network or restore it, begin or reopen the log."""
     device = choose_device(config.device)
     if device.type == "cpu":
+        if config.sync_bn:
+            raise UserError("sync_bn needs GPUs; leave it out on the CPU")
         keep_freed_memory()
     weights = read_weights(config.weights) if config.weights and checkpoint is None else {}
     spec = checkpoint.spec if checkpoint else new_spec(config, weights)
@@ -462,10 +468,11 @@ def train(config: Config, stop: StopSignals, ranks: Ranks) -> Path:
     config, checkpoint, log = open_run(config, ranks)
     with closing(log):
         progress = find_progress(config, checkpoint, ranks)
-        if is_finished(config, progress):
+        if progress.is_finished(config.patience):
             ranks.say(f"the run is finished after {progress.epoch} epochs; --resume --extend 20 would add 20")
             return log.folder
         config, trainer, caches = prepare(config, checkpoint, progress, log, ranks)
+        del checkpoint  # which takes as much memory as the training state
         if progress.epoch == progress.batch == 0:
             batches = epoch_batches(config, caches[0], progress, ranks)
             for number in range(min(2, len(batches))):
@@ -473,7 +480,7 @@ def train(config: Config, stop: StopSignals, ranks: Ranks) -> Path:
         rehearse(trainer, config, caches)
         try:
             with stop.put_off():
-                while not is_finished(config, trainer.state.progress):
+                while not trainer.state.progress.is_finished(config.patience):
                     run_epoch(trainer, config, caches, log, stop)
         except Stopped:
             ranks.say(f"stopped; python train.py --resume --run-dir {log.folder} continues as if it had not")

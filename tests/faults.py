@@ -401,7 +401,8 @@ class Work:
         self.references: dict[str, dict[str, Any]] = {}
         self.lock = threading.Lock()
         self.kit = folder / "kit"
-        make_demo_data.main(make_demo_data.Config(str(self.kit / "Demo"), train=25, val=4, test=1))
+        with redirect_stdout(io.StringIO()):
+            make_demo_data.main(make_demo_data.Config(str(self.kit / "Demo"), train=25, val=4, test=1))
         sets = self.kit / "Demo" / "ImageSets" / "Main"
         few = (sets / "train.txt").read_text().splitlines()[:12]
         (sets / "few.txt").write_text("\n".join(few) + "\n")
@@ -776,7 +777,7 @@ def not_finite(work: Work, short: bool) -> int:
             said = work.run(config, bad=bad, at=stop, action="SIGTERM").expect(TERMINATED).out
         said += work.run(replace(config, resume=bool(stop)), bad=bad).expect(DONE).out
         for epoch, batch in bad:
-            assert f"epoch {epoch + 1}, step {batch + 1} is not finite" in said, said
+            assert f"epoch {epoch + 1}, batch {batch + 1} is not finite" in said, said
             assert ", ".join(batch_names(work, config, epoch, batch)) in said, said
         assert said.count("is not finite") == len(bad), said
         work.compare(config, f"not finite {bad} {stop}", expected)
@@ -797,7 +798,7 @@ def too_often(work: Work) -> int:
     """The fourth time is the last; what was saved is good."""
     config = work.new(epochs=2)
     bad = {(0, 0): "images", (0, 2): "loss nan", (1, 0): "gradient nan", (1, 1): "images"}
-    work.run(config, bad=bad).expect(MISTAKE, "epoch 2, step 2", "4th time", "lower lr")
+    work.run(config, bad=bad).expect(MISTAKE, "epoch 2, batch 2", "4th time", "lower lr")
     kept = load_checkpoint(Path(config.run_dir) / LAST)
     assert kept.info["epoch"] == 1
     assert all(np.isfinite(values.numpy()).all() for values in (kept.weights | kept.training).values())

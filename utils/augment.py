@@ -21,6 +21,7 @@ from utils.cache import ImageCache
 FILL = 114.0  # the gray level, of 255, where no image lies
 MIN_SIDE = 2.0  # pixels that a box must keep on each side
 MIN_VISIBLE = 0.25  # share of its area that a box must keep
+CPU_IMAGES = 2  # drawn at a time, which a core's cache holds
 MOSAIC_SPLIT = (0.3, 0.7)  # where the four tiles of a mosaic meet, as a share of the side
 
 # Columns of the random table. A tile takes TILE_COLUMNS: which image, scale, aspect, x, y, flip.
@@ -93,21 +94,40 @@ def gather_images(images: Tensor, sources: Tensor) -> Tensor:
     """Rows (T,) of images (N, 3, H, W); page-locked where CUDA can copy from it while computing."""
     if images.is_cuda:
         return images[sources.pin_memory().to(images.device, non_blocking=True)]
-    gathered = torch.empty(len(sources), *images.shape[1:], dtype=images.dtype, pin_memory=torch.cuda.is_available())
+    gathered = torch.empty(len(sources), *images.shape[1:], dtype=images.dtype, pin_memory=torch.cuda.is_initialized())
     np.take(images.numpy(), sources.numpy(), axis=0, out=gathered.numpy(), mode="clip")  # in this thread alone
     return gathered
 
 
 def draw(batch: Prepared) -> Tensor:
-    """The images (B, 3, output height, output width) float in 0..1, on the device that the batch is on."""
-    images = torch.sub(batch.images, FILL)  # float from here on; the zeros outside an image are the fill
-    grid = torch.stack(torch.broadcast_tensors(batch.x[:, None, :], batch.y[:, :, None]), dim=-1)  # (T, H, W, 2)
+    """The images (B, 3, H, W) float in 0..1 and channels-last, on the device that the batch is on; H, W of the output.
+
+    The CPU draws a few at a time, so that what is between the steps stays in its cache.
+    """
+    count, width, height = len(batch.colours), batch.x.shape[1], batch.y.shape[1]
+    at_a_time = count if batch.images.is_cuda else CPU_IMAGES
+    images = batch.x.new_empty(count, 3, height, width).to(memory_format=torch.channels_last)
+    for start in range(0, count, at_a_time):
+        stop = min(start + at_a_time, count)
+        tiles = slice(None)
+        if at_a_time < count:
+            tiles = slice(*torch.searchsorted(batch.rows, torch.tensor([start, stop])).tolist())
+        images[start:stop] = draw_tiles(batch, tiles, slice(start, stop))
+    return images
+
+
+def draw_tiles(batch: Prepared, tiles: slice, rows: slice) -> Tensor:
+    """Some images of a batch, with the tiles that belong to them."""
+    images = torch.sub(batch.images[tiles], FILL)  # float from here on; the zeros outside an image are the fill
+    x, y, colours = batch.x[tiles, None, :], batch.y[tiles, :, None], batch.colours[rows]
+    grid = torch.stack(torch.broadcast_tensors(x, y), dim=-1)  # (tiles, H, W, 2)
     drawn = F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
-    if len(drawn) > len(batch.colours):  # else one tile each, in order
-        drawn *= batch.weights[:, None, None, None]
-        drawn = drawn.new_zeros(len(batch.colours), *drawn.shape[1:]).index_add_(0, batch.rows, drawn)
-    fill = FILL / 255 * batch.colours.sum(dim=2, keepdim=True)  # (B, 3, 1)
-    return torch.baddbmm(fill, batch.colours / 255, drawn.flatten(2)).clamp_(0, 1).view_as(drawn)
+    if len(drawn) > len(colours):  # else one tile each, in order
+        drawn *= batch.weights[tiles, None, None, None]
+        places = batch.rows[tiles] - rows.start
+        drawn = drawn.new_zeros(len(colours), *drawn.shape[1:]).index_add_(0, places, drawn)
+    fill = FILL / 255 * colours.sum(dim=2, keepdim=True)  # (rows, 3, 1)
+    return torch.baddbmm(fill, colours / 255, drawn.flatten(2)).clamp_(0, 1).view_as(drawn)
 
 
 @dataclass(frozen=True)

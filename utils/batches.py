@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 
 import numpy as np
@@ -19,7 +19,7 @@ AHEAD = 2  # batches on their way while one is in use
 SIZE_STEPS = 10  # batches between two changes of the input size
 
 
-@dataclass(frozen=True)
+@dataclass
 class Batches:
     """What each batch of an epoch is made of, the same whichever process asks; `ranks` share each of them."""
 
@@ -30,12 +30,13 @@ class Batches:
     settings: AugmentSettings
     sizes: tuple[tuple[int, int], ...]  # input sizes to choose from, height and width
     ranks: Ranks
+    order: Tensor = field(init=False)  # (N,) of the samples
+    random: Tensor = field(init=False)  # (N, NUM_COLUMNS) a row per position in the order
+    chosen: np.ndarray = field(init=False)  # which of the sizes, in turn
 
     def __post_init__(self) -> None:
-        order, random = epoch_order(self.seed, self.epoch, len(self.cache))
-        chosen = np.random.default_rng([self.seed, self.epoch]).integers(len(self.sizes), size=1 + len(self))
-        for name, value in (("order", order), ("random", random), ("chosen", chosen)):
-            object.__setattr__(self, name, value)  # the class is frozen
+        self.order, self.random = epoch_order(self.seed, self.epoch, len(self.cache))
+        self.chosen = np.random.default_rng([self.seed, self.epoch]).integers(len(self.sizes), size=1 + len(self))
 
     def __len__(self) -> int:
         return len(self.cache) // self.batch_size  # what does not fill a batch comes in another epoch
@@ -72,7 +73,8 @@ class Batches:
                 return batch, stream.record_event() if on_gpu else None
 
         remaining = iter(numbers)
-        pool = ThreadPoolExecutor(1, thread_name_prefix="batches")
+        own = {"initializer": torch.cuda.set_device, "initargs": (device,)} if on_gpu else {}
+        pool = ThreadPoolExecutor(1, thread_name_prefix="batches", **own)
         try:
             ahead = deque(pool.submit(move, number) for number in islice(remaining, AHEAD))
             while ahead:
@@ -83,8 +85,7 @@ class Batches:
                     current.wait_event(copied)
                     for value in batch:
                         value.record_stream(current)  # so that its memory is not given away too early
-                images = draw(batch).contiguous(memory_format=torch.channels_last)
-                yield images, batch.boxes, batch.labels
+                yield draw(batch), batch.boxes, batch.labels
         finally:
             pool.shutdown(cancel_futures=True)
 

@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
@@ -87,7 +88,7 @@ def build_cache(
     """
     ranks = ranks or Ranks()
     place = choose_place(place, len(samples) * prod((3, *spec.input_size)), device)
-    if place == "disk" or ranks.local_size > 1:
+    if ranks.any(place == "disk" or ranks.local_size > 1):  # all of them wait for each other there
         decoded = decode_to_disk(samples, spec, ranks)
         place = "disk" if place == "ram" else place
     else:
@@ -155,7 +156,8 @@ def decode_to_disk(samples: Sequence[Sample], spec: ModelSpec, ranks: Ranks) -> 
             if not is_whole(path, needed):  # another run may have written it meanwhile
                 write_images(path, samples, spec, needed)
     ranks.any(False)  # wait for the one that writes
-    os.utime(path)  # in use
+    with suppress(OSError):  # another user's
+        os.utime(path)  # so that it is not taken for unused
     return map_images(path, len(samples), spec)
 
 
@@ -167,7 +169,8 @@ def write_images(path: Path, samples: Sequence[Sample], spec: ModelSpec, needed:
     """The images one after the other, then all sizes, then all checksums."""
     for old in CACHE_FOLDER.glob("*.images*"):
         if time.time() - old.stat().st_mtime > UNUSED_DAYS * 24 * 3600:
-            old.unlink(missing_ok=True)
+            with suppress(OSError):  # in use, or another user's
+                old.unlink()
     free = shutil.disk_usage(CACHE_FOLDER).free
     if free < needed:
         raise UserError(

@@ -34,6 +34,7 @@ class Trial:
 def try_steps(step: Callable[[], None], device: torch.device) -> Trial:
     """Run a step a few times; running out of memory raises torch.OutOfMemoryError or RuntimeError."""
     if device.type == "cuda":
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     step()
     wait_for(device)
@@ -91,7 +92,6 @@ def largest_batch(trainer: Trainer, objects: int, size: tuple[int, int], most: i
     trainer.set_mode(frozen=False)
 
     def fits(images: int) -> bool:
-        torch.cuda.empty_cache()
         try:
             return (
                 try_steps(partial(trainer.try_batch, images, objects, size), trainer.device).memory

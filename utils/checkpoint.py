@@ -71,7 +71,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no mapping
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118, it is no mapping
     except SafetensorError:
         hint = "; a .pth can only start a training, with train.py --weights" if path.suffix in (".pth", ".pt") else ""
         raise UserError(f"{path} is no checkpoint of train.py (.safetensors), or it is damaged{hint}") from None

@@ -85,13 +85,14 @@ def join_ranks(device: torch.device) -> Iterator[Ranks]:
     if "TORCHELASTIC_RUN_ID" not in environment and int(environment.get("WORLD_SIZE", 1)) == 1:
         yield Ranks()
         return
+    run_id = environment.get("TORCHELASTIC_RUN_ID", "none")
     ranks = Ranks(
         int(environment["RANK"]),
         int(environment["WORLD_SIZE"]),
         int(environment["LOCAL_RANK"]),
         int(environment["LOCAL_WORLD_SIZE"]),
         int(environment.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0,
-        f"{environment.get('TORCHELASTIC_RUN_ID')} {os.getppid()}",
+        run_id if run_id != "none" else f"process {os.getppid()}",
     )
     if device.type == "cuda":
         if ranks.local_size > torch.cuda.device_count():
@@ -100,9 +101,9 @@ def join_ranks(device: torch.device) -> Iterator[Ranks]:
                 "GPUs; set --nproc-per-node to their number"
             )
         torch.cuda.set_device(ranks.local_rank)
-    # torchrun keeps its store when it starts the processes again: there they would find addresses of the dead ones
     store, _, _ = next(dist.rendezvous("env://", timeout=TIMEOUT))
-    store = dist.PrefixStore(f"attempt {environment.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    if ranks.local_size == ranks.size:  # on one machine torchrun keeps its store, with addresses of dead processes
+        store = dist.PrefixStore(f"attempt {environment.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=TIMEOUT, store=store, rank=ranks.rank, world_size=ranks.size)
     try:

@@ -17,6 +17,7 @@ except ImportError:  # Windows
     fcntl = None
 
 CACHE_FOLDER = Path("logs/cache")  # what can be made again: decoded images, indexed annotations
+LOCKED_BYTE = 1 << 30  # on Windows, where nobody can read what is locked
 TEMPORARY = ".tmp"  # suffix of a file that is being written; one that a dead process left is written over
 
 
@@ -66,7 +67,8 @@ def lock(path: Path, wait: bool = False) -> IO[bytes] | None:
     try:
         file = open(path, "a+b")  # noqa: SIM115, the caller keeps it
         if fcntl is None:
-            msvcrt.locking(file.fileno(), msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)
+            file.seek(LOCKED_BYTE)
+            msvcrt.locking(file.fileno(), msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)  # waits for 10 s
         else:
             fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError as error:

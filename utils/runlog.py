@@ -5,12 +5,14 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import matplotlib
 import numpy as np
+import torch
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -115,12 +117,17 @@ class RunLog:
         """Write checkpoints while training goes on, the one before first; raises what went wrong with that one."""
         self.finish_saving()
         if not self.quiet:
-            self.writing = self.writer.submit(self.write, last, best)
+            copied = torch.cuda.current_stream().record_event() if torch.cuda.is_initialized() else None
+            self.writing = self.writer.submit(self.write, last, best, copied)
 
-    def write(self, last: Checkpoint, best: Checkpoint | None) -> None:
-        if best is not None:
-            save_checkpoint(self.folder / BEST, best)
-        save_checkpoint(self.folder / LAST, last, self.folder / PREVIOUS)
+    def write(self, last: Checkpoint, best: Checkpoint | None, copied: torch.cuda.Event | None) -> None:
+        """The thread's part; on a GPU in a stream of its own, behind what was given to it before the call."""
+        with torch.cuda.stream(torch.cuda.Stream()) if copied else nullcontext():
+            if copied:
+                copied.wait()
+            if best is not None:
+                save_checkpoint(self.folder / BEST, best)
+            save_checkpoint(self.folder / LAST, last, self.folder / PREVIOUS)
 
     def finish_saving(self) -> None:
         """Wait for the checkpoint that is being written."""
@@ -212,7 +219,10 @@ def keep_fingerprints(folder: Path, found: dict[str, list[tuple[str, int, int]]]
     """
     path = folder / DATA
     if resumed and path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            raise UserError(f"{path} is damaged; delete it to go on without knowing whether the data changed") from None
         changes = [change for split in found for change in changed_samples(before.get(split, []), found[split])]
         if changes:
             some = ", ".join(changes[:SHOWN_CHANGES]) + (", ..." if len(changes) > SHOWN_CHANGES else "")
@@ -235,6 +245,6 @@ def changed_samples(before: Sequence[Sequence], now: Sequence[Sequence]) -> list
         if name in old and old[name] != new[name]:
             parts = [part for part, a, b in zip(("image", "annotation"), old[name], new[name], strict=True) if a != b]
             changes.append(f"{' and '.join(parts)} of {name} changed")
-    if not changes and [sample[0] for sample in before] != [sample[0] for sample in now]:
+    if not changes and list(map(tuple, before)) != list(map(tuple, now)):
         changes.append("the order in the split files changed")
     return changes

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -37,6 +38,10 @@ class Progress:
     best: float = -1.0  # AP of the best validation
     stale: int = 0  # validations since that one
     skipped: list[tuple[int, int]] = field(default_factory=list)  # epoch and batch that gave no finite loss
+
+    def is_finished(self, patience: int) -> bool:
+        """Whether all epochs are done, or so many validations (0: any) brought nothing better."""
+        return self.epoch >= self.end or 0 < patience <= self.stale
 
     def skips(self, epoch: int) -> set[int]:
         """The batches of an epoch to leave out."""
@@ -72,8 +77,9 @@ def pack_training(state: TrainingState, spec: ModelSpec) -> Checkpoint:
     training["losses"] = state.losses
     info = asdict(state.progress) | {"averaged": state.ema.updates}
     info |= {"scheduler": state.scheduler.state_dict(), "scaler": state.scaler.state_dict()}
-    weights = {name: value.detach().clone() for name, value in state.ema.module.state_dict().items()}
-    return Checkpoint(spec, weights, info, {name: value.detach().clone() for name, value in training.items()})
+    copy = partial(torch.clone, memory_format=torch.contiguous_format)  # as files have it
+    weights = {name: copy(value.detach()) for name, value in state.ema.module.state_dict().items()}
+    return Checkpoint(spec, weights, info, {name: copy(value.detach()) for name, value in training.items()})
 
 
 def restore_training(state: TrainingState, checkpoint: Checkpoint) -> None:
@@ -81,7 +87,7 @@ def restore_training(state: TrainingState, checkpoint: Checkpoint) -> None:
     if not checkpoint.training:
         raise UserError(f"this checkpoint cannot be resumed from, it holds weights alone; use {LAST}")
     info = checkpoint.info
-    state.progress = read_progress(checkpoint)
+    vars(state.progress).update(vars(read_progress(checkpoint)))
     parts: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}}
     for name, value in checkpoint.training.items():
         part, _, rest = name.partition("/")
@@ -183,8 +189,8 @@ class Trainer:
         found = self.ranks.sum(self.state.losses[first:done].clone())  # also waits for the device
         bad = [first + int(row) for row in (~found.isfinite().all(dim=1)).nonzero()]
         bad = [number for number in bad if number not in skips]
-        what = f"epoch {batches.epoch + 1}, step {bad[0] + 1 if bad else done}"
-        if not bad and not self.is_finite():
+        what = f"epoch {batches.epoch + 1}, batch {bad[0] + 1 if bad else done}"
+        if self.ranks.any(not bad and not self.is_finite()):
             raise UserError(f"the weights are not finite after {what}; the last checkpoint is still good, lower lr")
         if not bad:
             self.state.losses[first:done] = found
