@@ -66,7 +66,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ANCHORS = ROOT / "model_data" / "yolo_anchors.txt"
 DRAWN = 320  # images drawn; a larger set repeats them, or has links to them
 EPOCHS = 4  # of a run of train.py, of which the first, which also warms up, does not count
-STEPS = {"cpu": 20, "cuda": 200}  # of an epoch, so that it takes seconds
+STEPS = {"cpu": 60, "cuda": 200}  # of an epoch: of about a thousand images, as in a small data set, or of seconds
 WARMUP_STEPS = 5
 STRENGTHS = {"scale": 0.3, "aspect": 0.1, "translate": 0.1, "flip": 0.5}  # train.py's defaults, like the next line
 STRENGTHS |= {"hue": 0.015, "saturation": 0.5, "value": 0.3}
@@ -86,7 +86,7 @@ class Train:
     batch_size: int = 16  # images of a step
     mosaic: float = 0.3  # probability, in all epochs
     mixup: float = 0.0  # the same
-    steps: int = 0  # of an epoch, and of a turn of the fixed batch; 0: 20 on the CPU, 200 on a GPU
+    steps: int = 0  # of an epoch, and of a turn of the fixed batch; 0: 60 on the CPU, 200 on a GPU
     rounds: int = 3  # runs of train.py, with turns of the fixed batch before and after each
     cache: str = "auto"  # where the images are: auto, device, ram or disk
     compile: str = "auto"  # on, off, or auto: on a GPU

@@ -106,7 +106,8 @@ def draw(batch: Prepared) -> Tensor:
     """
     count, width, height = len(batch.colours), batch.x.shape[1], batch.y.shape[1]
     at_a_time = count if batch.images.is_cuda else CPU_IMAGES
-    images = batch.x.new_empty(count, 3, height, width).to(memory_format=torch.channels_last)
+    form = {"device": batch.x.device, "memory_format": torch.channels_last}
+    images = torch.empty(count, 3, height, width, **form)
     for start in range(0, count, at_a_time):
         stop = min(start + at_a_time, count)
         tiles = slice(None)
