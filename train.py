@@ -38,6 +38,7 @@ from utils.checkpoint import (
 from utils.device import choose_compile, choose_device, choose_precision, keep_freed_memory
 from utils.distributed import Ranks, join_ranks
 from utils.errors import UserError, check_choice, check_range, run_script
+from utils.files import CACHE_FOLDER
 from utils.interrupt import Stopped, StopSignals
 from utils.loss import TERMS, LossSettings, YoloLoss
 from utils.metrics import evaluate
@@ -56,6 +57,7 @@ from utils.voc import load_classes, load_samples
 from utils.weights import fits_plain_attention, read_weights, start_from
 
 CHECK_EVERY = 20  # batches between two looks at the losses, which wait for the device
+PLACE_WORDS = {"device": "on the GPU", "ram": "in RAM", "disk": f"in {CACHE_FOLDER}"}
 VALIDATION_BATCH = 16  # images at a time; eval.py's default too, and several processes share them evenly
 VALIDATION_COST = 0.5  # of an image, as a share of a training step's, for the estimate of time
 
@@ -364,7 +366,7 @@ def open_run(config: Config, ranks: Ranks) -> tuple[Config, Checkpoint | None, R
     if not config.resume and not is_resumable(folder):
         return config, None, log
     checkpoint = load_last(folder, ranks.say)
-    free = ("run_dir", "resume", "extend", "device", "cache", "compile", "checkpoint_every")
+    free = ("run_dir", "resume", "extend", "device", "cache", "compile", "checkpoint_every", "patience")
     if ranks.restarted:  # by the command that began the run, whose batch size `share_batch` has replaced
         config = replace(config, batch_size=Config.batch_size)
     return load_settings(folder, config, free), checkpoint, log
@@ -444,8 +446,9 @@ def prepare(
     config = share_batch(config, spec, caches[0], device, ranks)
     trainer = build_trainer(config, spec, len(caches[0]), device, ranks, progress)
     ranks.say(f"YOLOv4-tiny phi {spec.phi}: {summary(trainer.state.model, spec.input_size)}")
+    place = PLACE_WORDS[caches[0].place]
     ranks.say(
-        f"{len(caches[0])} images in {caches[0].place}, batches of {config.batch_size}, {device}, {trainer.dtype}"
+        f"{len(caches[0])} images {place}, batches of {config.batch_size}, {device}, {trainer.dtype}"
         f"{f', {ranks.size} processes' if ranks.size > 1 else ''}; run folder {log.folder}"
     )
     if checkpoint:
@@ -463,6 +466,28 @@ def prepare(
     return config, trainer, caches
 
 
+def train_epochs(
+    config: Config, checkpoint: Checkpoint | None, progress: Progress, log: RunLog, stop: StopSignals, ranks: Ranks
+) -> Progress:
+    """From `progress` on to the end of the run; returns where it then stands."""
+    config, trainer, caches = prepare(config, checkpoint, progress, log, ranks)
+    del checkpoint  # which takes as much memory as the training state
+    if progress.epoch == progress.batch == 0:
+        batches = epoch_batches(config, caches[0], progress, ranks)
+        for number in range(min(2, len(batches))):
+            log.picture(f"batch_{number}", partial(draw_batch, batches, number, trainer.spec.class_names), 0)
+    rehearse(trainer, config, caches)
+    try:
+        with stop.put_off():
+            while not trainer.state.progress.is_finished(config.patience):
+                run_epoch(trainer, config, caches, log, stop)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise too_large(config.batch_size, config.train_sizes()[0]) from None
+    return trainer.state.progress
+
+
 def train(config: Config, stop: StopSignals, ranks: Ranks) -> Path:
     """A run from its beginning, or from where it stopped, to its end."""
     config, checkpoint, log = open_run(config, ranks)
@@ -471,27 +496,16 @@ def train(config: Config, stop: StopSignals, ranks: Ranks) -> Path:
         if progress.is_finished(config.patience):
             ranks.say(f"the run is finished after {progress.epoch} epochs; --resume --extend 20 would add 20")
             return log.folder
-        config, trainer, caches = prepare(config, checkpoint, progress, log, ranks)
-        del checkpoint  # which takes as much memory as the training state
-        if progress.epoch == progress.batch == 0:
-            batches = epoch_batches(config, caches[0], progress, ranks)
-            for number in range(min(2, len(batches))):
-                log.picture(f"batch_{number}", partial(draw_batch, batches, number, trainer.spec.class_names), 0)
-        rehearse(trainer, config, caches)
         try:
-            with stop.put_off():
-                while not trainer.state.progress.is_finished(config.patience):
-                    run_epoch(trainer, config, caches, log, stop)
+            progress = train_epochs(config, checkpoint, progress, log, stop, ranks)
         except Stopped:
-            ranks.say(f"stopped; python train.py --resume --run-dir {log.folder} continues as if it had not")
+            log.finish_saving()
+            resume = f"--resume --run-dir {log.folder} continues as if it had not"
+            again = "there is no checkpoint yet, and the same command begins anew"
+            ranks.say(f"stopped; {resume if is_resumable(log.folder) else again}")
             raise
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            raise too_large(config.batch_size, config.train_sizes()[0]) from None
-    progress = trainer.state.progress
     if progress.epoch < progress.end:
-        ranks.say(f"stopped early, since {config.patience} validations brought nothing better")
+        ranks.say(f"stopped early, since {config.patience} validations in a row brought nothing better")
     best_of = f"the best on {', '.join(config.val_sets)}" if config.val_sets else "the same, without validation"
     ranks.say(f"done: {log.folder / LAST} is the last checkpoint, {BEST} {best_of}")
     return log.folder

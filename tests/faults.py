@@ -913,7 +913,7 @@ def disk_cache(work: Work, short: bool) -> int:
 
     def use(decoded: int, what: str, expected: dict[str, Any] | None, **plan: Any) -> None:
         config = work.new(devkit=str(kit), cache="disk", epochs=3)
-        outcome = work.run(config, **plan).expect(DONE, "images in disk")
+        outcome = work.run(config, **plan).expect(DONE, "images in logs/cache")
         assert outcome.points.count("decode") == decoded, f"{what}: {outcome.points.count('decode')} were decoded"
         work.compare(config, what, expected)
 

@@ -127,7 +127,7 @@ def test_early_stopping(config, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train, "validate", pretend)
     folder = train.main(replace(config, epochs=6, patience=2, run_dir=str(tmp_path / "a")))
     assert [record["val/AP"] for record in records(folder)] == [0.1, 0.3, 0.2, 0.3]
-    assert "stopped early, since 2 validations brought nothing better" in capsys.readouterr().out
+    assert "stopped early, since 2 validations in a row brought nothing better" in capsys.readouterr().out
     train.main(train.Config(run_dir=str(folder), resume=True))
     assert "the run is finished after 4 epochs" in capsys.readouterr().out
     train.main(train.Config(run_dir=str(folder), resume=True, extend=1))

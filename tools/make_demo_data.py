@@ -146,7 +146,9 @@ def main(config: Config) -> None:
     for split, ids in names.items():
         (folder / "ImageSets" / "Main" / f"{split}.txt").write_text("\n".join(ids) + "\n", encoding="utf-8")
     (folder / "classes.txt").write_text("\n".join(CLASSES) + "\n", encoding="utf-8")
-    print(f"{len(items)} images of {len(CLASSES)} classes are in {folder}")
+    print(f"{len(items)} images of {len(CLASSES)} classes are in {folder}; train on them with")
+    sets = f"--train-sets {folder.name}/train --val-sets {folder.name}/val"
+    print(f"python train.py --devkit {folder.parent} {sets} --classes {folder / 'classes.txt'}")
 
 
 if __name__ == "__main__":

@@ -91,13 +91,15 @@ def load_last(folder: Path, say: Callable[[str], None] = print) -> Checkpoint:
     When `last` is damaged, says so, and puts it aside, so that it does not replace `previous`.
     """
     last, previous = folder / LAST, folder / PREVIOUS
+    if not is_resumable(folder):
+        raise UserError(f"{folder} has no checkpoint to resume from; without --resume the run begins there")
     if last.exists() or not previous.exists():
         try:
             return load_checkpoint(last)
         except UserError as error:
             if not previous.exists():
                 raise
-            say(f"{error}; going on from {previous}, the one before")
+            say(f"{error}; going on from {previous}, the one before, and keeping it as {DAMAGED}")
             checkpoint = load_checkpoint(previous)
             with suppress(OSError):  # when another process of this run did
                 last.replace(folder / DAMAGED)

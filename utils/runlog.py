@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -146,6 +146,10 @@ class RunLog:
                     self.attempt(draw_curves, self.records, self.folder / "curves.png")
                     self.attempt(self.board.close)
                 self.lock.close()
+                with suppress(OSError):  # it is not empty, as a run's folder is unless a mistake ended it at once
+                    if [path.name for path in self.folder.iterdir()] == [LOCK]:
+                        (self.folder / LOCK).unlink()
+                        self.folder.rmdir()
 
 
 def append_line(path: Path, line: str) -> None:
