@@ -253,7 +253,7 @@ def test_a_signal_to_torchrun_stops_all_with_a_checkpoint(config, whole, folder,
         out, errors = process.communicate(timeout=TIMEOUT)
         assert time.monotonic() - sent < 10
     assert process.returncode != 0
-    assert out.count("stopped; python train.py --resume") == 1, errors
+    assert out.count("stopped; --resume --run-dir") == 1, errors
     assert errors.count("stopped by SIGTERM") == 2
     _, info = contents(last)
     assert info["epoch"] == 0
@@ -264,7 +264,7 @@ def test_a_signal_to_torchrun_stops_all_with_a_checkpoint(config, whole, folder,
     begins = [
         "resuming after epoch 0, batch",
         "YOLOv4-tiny",
-        "96 images in disk",
+        "96 images in logs/cache",
         "a step",
         "epoch 1",
         "epoch 2",
