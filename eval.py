@@ -1,6 +1,6 @@
-"""Measure a checkpoint on a split: python eval.py --weights logs/RUN/best.safetensors --sets VOC2007/test
+"""Measure checkpoints on a split: python eval.py --weights logs/RUN/best.safetensors --sets VOC2007/test
 
-Change the constants of `Config`, or give them as flags.
+Change the constants of `Config`, or give them as flags. Several checkpoints are compared.
 """
 
 from dataclasses import dataclass
@@ -8,29 +8,30 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
-import supervision as sv
 import torch
-from tqdm import tqdm
 
 from utils.cache import PLACES, build_cache
 from utils.checkpoint import newest_checkpoint
+from utils.coco import Dataset, read_coco, write_results
 from utils.detector import Detector, Thresholds
 from utils.device import choose_device, choose_precision, keep_freed_memory
 from utils.distributed import Ranks, join_ranks
-from utils.errors import check_choice, check_range, make_folder, run_script
-from utils.metrics import evaluate
-from utils.report import metrics_table, write_report
-from utils.voc import load_classes, load_samples
+from utils.errors import UserError, check_choice, check_range, make_folder, run_script
+from utils.metrics import Evaluation, evaluate
+from utils.report import Report, compare, metrics_table, write_comparison
+from utils.voc import Sample, load_classes, load_samples
 
 
 @dataclass(frozen=True)
 class Config:
-    """Measure a checkpoint on a split."""
+    """Measure checkpoints on a split."""
 
-    weights: str = ""  # checkpoint of train.py; empty: best.safetensors of the newest run under logs/
+    weights: tuple[str, ...] = ()  # checkpoints of train.py; empty: best.safetensors of the newest run under logs/
     devkit: str = "VOCdevkit"  # folder of the data sets
     sets: tuple[str, ...] = ("VOC2007/test",)  # sets to measure on, folder/split, any number
-    out: str = ""  # folder for the results; empty: eval/ beside the checkpoint
+    coco: str = ""  # COCO's JSON to measure on instead of sets, such as annotations/instances_val2017.json
+    images: str = ""  # with coco: folder of its images
+    out: str = ""  # folder for the results; empty: eval/ beside the checkpoint, the first of several
     classes: str = ""  # class file to compare with the checkpoint's classes; empty: those of the checkpoint
     confidence: float = 0.001  # least score of a detection; low, so that the whole curve is seen
     nms_iou: float = 0.6  # two boxes of a class that overlap more are one object
@@ -39,43 +40,67 @@ class Config:
     device: str = "auto"  # auto, cpu or cuda
     precision: str = "fp32"  # of the network: fp32, bf16, fp16 or auto
 
+    def __post_init__(self) -> None:
+        """Raise UserError for a value that cannot work."""
+        check_range(self, 1, inf, "batch_size")
+        check_range(self, 0, 1, "confidence", "nms_iou")
+        check_choice(self, "cache", PLACES)
+        if bool(self.coco) != bool(self.images):
+            raise UserError("coco and images go together: the JSON file, and the folder of its images")
+
 
 def main(config: Config) -> dict[str, Any]:
-    """Evaluate, print the table, write the report; returns the metrics. Processes of torchrun share the images."""
+    """Measure, print the tables, write the reports; returns the metrics of the first checkpoint.
+
+    Processes of torchrun share the images.
+    """
     device = choose_device(config.device)
-    with join_ranks(device) as ranks:
-        return measure(config, device, ranks)
-
-
-def measure(config: Config, device: torch.device, ranks: Ranks) -> dict[str, Any]:
     if device.type == "cpu":
         keep_freed_memory()
-    check_range(config, 1, inf, "batch_size")
-    check_choice(config, "cache", PLACES)
-    weights = Path(config.weights) if config.weights else newest_checkpoint()
+    paths = [Path(name) for name in config.weights] or [newest_checkpoint()]
+    folder = Path(config.out) if config.out else paths[0].parent / "eval"
+    with join_ranks(device) as ranks:
+        folders = [folder] if len(paths) == 1 else [folder / name for name in distinct_names(paths)]
+        found = [measure(config, *where, device, ranks) for where in zip(paths, folders, strict=True)]
+        if ranks.first and len(paths) > 1:
+            if not found[0].coco.matches:
+                raise UserError("there are no objects to compare checkpoints on")
+            table = write_comparison(folder, compare([str(path) for path in paths], found))
+            print(f"\n{table}\n\nwritten to {folder}")
+        return ranks.share(found[0].metrics if ranks.first else None)
+
+
+def load_split(config: Config, class_names: tuple[str, ...]) -> tuple[list[Sample], Dataset | None, list[str]]:
+    """The samples to measure on, what COCO's JSON says of them, and the names of the sets."""
+    if config.coco:
+        return *read_coco(config.coco, config.images, class_names), [config.coco]
+    return load_samples(config.devkit, config.sets, class_names), None, list(config.sets)
+
+
+def measure(config: Config, weights: Path, folder: Path, device: torch.device, ranks: Ranks) -> Evaluation | None:
+    """One checkpoint: its report in `folder`, its table printed; None in all processes but the first."""
     thresholds = Thresholds(config.confidence, config.nms_iou)
     detector = Detector.load(weights, device, choose_precision(config.precision, device), thresholds)
-    spec = detector.spec
     if config.classes:
         detector.expect_classes(load_classes(config.classes), config.classes)
-    folder = Path(config.out) if config.out else weights.parent / "eval"
     make_folder(folder)
-    samples = load_samples(config.devkit, config.sets, spec.class_names)
-    cache = build_cache(samples, spec, device, config.cache, ranks=ranks)
-    found: dict[int, list[sv.Detections]] = {}
-    with tqdm(total=len(cache), desc="evaluating", disable=None if ranks.first else True) as progress:
-        for part, heads in detector.run_cached(cache, config.batch_size, ranks):
-            found[part.start] = detector.select(heads, cache.fits[part], cache.sizes[part])
-            progress.update(ranks.size * (part.stop - part.start))
-    detections = [item for batch in ranks.gather(found).values() for item in batch]
+    samples, dataset, sets = load_split(config, detector.spec.class_names)
+    cache = build_cache(samples, detector.spec, device, config.cache, ranks=ranks)
+    detections = detector.detect_cached(cache, config.batch_size, ranks)
     if not ranks.first:
-        return ranks.share(None)
-    metrics, curves = evaluate(samples, detections, cache.sizes, spec.class_names)
-    about = {"weights": str(weights), "sets": list(config.sets), "images": len(samples)}
-    write_report(folder, about | metrics, curves, spec.class_names)
-    print(f"{weights} on {', '.join(config.sets)}, {len(samples)} images")
-    print(f"\n{metrics_table(metrics)}\n\nwritten to {folder}")
-    return ranks.share(metrics)
+        return None
+    evaluation = evaluate(samples, detections, cache.sizes, detector.spec.class_names, dataset)
+    about = {"weights": str(weights), "sets": sets}
+    Report(about, detector.spec, cache, detections, evaluation).write(folder)
+    write_results(folder, dataset, detections)
+    print(f"{weights} on {', '.join(sets)}, {len(samples)} images\n\n{metrics_table(evaluation.metrics)}\n")
+    print(f"written to {folder}: look at {folder / 'report.html'}")
+    return evaluation
+
+
+def distinct_names(paths: list[Path]) -> list[str]:
+    """A folder's name for each of several checkpoints, such as 1_run_best."""
+    return [f"{i}_{path.parent.name}_{path.stem}" for i, path in enumerate(paths, start=1)]
 
 
 if __name__ == "__main__":

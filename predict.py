@@ -7,7 +7,7 @@ import sys
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 from tqdm import tqdm
@@ -33,7 +33,7 @@ class Config:
     weights: str = ""  # checkpoint of train.py; empty: best.safetensors of the newest run under logs/
     out: str = "predictions"  # folder for the results: annotated pictures and detections.jsonl
     classes: str = ""  # class file to compare with the checkpoint's classes; empty: those of the checkpoint
-    confidence: float = 0.3  # least score of a detection
+    confidence: float | Literal["auto"] = "auto"  # least score; auto: for each class what its validation suggests
     nms_iou: float = 0.5  # two boxes of a class that overlap more are one object
     crops: bool = False  # write each detection as a picture of its own, under out/crops
     counts: bool = False  # print how many objects of each class there are
@@ -80,7 +80,7 @@ def main(config: Config) -> int:
     if any(path.parent.resolve() == Path(config.out).resolve() for path in paths):
         raise UserError(f"out is {config.out}, where the pictures would replace their inputs; choose another folder")
     weights = config.weights or newest_checkpoint()
-    thresholds = Thresholds(config.confidence, config.nms_iou)
+    thresholds = Thresholds(None if config.confidence == "auto" else config.confidence, config.nms_iou)
     detector = Detector.load(weights, device, choose_precision(config.precision, device), thresholds)
     if config.classes:
         detector.expect_classes(load_classes(config.classes), config.classes)
@@ -93,7 +93,8 @@ def main(config: Config) -> int:
         print(f"skipped {len(unread)} of {len(paths)} images: {'; '.join(unread[:SHOWN])}", file=sys.stderr)
     print(f"{found} objects in {len(paths) - len(unread)} image(s); pictures and detections.jsonl are in {config.out}")
     if not found:
-        print(f"nothing reached confidence {config.confidence:g}; a lower --confidence shows less certain detections")
+        least = detector.confidences.min().item()
+        print(f"nothing reached confidence {least:.2g}; a lower --confidence shows less certain detections")
     return found
 
 

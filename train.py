@@ -35,9 +35,10 @@ from utils.checkpoint import (
     load_last,
     newest_run,
 )
+from utils.detector import EVALUATION_THRESHOLDS, Detector
 from utils.device import choose_compile, choose_device, choose_precision, keep_freed_memory
 from utils.distributed import Ranks, join_ranks
-from utils.errors import UserError, check_choice, check_range, run_script
+from utils.errors import UserError, check_choice, check_range, make_folder, run_script
 from utils.files import CACHE_FOLDER
 from utils.interrupt import Stopped, StopSignals
 from utils.loss import TERMS, LossSettings, YoloLoss
@@ -50,7 +51,8 @@ from utils.optim import (
     build_optimizer,
     lr_factor,
 )
-from utils.report import draw_batch, draw_examples
+from utils.plots import draw_batch, draw_examples
+from utils.report import Report
 from utils.runlog import RunLog, keep_fingerprints, load_settings, save_settings
 from utils.training import COLUMNS, Progress, Trainer, TrainingState, read_progress, restore_training
 from utils.voc import load_classes, load_samples
@@ -272,9 +274,10 @@ def validate(
     if not ranks.first:
         return ranks.share(None)
     detections = [item for _, batch in parts for item in batch]
-    metrics, _ = evaluate(cache.samples, detections, cache.sizes, spec.class_names)
-    epoch = trainer.state.progress.epoch + 1
-    log.picture("val_examples", partial(draw_examples, detections, cache, spec.class_names), epoch)
+    evaluation = evaluate(cache.samples, detections, cache.sizes, spec.class_names)
+    metrics, epoch = evaluation.metrics, trainer.state.progress.epoch + 1
+    draw = partial(draw_examples, detections, evaluation.thresholds, cache, spec.class_names)
+    log.picture("val_examples", draw, epoch)
     losses = sum(losses for losses, _ in parts).tolist()
     values = {f"val/{name}": value for name, value in zip(TERMS, losses, strict=True)}
     values |= {f"val/{name}": metrics["coco"][name] for name in ("AP", "AP50", "AP75")}
@@ -312,6 +315,7 @@ def run_epoch(
     if "val/AP" in values:
         progress.stale = 0 if values["val/AP"] > progress.best else progress.stale + 1
         progress.best = max(progress.best, values["val/AP"])
+        progress.thresholds = [best["threshold"] for best in metrics["best"].values()]
     progress.epoch, progress.batch = epoch, 0
     values["seconds"] = time.perf_counter() - trainer.started
     log.epoch(epoch, values)
@@ -485,7 +489,22 @@ def train_epochs(
         if not is_out_of_memory(error):
             raise
         raise too_large(config.batch_size, config.train_sizes()[0]) from None
+    log.finish_saving()
+    if caches[1] is not None:
+        report(config, caches[1], log.folder, trainer.device, ranks)
     return trainer.state.progress
+
+
+def report(config: Config, cache: ImageCache, run: Path, device: torch.device, ranks: Ranks) -> None:
+    """What `eval.py` writes, of the best checkpoint on the validation sets."""
+    weights, folder = ranks.share(run / BEST), run / "val"
+    detector = Detector.load(weights, device, thresholds=EVALUATION_THRESHOLDS)
+    detections = detector.detect_cached(cache, VALIDATION_BATCH, ranks)
+    if ranks.first:
+        make_folder(folder)
+        evaluation = evaluate(cache.samples, detections, cache.sizes, detector.spec.class_names)
+        about = {"weights": str(weights), "sets": list(config.val_sets)}
+        Report(about, detector.spec, cache, detections, evaluation).write(folder)
 
 
 def train(config: Config, stop: StopSignals, ranks: Ranks) -> Path:
@@ -508,6 +527,8 @@ def train(config: Config, stop: StopSignals, ranks: Ranks) -> Path:
         ranks.say(f"stopped early, since {config.patience} validations in a row brought nothing better")
     best_of = f"the best on {', '.join(config.val_sets)}" if config.val_sets else "the same, without validation"
     ranks.say(f"done: {log.folder / LAST} is the last checkpoint, {BEST} {best_of}")
+    if config.val_sets:
+        ranks.say(f"what the best one finds, and misses: {log.folder / 'val' / 'report.html'}")
     return log.folder
 
 

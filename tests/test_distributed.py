@@ -214,7 +214,7 @@ def test_the_first_process_alone_writes(whole):
 def test_accuracy_is_that_of_one_process(config, whole, folder, monkeypatch):
     """Three batches are shared by two processes."""
     settings = eval_script.Config(
-        weights=str(whole / LAST), devkit=config.devkit, sets=config.val_sets, out=str(folder / "eval"), device="cpu"
+        weights=(str(whole / LAST),), devkit=config.devkit, sets=config.val_sets, out=str(folder / "eval"), device="cpu"
     )
     words = ["--weights", settings.weights, "--devkit", settings.devkit, "--sets", *settings.sets, "--device", "cpu"]
     out, _ = run(ROOT / "eval.py", *words, "--out", folder / "eval_two", cwd=folder)

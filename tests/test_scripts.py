@@ -101,7 +101,7 @@ def test_logged_map_is_what_eval_says(config, run_dir, tmp_path):
     for batch_size in (1, 5):
         metrics = eval_script.main(
             eval_script.Config(
-                weights=str(run_dir / "last.safetensors"),
+                weights=(str(run_dir / "last.safetensors"),),
                 devkit=config.devkit,
                 sets=("Demo/val",),
                 out=str(tmp_path / "eval"),

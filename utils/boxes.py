@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torchvision.ops import box_iou
 
 EPSILON = 1e-7  # keeps divisions finite, as in torchvision
 
@@ -77,6 +78,11 @@ def batched_iou(boxes: Tensor, others: Tensor) -> Tensor:
     overlap = (right_bottom - left_top).clamp_(min=0).prod(dim=-1)  # (B, N, M)
     union = box_area(boxes)[:, :, None] + box_area(others)[:, None, :] - overlap
     return overlap / union.clamp(min=1e-9)
+
+
+def iou_matrix(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """IoU of every pair: (N, 4) and (M, 4) xyxy -> (N, M) float64."""
+    return box_iou(torch.from_numpy(boxes).double(), torch.from_numpy(others).double()).numpy()
 
 
 def shape_iou(sides: Tensor, others: Tensor) -> Tensor:

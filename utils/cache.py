@@ -128,13 +128,19 @@ def decode(samples: Sequence[Sample], spec: ModelSpec) -> Iterator[Decoded]:
 
 def load_sample(sample: Sample, spec: ModelSpec) -> tuple[np.ndarray, tuple[int, int], int]:
     """The image (3, H, W) at the input size, its own height and width, and the CRC-32 of its file."""
+    image, checksum = read_sample(sample)
+    fitted, _ = fit_image(image, spec.input_size, spec.letterbox)
+    return np.ascontiguousarray(fitted.transpose(2, 0, 1)), image.shape[:2], checksum
+
+
+def read_sample(sample: Sample) -> tuple[np.ndarray, int]:
+    """The image (H, W, 3) that the annotation saw, and the CRC-32 of its file."""
     encoded = read_encoded(sample.image)
     image = decode_image(encoded, sample.image, upright=False)
     if sample.size is not None and image.shape[:2] != sample.size:
-        upright = decode_image(encoded, sample.image)  # turned by EXIF, if that is what the annotation saw
+        upright = decode_image(encoded, sample.image)  # turned by EXIF
         image = upright if upright.shape[:2] == sample.size else image
-    fitted, _ = fit_image(image, spec.input_size, spec.letterbox)
-    return np.ascontiguousarray(fitted.transpose(2, 0, 1)), image.shape[:2], crc32(encoded)
+    return image, crc32(encoded)
 
 
 def decode_to_memory(samples: Sequence[Sample], spec: ModelSpec) -> Decoded:

@@ -131,12 +131,6 @@ def newest_checkpoint() -> Path:
     return folder / BEST if (folder / BEST).exists() else folder / LAST
 
 
-def load_model(path: str | Path) -> tuple[YoloBody, ModelSpec]:
-    """The network of a checkpoint and its specification."""
-    checkpoint = load_checkpoint(path)
-    return checkpoint.build_model(path), checkpoint.spec
-
-
 def digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
     """SHA-256 over names, types, shapes and values, and over metadata."""
     sha = hashlib.sha256(json.dumps(metadata or {}, sort_keys=True).encode())

@@ -12,30 +12,33 @@ import supervision as sv
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+from tqdm import tqdm
 
 from nets.darknet53_tiny import BasicConv
 from nets.yolo import ModelSpec
 from utils.anchors import decode, levels_of
 from utils.boxes import Fit, clip_boxes
 from utils.cache import ImageCache
-from utils.checkpoint import load_model
+from utils.checkpoint import load_checkpoint
 from utils.distributed import Ranks
 from utils.errors import UserError, check_range
 from utils.images import fit_image
-from utils.nms import select_detections
+from utils.nms import FALLBACK_CONFIDENCE, select_detections
 
 
 @dataclass(frozen=True)
 class Thresholds:
     """What of the network's output becomes a detection."""
 
-    confidence: float = 0.3  # least score: objectness times class probability
+    confidence: float | None = None  # least score; None: of each class what the checkpoint suggests
     nms_iou: float = 0.5  # two boxes of a class that overlap more are one object
     top_k: int = 3000  # candidates of an image that enter NMS
     max_detections: int = 300  # of an image
 
     def __post_init__(self) -> None:
-        check_range(self, 0, 1, "confidence", "nms_iou")
+        if self.confidence is not None:
+            check_range(self, 0, 1, "confidence")
+        check_range(self, 0, 1, "nms_iou")
         check_range(self, 1, inf, "top_k", "max_detections")
 
 
@@ -46,7 +49,8 @@ class Detector:
     """A network with everything around it.
 
     `dtype` is the precision of the network; the rest is float32. The network is copied, its batch norms are folded
-    into the convolutions, and it runs channels-last.
+    into the convolutions, and it runs channels-last. Where `thresholds` leave the confidence open, it is that which a
+    validation `suggested` for each class (C,), or FALLBACK_CONFIDENCE.
     """
 
     def __init__(
@@ -56,11 +60,16 @@ class Detector:
         device: torch.device,
         dtype: torch.dtype = torch.float32,
         thresholds: Thresholds | None = None,
+        suggested: Sequence[float] = (),
     ) -> None:
         self.spec = spec
         self.device = device
         self.dtype = dtype
         self.thresholds = thresholds or Thresholds()
+        confidences = suggested or [FALLBACK_CONFIDENCE] * spec.num_classes
+        if self.thresholds.confidence is not None:
+            confidences = [self.thresholds.confidence] * spec.num_classes
+        self.confidences = torch.tensor(confidences, device=device)  # (C,)
         self.levels = levels_of(spec, device)
         model = fold_batch_norms(copy.deepcopy(model).eval()).requires_grad_(False)
         self.model = model.to(device, dtype).to(memory_format=torch.channels_last)
@@ -74,8 +83,9 @@ class Detector:
         thresholds: Thresholds | None = None,
     ) -> "Detector":
         """From a checkpoint of train.py; raises UserError when the file is none."""
-        model, spec = load_model(path)
-        return cls(model, spec, torch.device(device), dtype, thresholds)
+        checkpoint = load_checkpoint(path)
+        suggested = checkpoint.info.get("thresholds", ())
+        return cls(checkpoint.build_model(path), checkpoint.spec, torch.device(device), dtype, thresholds, suggested)
 
     def expect_classes(self, class_names: Sequence[str], source: str | Path) -> None:
         """Raise UserError when a class file that the user named is not the one of the training."""
@@ -110,6 +120,16 @@ class Detector:
             part = slice(start, min(start + batch_size, len(cache)))
             yield part, self.forward(cache.images[part])
 
+    def detect_cached(self, cache: ImageCache, batch_size: int, ranks: Ranks | None = None) -> list[sv.Detections]:
+        """The detections of a cached data set, in its order; of several `ranks` the first has them all."""
+        ranks = ranks or Ranks()
+        found: dict[int, list[sv.Detections]] = {}
+        with tqdm(total=len(cache), desc="evaluating", leave=False, disable=None if ranks.first else True) as progress:
+            for part, heads in self.run_cached(cache, batch_size, ranks):
+                found[part.start] = self.select(heads, cache.fits[part], cache.sizes[part])
+                progress.update(ranks.size * (part.stop - part.start))
+        return [item for batch in ranks.gather(found).values() for item in batch]
+
     @torch.inference_mode()
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """uint8 (B, 3, H, W) at the input size -> the raw heads."""
@@ -123,7 +143,7 @@ class Detector:
         """Raw heads -> detections in the pixels of the originals, which are of (height, width)."""
         boxes, scores = decode(heads, self.levels, self.spec.scale_xy)
         limits = self.thresholds
-        found = select_detections(boxes, scores, limits.confidence, limits.nms_iou, limits.top_k, limits.max_detections)
+        found = select_detections(boxes, scores, self.confidences, limits.nms_iou, limits.top_k, limits.max_detections)
         return [
             to_detections([values.cpu().numpy() for values in item], fit, size, self.spec.class_names)
             for fit, size, item in zip(fits, sizes, found, strict=True)

@@ -1,6 +1,7 @@
 """Pictures: read them, fit them to the network's input, draw boxes on them, write them."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -8,10 +9,14 @@ import numpy as np
 import supervision as sv
 from torch import Tensor
 
-from utils.boxes import Fit, fit_to_input
+from utils.boxes import Fit, clip_boxes, fit_to_input
 from utils.errors import UserError
 
 PADDING = 114  # the gray around a letterboxed image
+VIEW_SIDE = 480  # pixels of an image shown with its boxes
+MOST_ZOOM = 4  # of a small part of it
+AROUND = 1.5  # sides of a marked box that are shown on each side of its centre
+MARK_COLOUR = (255, 0, 200)
 
 
 def read_image(path: str | Path) -> np.ndarray:
@@ -42,8 +47,13 @@ def decode_image(encoded: np.ndarray, path: str | Path, upright: bool = True) ->
 def write_image(path: str | Path, image: np.ndarray) -> None:
     """uint8 RGB (H, W, 3) -> a file, in the format of its suffix, which must be one of IMAGE_SUFFIXES."""
     path = Path(path)
-    _, encoded = cv2.imencode(path.suffix.lower(), cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
-    path.write_bytes(encoded.tobytes())
+    path.write_bytes(encode_image(image, path.suffix.lower()))
+
+
+def encode_image(image: np.ndarray, suffix: str) -> bytes:
+    """uint8 RGB (H, W, 3) -> what a file of this suffix holds."""
+    _, encoded = cv2.imencode(suffix, cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
+    return encoded.tobytes()
 
 
 def fit_image(image: np.ndarray, input_size: tuple[int, int], letterbox: bool) -> tuple[np.ndarray, Fit]:
@@ -77,6 +87,32 @@ def draw_detections(image: np.ndarray, detections: sv.Detections, class_names: S
         smart_position=True,
     )
     return annotator.annotate(picture, detections, labels=labels)
+
+
+def draw_view(
+    image: np.ndarray, detections: sv.Detections, class_names: Sequence[str], mark: np.ndarray | None = None
+) -> np.ndarray:
+    """An RGB image with boxes, VIEW_SIDE pixels at its longer side; of a `mark`ed box (4,) only the part around it."""
+    height, width = image.shape[:2]
+    left, top, right, bottom = 0, 0, width, height
+    if mark is not None:
+        reach = max(AROUND * max(mark[2:] - mark[:2]), VIEW_SIDE / MOST_ZOOM / 2)
+        centre = (mark[:2] + mark[2:]) / 2
+        left, top = np.maximum(centre - reach, 0).astype(int)
+        right, bottom = np.minimum(np.ceil(centre + reach), [width, height]).astype(int)
+    zoom = min(MOST_ZOOM, VIEW_SIDE / max(right - left, bottom - top))
+    size = max(1, round((right - left) * zoom)), max(1, round((bottom - top) * zoom))
+    view = cv2.resize(
+        image[top:bottom, left:right], size, interpolation=cv2.INTER_AREA if zoom < 1 else cv2.INTER_CUBIC
+    )
+    to_view = Fit(zoom, zoom, -left * zoom, -top * zoom)
+    boxes = clip_boxes(to_view.to_input(detections.xyxy), size[::-1])
+    inside = (boxes[:, 2:] - boxes[:, :2] > 1).all(axis=1)
+    view = draw_detections(view, replace(detections, xyxy=boxes)[inside], class_names)
+    if mark is not None:
+        x1, y1, x2, y2 = (int(edge) for edge in to_view.to_input(mark[None])[0].round())
+        cv2.rectangle(view, (x1 - 4, y1 - 4), (x2 + 4, y2 + 4), MARK_COLOUR, 2)
+    return view
 
 
 def draw_sheet(

@@ -1,24 +1,21 @@
-"""Accuracy of detections: VOC AP (11-point and area), COCO's twelve figures, precision-recall curves.
+"""Accuracy of detections: VOC AP (11-point and area), precision, recall and F1, the confusion matrix; all the figures.
 
 Boxes come as float xyxy in pixels counted from 0, so that VOC's width xmax - xmin + 1 is simply x2 - x1.
 """
 
-import contextlib
-import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import supervision as sv
-import torch
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
-from torchvision.ops import box_iou
 
+from utils.boxes import iou_matrix
+from utils.coco import CocoScore, Dataset, coco_score, dataset_of
+from utils.nms import FALLBACK_CONFIDENCE
 from utils.voc import Sample
 
-COCO_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+MATCH_IOU = 0.5  # from which on a detection is of an object
 ELEVEN_RECALLS = np.arange(0, 1.1, 0.1)  # as the devkit writes it; i / 10 differs in a few cases
 
 
@@ -43,64 +40,99 @@ class Curve:
         best = [self.precision[self.recall >= threshold].max(initial=0.0) for threshold in ELEVEN_RECALLS]
         return float(np.mean(best))
 
+    def f1(self) -> np.ndarray:
+        """Harmonic mean of precision and recall (D,)."""
+        return 2 * self.precision * self.recall / np.maximum(self.precision + self.recall, 1e-12)
+
+    def best(self) -> dict[str, float]:
+        """The threshold with the highest F1, halfway to the next lower score, and precision, recall and F1 there.
+
+        Without objects, or with none found, there is no best one: FALLBACK_CONFIDENCE, and zeros.
+        """
+        ends = np.append(self.scores[1:] < self.scores[:-1], True)[: len(self.scores)]  # a threshold fits behind these
+        f1 = np.where(ends, self.f1(), 0.0)
+        if f1.max(initial=0.0) == 0:
+            return {"threshold": FALLBACK_CONFIDENCE, "precision": 0.0, "recall": 0.0, "F1": 0.0}
+        at = int(f1.argmax())
+        lower = self.scores[at + 1] if at + 1 < len(self.scores) else 0.0
+        values = (self.scores[at] + lower) / 2, self.precision[at], self.recall[at], f1[at]
+        return dict(zip(("threshold", "precision", "recall", "F1"), map(float, values), strict=True))
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured on a split."""
+
+    metrics: dict[str, Any]  # all figures, ready for JSON
+    curves: list[Curve]  # of each class, at MATCH_IOU
+    coco: CocoScore
+
+    @property
+    def thresholds(self) -> list[float]:
+        """The confidence of each class at which its F1 is best."""
+        return [values["threshold"] for values in self.metrics["best"].values()]
+
 
 def evaluate(
     samples: Sequence[Sample],
     detections: Sequence[sv.Detections],
     sizes: Sequence[tuple[int, int]],
     class_names: Sequence[str],
-) -> tuple[dict[str, Any], list[Curve]]:
-    """All figures of one split, {"voc": ..., "coco": ...}, and the curve of each class at IoU 0.5."""
-    curves = [voc_curve(samples, detections, label) for label in range(len(class_names))]
-    metrics = {
-        "voc": voc_metrics(curves, class_names),
-        "coco": coco_metrics(samples, detections, sizes, class_names),
-    }
-    return metrics, curves
+    dataset: Dataset | None = None,
+) -> Evaluation:
+    """All figures of one split whose images are of `sizes`, height and width.
+
+    `dataset` is the split as COCO sees it, where it does not follow from the samples.
+    """
+    curves = voc_curves(samples, detections, len(class_names))
+    coco = coco_score(dataset or dataset_of(samples, sizes, class_names), detections, class_names)
+    best = {name: curve.best() for name, curve in zip(class_names, curves, strict=True)}
+    metrics = {"voc": voc_metrics(curves, class_names), "coco": coco.metrics, "best": best}
+    return Evaluation(metrics, curves, coco)
 
 
-def voc_curve(
-    samples: Sequence[Sample], detections: Sequence[sv.Detections], label: int, iou_threshold: float = 0.5
-) -> Curve:
-    """The curve of one class.
+def voc_curves(
+    samples: Sequence[Sample],
+    detections: Sequence[sv.Detections],
+    num_classes: int,
+    iou_threshold: float = MATCH_IOU,
+) -> list[Curve]:
+    """The curve of each class.
 
-    A detection takes its best-overlapping object of the class in its image; a second one on the same object is a
+    A detection takes its best-overlapping object of its class in its image; a second one on the same object is a
     false positive; objects marked difficult count neither for nor against.
     """
-    scores, hits, counted, positives = [], [], [], 0
-    for sample, found in zip(samples, detections, strict=True):
-        truth = sample.labels == label
-        difficult = sample.difficult[truth]
-        positives += int((~difficult).sum())
-        mine = found.class_id == label
-        order = np.argsort(-found.confidence[mine], kind="stable")
-        boxes = torch.from_numpy(found.xyxy[mine][order]).double(), torch.from_numpy(sample.boxes[truth]).double()
-        iou = box_iou(*boxes).numpy()  # boxes from 0 with an exclusive end overlap as VOC's do with an inclusive one
-        hit, ignored = match(iou, difficult, iou_threshold)
-        scores.append(found.confidence[mine][order])
-        hits.append(hit)
-        counted.append(~ignored)
-    keep = np.concatenate([*counted, np.empty(0, bool)])
-    score, hit = np.concatenate([*scores, np.empty(0)])[keep], np.concatenate([*hits, np.empty(0, bool)])[keep]
-    order = np.argsort(-score, kind="stable")
-    true_positives = np.cumsum(hit[order])
-    precision = true_positives / np.arange(1, len(order) + 1)
-    return Curve(precision, true_positives / max(1, positives), score[order], positives)
+    parts = [match(sample, found, iou_threshold) for sample, found in zip(samples, detections, strict=True)]
+    hit, ignored = (np.concatenate([np.empty(0, bool), *arrays]) for arrays in zip(*parts, strict=True))
+    scores = np.concatenate([np.empty(0), *(found.confidence for found in detections if len(found))])
+    labels = np.concatenate([np.empty(0, int), *(found.class_id for found in detections if len(found))])
+    objects = np.concatenate([np.empty(0, int), *(sample.labels[~sample.difficult] for sample in samples)])
+    order = np.argsort(-scores, kind="stable")
+    order = order[~ignored[order]]
+    curves = []
+    for label, positives in enumerate(np.bincount(objects, minlength=num_classes)):
+        mine = order[labels[order] == label]
+        true_positives = np.cumsum(hit[mine])
+        precision = true_positives / np.arange(1, len(mine) + 1)
+        curves.append(Curve(precision, true_positives / max(1, positives), scores[mine], int(positives)))
+    return curves
 
 
-def match(iou: np.ndarray, difficult: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray]:
-    """IoU (N, M) of detections by falling score -> which hit an object, and which hit only a difficult one."""
-    hit, ignored = np.zeros(len(iou), bool), np.zeros(len(iou), bool)
-    if iou.size == 0:
+def match(sample: Sample, found: sv.Detections, iou_threshold: float) -> tuple[np.ndarray, np.ndarray]:
+    """Which detections of an image hit an object of their class (D,), and which are near a difficult one (D,)."""
+    hit, ignored = np.zeros(len(found), bool), np.zeros(len(found), bool)
+    if not (len(found) and len(sample.labels)):
         return hit, ignored
-    taken = np.zeros(iou.shape[1], bool)
-    for i, best in enumerate(iou.argmax(axis=1)):
-        if iou[i, best] < threshold:
-            continue
-        ignored[i] = difficult[best]
-        hit[i] = not difficult[best] and not taken[best]
-        taken[best] = True
-    return hit, ignored
+    iou = iou_matrix(found.xyxy, sample.boxes)
+    iou[found.class_id[:, None] != sample.labels] = -1
+    best = iou.argmax(axis=1)
+    near = iou[np.arange(len(iou)), best] >= iou_threshold
+    ranked = np.argsort(-found.confidence, kind="stable")
+    ranked = ranked[near[ranked]]
+    _, first = np.unique(best[ranked], return_index=True)  # the highest score on each object
+    hit[ranked[first]] = True
+    ignored = near & sample.difficult[best]
+    return hit & ~ignored, ignored
 
 
 def voc_metrics(curves: Sequence[Curve], class_names: Sequence[str]) -> dict[str, Any]:
@@ -117,52 +149,47 @@ def voc_metrics(curves: Sequence[Curve], class_names: Sequence[str]) -> dict[str
     return {**means, "per_class": per_class}
 
 
-def coco_metrics(
-    samples: Sequence[Sample],
-    detections: Sequence[sv.Detections],
-    sizes: Sequence[tuple[int, int]],
-    class_names: Sequence[str],
-) -> dict[str, Any]:
-    """COCO's twelve figures from pycocotools, and AP per class; -1 where there is nothing to measure.
+def confident(found: sv.Detections, thresholds: Sequence[float]) -> sv.Detections:
+    """The detections above the threshold of their class."""
+    return found[found.confidence > np.asarray(thresholds)[found.class_id]] if len(found) else found
 
-    `sizes` are (height, width). Objects marked difficult are crowd to COCO, as it has no other way to ignore them.
+
+def pair(sample: Sample, found: sv.Detections, iou_threshold: float = MATCH_IOU) -> Iterator[tuple[int, int]]:
+    """Pairs of a detection and an object, each in one pair at most: those of one class first, then by falling IoU."""
+    if not (len(found) and len(sample.labels)):
+        return
+    iou = iou_matrix(found.xyxy, sample.boxes)
+    rows, columns = np.nonzero(iou >= iou_threshold)
+    other_class = found.class_id[rows] != sample.labels[columns]
+    used_rows, used_columns = set(), set()
+    for i in np.lexsort((-iou[rows, columns], other_class)):
+        row, column = int(rows[i]), int(columns[i])
+        if row not in used_rows and column not in used_columns:
+            used_rows.add(row)
+            used_columns.add(column)
+            yield row, column
+
+
+def confusion_matrix(
+    samples: Sequence[Sample], detections: Sequence[sv.Detections], thresholds: Sequence[float]
+) -> np.ndarray:
+    """How often an object of a class (row) was found as each class (column), at the `thresholds` of the classes.
+
+    (C + 1, C + 1) counts; the last row has what was found where nothing is, the last column what was not found.
+    Objects marked difficult, and what was found on them, are left out.
     """
-    annotations = [
-        {"image_id": i, "category_id": int(label), "bbox": to_xywh(box), "area": area(box), "iscrowd": int(difficult)}
-        for i, sample in enumerate(samples)
-        for box, label, difficult in zip(sample.boxes, sample.labels, sample.difficult, strict=True)
-    ]
-    truth = COCO()
-    truth.dataset = {
-        "images": [{"id": i, "height": height, "width": width} for i, (height, width) in enumerate(sizes)],
-        "categories": [{"id": i, "name": name} for i, name in enumerate(class_names)],
-        "annotations": [{"id": i, **annotation} for i, annotation in enumerate(annotations, start=1)],
-    }
-    results = [
-        {"image_id": i, "category_id": int(label), "bbox": to_xywh(box), "score": float(score)}
-        for i, found in enumerate(detections)
-        for box, label, score in zip(found.xyxy, found.class_id, found.confidence, strict=True)
-    ]
-    if not results:
-        return dict.fromkeys(COCO_NAMES, 0.0) | {"per_class": dict.fromkeys(class_names, 0.0)}
-    with contextlib.redirect_stdout(io.StringIO()):
-        truth.createIndex()
-        scorer = COCOeval(truth, truth.loadRes(results), "bbox")
-        scorer.evaluate()
-        scorer.accumulate()
-        scorer.summarize()
-    precision = scorer.eval["precision"][:, :, :, 0, 2]  # IoU, recall, class; all areas, 100 detections
-    per_class = {
-        name: float(values[values > -1].mean()) if (values > -1).any() else -1.0
-        for name, values in zip(class_names, np.moveaxis(precision, 2, 0), strict=True)
-    }
-    return {**dict(zip(COCO_NAMES, map(float, scorer.stats), strict=True)), "per_class": per_class}
-
-
-def to_xywh(box: np.ndarray) -> list[float]:
-    x1, y1, x2, y2 = map(float, box)
-    return [x1, y1, x2 - x1, y2 - y1]
-
-
-def area(box: np.ndarray) -> float:
-    return float((box[2] - box[0]) * (box[3] - box[1]))
+    background = len(thresholds)
+    counts = np.zeros((background + 1, background + 1), int)
+    for sample, every in zip(samples, detections, strict=True):
+        found = confident(every, thresholds)
+        as_found, as_labelled = np.full(len(sample.labels), background), np.full(len(found), background)
+        ignored = np.zeros(len(found), bool)
+        for row, column in pair(sample, found):
+            as_found[column], as_labelled[row] = found.class_id[row], sample.labels[column]
+            ignored[row] = sample.difficult[column]
+        easy = ~sample.difficult
+        np.add.at(counts, (sample.labels[easy], as_found[easy]), 1)
+        false = (as_labelled == background) & ~ignored
+        if false.any():
+            np.add.at(counts, (background, found.class_id[false]), 1)
+    return counts

@@ -1,80 +1,231 @@
-"""What an evaluation leaves behind: a table, `metrics.json` and the precision-recall curves; pictures of batches."""
+"""What an evaluation leaves in its folder: tables, plots, and `report.html`, one page that needs nothing else."""
 
 import json
+from base64 import b64encode
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 import supervision as sv
+import torch
+from jinja2 import Environment, FileSystemLoader
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from nets.yolo import ModelSpec
+from utils.anchors import levels_of
+from utils.boxes import shape_iou
+from utils.cache import ImageCache, read_sample
+from utils.coco import COCO_NAMES
+from utils.files import replacing
+from utils.images import draw_view, encode_image
+from utils.loss import LossSettings
+from utils.metrics import Evaluation, confident, confusion_matrix, pair
+from utils.plots import draw_confidence, draw_confusion, draw_precision_recall, draw_shapes
+from utils.review import Suspicion, suspect_labels
+from utils.voc import Sample
+from utils.weighted_ap import DRAWS, bootstrap, influence, interval
 
-from utils.augment import draw
-from utils.batches import Batches
-from utils.cache import ImageCache
-from utils.detector import Thresholds
-from utils.images import draw_sheet, draw_targets
-from utils.metrics import COCO_NAMES, Curve
+WORST = 12  # images shown that cost the most AP
+SUSPICIONS = 24  # label errors shown; label_errors.json has all
+TEMPLATE = Path(__file__).with_suffix(".html")
+PLOTS = {
+    "precision_recall.png": "precision and recall",
+    "confusion.png": "confusion matrix",
+    "confidence.png": "precision, recall and F1 against confidence",
+    "shapes.png": "objects and anchors",
+}
+CLASS_COLUMNS = {
+    "objects": "objects",
+    "AP_11point": "VOC AP 11-point",
+    "AP_area": "VOC AP area",
+    "AP": "COCO AP",
+    "threshold": "threshold",
+    "precision": "precision",
+    "recall": "recall",
+    "F1": "F1",
+}
 
-PICTURES = 8  # images drawn of a batch and of a validation
+
+def class_rows(metrics: dict[str, Any]) -> list[tuple[str, dict[str, float]]]:
+    """Of each class its name and CLASS_COLUMNS, and then the means over the classes."""
+    voc, coco = metrics["voc"], metrics["coco"]
+    rows = [
+        (name, values | {"AP": coco["per_class"][name]} | metrics["best"][name])
+        for name, values in voc["per_class"].items()
+    ]
+    present = [values for _, values in rows if values["objects"]]
+    means = {
+        column: float(np.mean([row[column] for row in present] or [0])) for column in ("precision", "recall", "F1")
+    }
+    total = {"objects": sum(values["objects"] for _, values in rows), "AP": coco["AP"]}
+    return [*rows, ("mean", total | {"AP_11point": voc["mAP_11point"], "AP_area": voc["mAP_area"]} | means)]
+
+
+def show(value: float | None) -> str:
+    """A figure of a table; nothing where there is none."""
+    if value is None:
+        return ""
+    return str(value) if isinstance(value, int) else f"{value:.4f}"
 
 
 def metrics_table(metrics: dict[str, Any]) -> str:
     """The figures as text: a row per class, the mean, and COCO's twelve."""
-    rows = [
-        (name, values["objects"], values["AP_11point"], values["AP_area"], metrics["coco"]["per_class"][name])
-        for name, values in metrics["voc"]["per_class"].items()
-    ]
-    objects = sum(row[1] for row in rows)
-    rows.append(("mean", objects, metrics["voc"]["mAP_11point"], metrics["voc"]["mAP_area"], metrics["coco"]["AP"]))
-    width = max(5, *(len(row[0]) for row in rows))
-    lines = [f"{'class':{width}}  objects  VOC AP 11-point  VOC AP area  COCO AP"]
-    lines += [f"{name:{width}}  {count:7}  {a:15.4f}  {b:11.4f}  {c:7.4f}" for name, count, a, b, c in rows]
+    rows = class_rows(metrics)
+    width = max(5, *(len(name) for name, _ in rows))
+    lines = ["  ".join([f"{'class':{width}}", *CLASS_COLUMNS.values()])]
+    for name, values in rows:
+        cells = [f"{show(values.get(column)):>{len(title)}}" for column, title in CLASS_COLUMNS.items()]
+        lines.append("  ".join([f"{name:{width}}", *cells]).rstrip())
     figures = [f"{name} {metrics['coco'][name]:.4f}" for name in COCO_NAMES]
     lines += ["", "COCO  " + "  ".join(figures[:6]), "      " + "  ".join(figures[6:])]
     return "\n".join(lines)
 
 
-def write_report(folder: Path, metrics: dict[str, Any], curves: Sequence[Curve], class_names: Sequence[str]) -> None:
-    """`metrics.json`, `metrics.txt` and `precision_recall.png` in `folder`."""
-    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-    (folder / "metrics.txt").write_text(metrics_table(metrics) + "\n", encoding="utf-8")
-    draw_precision_recall(curves, class_names, folder / "precision_recall.png")
+@dataclass(frozen=True)
+class Report:
+    """A split, what a detector found on it, and how good that is: everything that a report shows."""
+
+    about: dict[str, Any]  # the checkpoint, the sets
+    spec: ModelSpec
+    cache: ImageCache
+    detections: Sequence[sv.Detections]
+    evaluation: Evaluation
+
+    def write(self, folder: Path) -> None:
+        """Tables, plots and the page."""
+        names, curves, samples = self.spec.class_names, self.evaluation.curves, self.cache.samples
+        sides, anchors = object_sides(self.cache), torch.cat([level.anchors for level in levels_of(self.spec)]).numpy()
+        recall = best_possible_recall(sides, anchors)
+        counts = confusion_matrix(samples, self.detections, self.evaluation.thresholds)
+        confusion = {"classes": [*names, "background"], "counts": counts.tolist()}
+        metrics = self.about | {"images": len(samples)} | self.evaluation.metrics
+        metrics |= {"best_possible_recall": recall, "confusion": confusion}
+        suspicions = suspect_labels(samples, self.detections, curves, self.evaluation.thresholds, names)
+        write_text(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+        write_text(folder / "metrics.txt", metrics_table(metrics) + "\n")
+        listed = [describe(item, samples[item.image]) for item in suspicions]
+        write_text(folder / "label_errors.json", json.dumps(listed, indent=2, ensure_ascii=False) + "\n")
+        draw_precision_recall(curves, names, folder / "precision_recall.png")
+        draw_confidence(curves, names, folder / "confidence.png")
+        draw_confusion(counts, names, folder / "confusion.png")
+        draw_shapes(sides, anchors, recall, folder / "shapes.png")
+        self.write_page(folder, metrics, suspicions)
+
+    def write_page(self, folder: Path, metrics: dict[str, Any], suspicions: Sequence[Suspicion]) -> None:
+        """`report.html`, with all its pictures inside."""
+        template = Environment(loader=FileSystemLoader(TEMPLATE.parent), autoescape=True).get_template(TEMPLATE.name)
+        page = template.render(
+            about=self.about,
+            metrics=metrics,
+            columns=CLASS_COLUMNS,
+            rows=[(name, [show(values.get(key)) for key in CLASS_COLUMNS]) for name, values in class_rows(metrics)],
+            coco={name: show(metrics["coco"][name]) for name in COCO_NAMES},
+            plots=[(title, data_uri((folder / name).read_bytes(), "png")) for name, title in PLOTS.items()],
+            worst=self.worst_images(),
+            suspicions=[self.shown(item) for item in suspicions[:SUSPICIONS]],
+            num_suspicions=len(suspicions),
+        )
+        write_text(folder / "report.html", page)
+
+    def worst_images(self) -> list[dict[str, Any]]:
+        """The images that cost the most AP."""
+        costs = influence(self.evaluation.coco.matches, len(self.cache))
+        worst = []
+        for i in np.argsort(-costs, kind="stable")[:WORST]:
+            if costs[i] <= 0:
+                break
+            sample, found = self.cache.samples[i], confident(self.detections[i], self.evaluation.thresholds)
+            right = sum(sample.labels[column] == found.class_id[row] for row, column in pair(sample, found))
+            caption = (
+                f"costs {100 * costs[i]:.2f} points of AP: {len(sample.labels) - right} of {len(sample.labels)} "
+                f"objects missed, {len(found) - right} false"
+            )
+            worst.append({"image": sample.name, "caption": caption} | self.pictures(i))
+        return worst
+
+    def shown(self, item: Suspicion) -> dict[str, Any]:
+        """A suspicion with its pictures, cut out around it."""
+        return describe(item, self.cache.samples[item.image]) | self.pictures(item.image, item.box)
+
+    def pictures(self, i: int, mark: np.ndarray | None = None) -> dict[str, str]:
+        """An image with its labels, and with what was found; of a `mark`ed box only the part around it."""
+        sample, names = self.cache.samples[i], self.spec.class_names
+        image, _ = read_sample(sample)
+        labelled = sv.Detections(sample.boxes, class_id=sample.labels)
+        found = confident(self.detections[i], self.evaluation.thresholds)
+        views = {"labelled": labelled, "found": found}
+        return {
+            name: data_uri(encode_image(draw_view(image, boxes, names, mark), ".jpg"), "jpeg")
+            for name, boxes in views.items()
+        }
 
 
-def draw_precision_recall(curves: Sequence[Curve], class_names: Sequence[str], path: Path) -> None:
-    """One line per class that has objects; with many classes the legend stands beside the plot."""
-    figure, axes = plt.subplots(figsize=(8, 6), layout="constrained")
-    lines, labels = [], []
-    for curve, name in zip(curves, class_names, strict=True):
-        if curve.positives:
-            lines += axes.plot(curve.recall, curve.precision)
-            labels.append(f"{name} {curve.ap_area():.3f}".replace("$", r"\$"))  # $ would begin a formula
-    axes.set(xlabel="recall", ylabel="precision", title="precision and recall at IoU 0.5 (AP by area)")
-    axes.set(xlim=(0, 1), ylim=(0, 1.02))
-    axes.grid(alpha=0.3)
-    if lines:
-        side = {"loc": "upper left", "bbox_to_anchor": (1, 1)}
-        axes.legend(lines, labels, ncols=1 + len(lines) // 25, fontsize="small", **side)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+def best_possible_recall(sides: np.ndarray, anchors: np.ndarray) -> float:
+    """The share of objects (N, 2) whose shape some anchor (A, 2) overlaps enough to answer for it."""
+    if not len(sides):
+        return 0.0
+    overlap = shape_iou(torch.from_numpy(sides), torch.from_numpy(anchors)).amax(dim=1)
+    return float((overlap > LossSettings.anchor_iou).double().mean())
 
 
-def draw_examples(detections: Sequence[sv.Detections], cache: ImageCache, class_names: Sequence[str]) -> np.ndarray:
-    """The first validation images as the network sees them, with what prediction would show."""
-    shown = []
-    for found, fit in zip(detections[:PICTURES], cache.fits, strict=False):
-        sure = found.confidence > Thresholds().confidence
-        boxes = fit.to_input(found.xyxy[sure])
-        shown.append(sv.Detections(boxes, confidence=found.confidence[sure], class_id=found.class_id[sure]))
-    return draw_sheet(cache.images[:PICTURES], shown, class_names)
+def object_sides(cache: ImageCache) -> np.ndarray:
+    """Width and height (N, 2) of all objects in input pixels."""
+    sides = [fit.to_input(sample.boxes) for sample, fit in zip(cache.samples, cache.fits, strict=True)]
+    boxes = np.concatenate(sides).astype(np.float64)
+    return np.maximum(boxes[:, 2:] - boxes[:, :2], 1e-3)
 
 
-def draw_batch(batches: Batches, number: int, class_names: Sequence[str]) -> np.ndarray:
-    """The first images of a batch as the network will see them, with their boxes."""
-    batch = batches.prepare(number, PICTURES)
-    images = draw(batch._replace(images=batch.images.cpu()))
-    return draw_targets(images, batch.boxes, batch.labels, class_names)
+def write_text(path: Path, text: str) -> None:
+    with replacing(path) as file:
+        file.write(text.encode())
+
+
+def describe(item: Suspicion, sample: Sample) -> dict[str, Any]:
+    """A suspicion as JSON has it, its box in pixels counted from 0."""
+    return {
+        "image": sample.name,
+        "kind": item.kind,
+        "score": round(float(item.score), 4),
+        "box": [round(float(edge), 1) for edge in item.box],
+        "reason": item.reason,
+    }
+
+
+def data_uri(content: bytes, kind: str) -> str:
+    """A picture as an address that holds it."""
+    return f"data:image/{kind};base64,{b64encode(content).decode()}"
+
+
+def compare(paths: Sequence[str], evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
+    """Of each checkpoint AP and AP50, and how much more AP than the first it has, with its bootstrap interval."""
+    draws = bootstrap([evaluation.coco.matches for evaluation in evaluations])
+    first = evaluations[0].metrics["coco"]["AP"]
+    rows = []
+    for path, evaluation, own in zip(paths, evaluations, draws, strict=True):
+        coco = evaluation.metrics["coco"]
+        row = {"weights": path, "AP": coco["AP"], "AP50": coco["AP50"], "AP_interval": interval(own)}
+        if rows:
+            row |= {"difference": coco["AP"] - first, "difference_interval": interval(own - draws[0])}
+        rows.append(row)
+    return rows
+
+
+def write_comparison(folder: Path, rows: Sequence[dict[str, Any]]) -> str:
+    """`comparison.json` and `comparison.txt` in `folder`; returns the table."""
+    width = max(len(row["weights"]) for row in rows)
+    lines = [f"{'':{width}}      AP    AP50  {'95 % interval':16}  difference  95 % interval"]
+    for row in rows:
+        line = f"{row['weights']:{width}}  {row['AP']:.4f}  {row['AP50']:.4f}  {show_interval(row['AP_interval'])}"
+        if "difference" in row:
+            line += f"     {row['difference']:+.4f}  {show_interval(row['difference_interval'], '+')}"
+        lines.append(line)
+    lines.append(f"intervals by the paired bootstrap over images, {DRAWS} draws; differences are to the first")
+    write_text(folder / "comparison.json", json.dumps(rows, indent=2) + "\n")
+    write_text(folder / "comparison.txt", "\n".join(lines) + "\n")
+    return "\n".join(lines)
+
+
+def show_interval(limits: tuple[float, float], sign: str = "") -> str:
+    low, high = (f"{limit:{sign}.4f}" for limit in limits)
+    return f"{low}..{high}"

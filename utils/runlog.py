@@ -10,13 +10,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import matplotlib
 import numpy as np
 import torch
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-from matplotlib.ticker import MaxNLocator
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -24,6 +19,7 @@ from utils.checkpoint import BEST, LAST, PREVIOUS, Checkpoint, save_checkpoint
 from utils.errors import UserError, make_folder
 from utils.files import lock, replacing
 from utils.images import write_image
+from utils.plots import draw_training
 
 CONFIG, METRICS, DATA, LOCK = "config.json", "metrics.jsonl", "data.json", "run.lock"  # of a run
 SHOWN_CHANGES = 5  # of the data, in a message
@@ -86,7 +82,7 @@ class RunLog:
         append_line(self.folder / METRICS, json.dumps(record))
         self.attempt(self.scalars, epoch, values)
         if any(name.startswith("val/") for name in values):  # drawing takes longer than writing
-            self.attempt(draw_curves, self.records, self.folder / "curves.png")
+            self.attempt(draw_training, self.records, self.folder / "curves.png")
 
     def scalars(self, epoch: int, values: dict[str, float]) -> None:
         for name, value in values.items():
@@ -143,7 +139,7 @@ class RunLog:
             self.writer.shutdown()
             if not self.quiet:
                 if self.board is not None:
-                    self.attempt(draw_curves, self.records, self.folder / "curves.png")
+                    self.attempt(draw_training, self.records, self.folder / "curves.png")
                     self.attempt(self.board.close)
                 self.lock.close()
                 with suppress(OSError):  # it is not empty, as a run's folder is unless a mistake ended it at once
@@ -168,26 +164,6 @@ def read_records(path: Path) -> list[dict[str, Any]]:
         return []
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     return [json.loads(line) for line in lines if line.endswith("\n")]  # a torn last line is dropped
-
-
-def draw_curves(records: list[dict[str, Any]], path: Path) -> None:
-    """Losses, and accuracy where it was measured, against the epoch."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), sharex=True, layout="constrained")
-    for axes, names, title in (
-        (left, ("train/loss", "val/loss"), "loss"),
-        (right, ("val/AP", "val/AP50"), "accuracy on the validation split"),
-    ):
-        for name in names:
-            points = [(record["epoch"], record[name]) for record in records if name in record]
-            if points:
-                axes.plot(*zip(*points, strict=True), marker=".", label=name)
-                axes.legend()
-        axes.set(title=title, xlabel="epoch")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.grid(alpha=0.3)
-    right.set_ylim(0, 1)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def save_settings(folder: Path, config: Settings) -> None:

@@ -37,6 +37,7 @@ class Progress:
     batch: int = 0  # batches done of the next one
     best: float = -1.0  # AP of the best validation
     stale: int = 0  # validations since that one
+    thresholds: list[float] = field(default_factory=list)  # confidence of each class that the last validation suggests
     skipped: list[tuple[int, int]] = field(default_factory=list)  # epoch and batch that gave no finite loss
 
     def is_finished(self, patience: int) -> bool:

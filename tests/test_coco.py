@@ -1,0 +1,177 @@
+"""COCO's side: matching as pycocotools', AP of weighted images, ground truth and results in COCO's files."""
+
+import json
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import supervision as sv
+import torch
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from utils import coco
+from utils.coco import coco_score, dataset_of, read_coco, write_results
+from utils.errors import UserError
+from utils.voc import Sample
+from utils.weighted_ap import average_precision, bootstrap, influence, interval
+
+NAMES = ["a", "b", "c"]
+IMAGES = 20
+
+
+def random_split(seed: int, digits: int = 9) -> tuple[list[Sample], list[sv.Detections]]:
+    """Objects of all sizes, some difficult; detections near them with equal overlaps, and scores of so many digits."""
+    random = np.random.default_rng(seed)
+    samples, detections = [], []
+    for i in range(IMAGES):
+        count = random.integers(0, 9)
+        corners = random.uniform(0, 300, (count, 2)).astype(np.float32)
+        sides = random.choice([8, 20, 60, 150], (count, 1)) * random.uniform(0.5, 1.5, (count, 2)).astype(np.float32)
+        boxes, labels = np.hstack([corners, corners + sides]).astype(np.float32), random.integers(0, 3, count)
+        samples.append(Sample(f"{i}", Path(f"{i}.jpg"), None, boxes, labels, random.random(count) < 0.2))
+        found = random.integers(0, 30) if count else 0
+        if not found:
+            detections.append(sv.Detections.empty())
+            continue
+        of = random.integers(0, count, found)
+        near = np.round(boxes[of] + random.normal(0, 5, (found, 4)))
+        near[:, 2:] = np.maximum(near[:, 2:], near[:, :2] + 1)
+        classes = np.where(random.random(found) < 0.8, labels[of], random.integers(0, 3, found))
+        scores = np.round(random.random(found), digits)
+        detections.append(sv.Detections(near, confidence=scores, class_id=classes))
+    return samples, detections
+
+
+def score(samples, detections):
+    return coco_score(dataset_of(samples, [(480, 640)] * len(samples), NAMES), detections, NAMES)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_matching_is_that_of_pycocotools(seed, monkeypatch):
+    samples, detections = random_split(seed, digits=1)
+    ours = score(samples, detections)
+    monkeypatch.setattr(coco, "Scorer", COCOeval)
+    assert ours.metrics == score(samples, detections).metrics
+    assert 0 < ours.metrics["AP"] < 1
+    assert average_precision(ours.matches, torch.ones(1, IMAGES).double()).item() == pytest.approx(
+        ours.metrics["AP"], abs=1e-12
+    )
+
+
+def test_a_weight_of_two_is_an_image_twice():
+    samples, detections = random_split(1)
+    weights = torch.ones(2, IMAGES, dtype=torch.float64)
+    weights[0, [2, 5]] = 2
+    weights[1, [0, 3]] = 0
+    twice, without = average_precision(score(samples, detections).matches, weights).tolist()
+    again = score([*samples, samples[2], samples[5]], [*detections, detections[2], detections[5]])
+    assert twice == pytest.approx(again.metrics["AP"], abs=1e-12)
+    kept = [i for i in range(IMAGES) if i not in (0, 3)]
+    fewer = score([samples[i] for i in kept], [detections[i] for i in kept])
+    assert without == pytest.approx(fewer.metrics["AP"], abs=1e-12)
+
+
+def test_influence_ranks_images_as_leaving_them_out_does():
+    samples, detections = random_split(2)
+    matches = score(samples, detections).matches
+    gained = average_precision(matches, 1 - torch.eye(IMAGES, dtype=torch.float64)).numpy()
+    gained -= average_precision(matches, torch.ones(1, IMAGES, dtype=torch.float64)).item()
+    assert np.corrcoef(influence(matches, IMAGES), gained)[0, 1] > 0.9
+
+
+def test_bootstrap_sees_a_difference_and_none():
+    samples, detections = random_split(3)
+    worse = [
+        sv.Detections(found.xyxy + 9, confidence=found.confidence, class_id=found.class_id) if len(found) else found
+        for found in detections
+    ]
+    draws = bootstrap([score(samples, found).matches for found in (detections, detections, worse)])
+    assert (draws[0] == draws[1]).all()
+    low, high = interval(draws[2] - draws[0])
+    assert low < high < 0
+    low, high = interval(draws[0])
+    assert low < score(samples, detections).metrics["AP"] < high
+
+
+def test_without_detections_or_objects():
+    samples, detections = random_split(4)
+    nothing = score(samples, [sv.Detections.empty()] * IMAGES)
+    assert nothing.metrics["AP"] == average_precision(nothing.matches, torch.ones(1, IMAGES).double()).item() == 0
+    assert not influence(nothing.matches, IMAGES).any()
+    empty = [Sample(s.name, s.image, None, s.boxes[:0], s.labels[:0], s.difficult[:0]) for s in samples]
+    assert score(empty, detections).matches == []
+    assert not influence([], IMAGES).any()
+
+
+@pytest.fixture
+def truth(tmp_path):
+    """COCO's JSON with category ids that are no indices, a crowd, and an area that is not the box's."""
+    for name in ("1.jpg", "ä b.jpg"):
+        (tmp_path / name).write_bytes(cv2.imencode(".jpg", np.zeros((80, 120, 3), np.uint8))[1].tobytes())
+    content = {
+        "images": [
+            {"id": 70, "file_name": "ä b.jpg", "height": 80, "width": 120},
+            {"id": 9, "file_name": "1.jpg", "height": 80, "width": 120},
+        ],
+        "categories": [{"id": 90, "name": "b"}, {"id": 18, "name": "a"}],
+        "annotations": [
+            {"id": 1, "image_id": 70, "category_id": 18, "bbox": [10, 10, 40, 40], "area": 900, "iscrowd": 0},
+            {"id": 2, "image_id": 70, "category_id": 90, "bbox": [60, 10, 40.5, 40], "area": 1500, "iscrowd": 0},
+            {"id": 3, "image_id": 9, "category_id": 18, "bbox": [0, 0, 50, 50], "area": 2500, "iscrowd": 1},
+        ],
+    }
+    path = tmp_path / "truth.json"
+    path.write_text(json.dumps(content))
+    return path
+
+
+def test_coco_truth_and_results(truth, tmp_path):
+    samples, dataset = read_coco(truth, tmp_path, NAMES)
+    assert [sample.name for sample in samples] == ["ä b", "1"]
+    assert samples[0].boxes.tolist() == [[10, 10, 50, 50], [60, 10, 100.5, 50]]
+    assert samples[0].labels.tolist() == [0, 1]
+    assert samples[1].difficult.tolist() == [True]
+    detections = [
+        sv.Detections(
+            np.array([[10.0, 10, 50, 50], [60, 10, 100, 50], [0, 0, 9, 9]]),
+            confidence=np.array([0.9, 0.8, 0.7]),
+            class_id=np.array([0, 1, 2]),
+        ),
+        sv.Detections(np.array([[0.0, 0, 20, 20]]), confidence=np.array([0.95]), class_id=np.array([0])),
+    ]
+    ours = coco_score(dataset, detections, NAMES)
+    write_results(tmp_path, dataset, detections)
+    results = json.loads((tmp_path / "coco_results.json").read_text())
+    assert [(item["image_id"], item["category_id"]) for item in results] == [(70, 18), (70, 90), (9, 18)]
+    assert results[1]["bbox"] == [60, 10, 40, 40]
+    server = COCO(str(truth))
+    scorer = COCOeval(server, server.loadRes(str(tmp_path / "coco_results.json")), "bbox")
+    scorer.evaluate()
+    scorer.accumulate()
+    scorer.summarize()
+    assert ours.metrics["AP"] == scorer.stats[0] == pytest.approx(1)
+    assert ours.metrics["APs"] == scorer.stats[3] == pytest.approx(1)  # by the area of the JSON
+    assert ours.metrics["per_class"]["c"] == -1
+    write_results(tmp_path, None, detections)
+    assert not (tmp_path / "coco_results.json").exists()
+
+
+def test_mistakes_in_coco_truth(truth, tmp_path):
+    with pytest.raises(UserError, match=r"does not know: b; it knows a, c"):
+        read_coco(truth, tmp_path, ["a", "c"])
+    with pytest.raises(UserError, match=r"ä b\.jpg, but it is not in .*--images"):
+        read_coco(truth, tmp_path / "elsewhere", NAMES)
+    with pytest.raises(UserError, match=r"cannot read .*none\.json"):
+        read_coco(tmp_path / "none.json", tmp_path, NAMES)
+    for text in (
+        "",
+        "[]",
+        '{"images": []}',
+        '{"images": [], "categories": [], "annotations": [{"bbox": [1]}]}',
+        "[" * 9,
+    ):
+        truth.write_text(text)
+        with pytest.raises(UserError, match=r"truth\.json is not COCO ground truth"):
+            read_coco(truth, tmp_path, NAMES)

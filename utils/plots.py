@@ -1,0 +1,150 @@
+"""Plots of a training and of an evaluation, and sheets of the pictures that a network sees."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import supervision as sv
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from utils.augment import draw
+from utils.batches import Batches
+from utils.cache import ImageCache
+from utils.images import draw_sheet, draw_targets
+from utils.metrics import Curve, confident
+
+DPI = 110
+MOST_NUMBERS = 25  # classes up to which a confusion matrix shows its numbers
+BINS = 40
+PICTURES = 8  # images drawn of a batch and of a validation
+
+
+def save(figure: Figure, path: Path) -> None:
+    figure.savefig(path, dpi=DPI)
+    plt.close(figure)
+
+
+def plain(name: str) -> str:
+    """A class name as text, not as the formula that $ would begin."""
+    return name.replace("$", r"\$")
+
+
+def draw_training(records: Sequence[dict[str, Any]], path: Path) -> None:
+    """Losses, and accuracy where it was measured, against the epoch."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), sharex=True, layout="constrained")
+    for axes, names, title in (
+        (left, ("train/loss", "val/loss"), "loss"),
+        (right, ("val/AP", "val/AP50"), "accuracy on the validation split"),
+    ):
+        for name in names:
+            points = [(record["epoch"], record[name]) for record in records if name in record]
+            if points:
+                axes.plot(*zip(*points, strict=True), marker=".", label=name)
+                axes.legend()
+        axes.set(title=title, xlabel="epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+    right.set_ylim(0, 1)
+    save(figure, path)
+
+
+def draw_precision_recall(curves: Sequence[Curve], class_names: Sequence[str], path: Path) -> None:
+    """One line per class that has objects; with many classes the legend stands beside the plot."""
+    figure, axes = plt.subplots(figsize=(8, 5.5), layout="constrained")
+    for curve, name in zip(curves, class_names, strict=True):
+        if curve.positives:
+            axes.plot(curve.recall, curve.precision, label=f"{plain(name)} {curve.ap_area():.3f}")
+    axes.set(xlabel="recall", ylabel="precision", title="precision and recall at IoU 0.5 (AP by area)")
+    axes.set(xlim=(0, 1), ylim=(0, 1.02))
+    axes.grid(alpha=0.3)
+    add_legend(figure)
+    save(figure, path)
+
+
+def draw_confidence(curves: Sequence[Curve], class_names: Sequence[str], path: Path) -> None:
+    """Precision, recall and F1 of each class against the confidence from which on a detection counts."""
+    figure, panels = plt.subplots(1, 3, figsize=(12, 4), sharey=True, layout="constrained")
+    for curve, name in zip(curves, class_names, strict=True):
+        if curve.positives:
+            for axes, values in zip(panels, (curve.precision, curve.recall, curve.f1()), strict=True):
+                axes.plot(curve.scores, values, label=plain(name))
+    for axes, title in zip(panels, ("precision", "recall", "F1"), strict=True):
+        axes.set(xlabel="confidence", title=title, xlim=(0, 1), ylim=(0, 1.02))
+        axes.grid(alpha=0.3)
+    add_legend(figure)
+    save(figure, path)
+
+
+def add_legend(figure: Figure) -> None:
+    """What the lines of the first panel are, beside all panels."""
+    lines, labels = figure.axes[0].get_legend_handles_labels()
+    if lines:
+        figure.legend(lines, labels, loc="outside right upper", fontsize="small", ncols=1 + len(lines) // 25)
+
+
+def draw_confusion(counts: np.ndarray, class_names: Sequence[str], path: Path) -> None:
+    """Counts (C + 1, C + 1), the background last, as shares of their row."""
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    names = [*map(plain, class_names), "background"]
+    side = min(14, 3.5 + 0.45 * len(names))
+    figure, axes = plt.subplots(figsize=(side + 1, side), layout="constrained")
+    figure.colorbar(axes.imshow(shares, cmap="Blues", vmin=0, vmax=1), shrink=0.8)
+    size = "small" if len(names) <= MOST_NUMBERS else "xx-small"
+    axes.set_xticks(range(len(names)), names, rotation=90, fontsize=size)
+    axes.set_yticks(range(len(names)), names, fontsize=size)
+    axes.set(xlabel="found as", ylabel="object", title="share of a row")
+    if len(names) <= MOST_NUMBERS + 1:
+        for row, column in np.argwhere(counts):
+            dark = shares[row, column] > 0.6
+            text = f"{shares[row, column]:.2f}"
+            axes.text(column, row, text, ha="center", va="center", fontsize=size, color="white" if dark else "black")
+    save(figure, path)
+
+
+def draw_shapes(sides: np.ndarray, anchors: np.ndarray, recall: float, path: Path) -> None:
+    """Sizes and shapes of objects (N, 2), width and height in input pixels, with the anchors (A, 2) as lines.
+
+    `recall` is the share of the objects that some anchor resembles.
+    """
+    figure, panels = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained")
+    size, shape = np.sqrt(sides.prod(axis=1)), sides[:, 0] / sides[:, 1]
+    for axes, values, own, title in (
+        (panels[0], size, np.sqrt(anchors.prod(axis=1)), "size: root of the area in input pixels"),
+        (panels[1], shape, anchors[:, 0] / anchors[:, 1], "shape: width / height"),
+    ):
+        both = np.concatenate([values, own])
+        edges = np.geomspace(both.min() * 0.9, both.max() * 1.1, BINS)
+        axes.hist(values, edges, color="tab:blue", alpha=0.7)
+        for value in own:
+            axes.axvline(value, color="tab:red", linewidth=1)
+        axes.set(xscale="log", xlabel=title, ylabel="objects")
+        ticks = np.unique(np.round(np.geomspace(edges[0], edges[-1], 7), 1 if axes is panels[0] else 2))
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks], minor=False)
+        axes.set_xticks([], minor=True)
+    figure.suptitle(f"objects (blue) and anchors in use (red); best possible recall {recall:.3f}", fontsize="medium")
+    save(figure, path)
+
+
+def draw_examples(
+    detections: Sequence[sv.Detections], thresholds: Sequence[float], cache: ImageCache, class_names: Sequence[str]
+) -> np.ndarray:
+    """The first validation images as the network sees them, with what prediction would show."""
+    shown = []
+    for every, fit in zip(detections[:PICTURES], cache.fits, strict=False):
+        found = confident(every, thresholds)
+        boxes = fit.to_input(found.xyxy)
+        shown.append(sv.Detections(boxes, confidence=found.confidence, class_id=found.class_id))
+    return draw_sheet(cache.images[:PICTURES], shown, class_names)
+
+
+def draw_batch(batches: Batches, number: int, class_names: Sequence[str]) -> np.ndarray:
+    """The first images of a batch as the network will see them, with their boxes."""
+    batch = batches.prepare(number, PICTURES)
+    images = draw(batch._replace(images=batch.images.cpu()))
+    return draw_targets(images, batch.boxes, batch.labels, class_names)

@@ -1,0 +1,94 @@
+"""COCO's AP of a split whose images have weights: what each image costs, and how sure a difference is."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+RECALLS = torch.from_numpy(np.linspace(0, 1, 101))  # where COCO reads the precision; torch.linspace rounds otherwise
+AT_A_TIME = 2_000_000  # weighted detections, which a core's cache and memory bear
+DRAWS = 1000  # of the bootstrap
+INTERVAL = 0.95  # share of the draws that the interval holds
+
+
+@dataclass(frozen=True)
+class ClassMatches:
+    """The detections of one class over a split of N images by falling score, as matched at T IoU thresholds."""
+
+    images: Tensor  # (D,) position of the detection's image
+    right: Tensor  # (T, D) float64, 1 where it hit an object
+    wrong: Tensor  # (T, D) float64, 1 where it did not; neither where it hit one that does not count
+    positives: Tensor  # (N,) float64, objects of the class in each image
+
+    def curves(self, weights: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """For each IoU, recall and the envelope of precision (S, D), of the split weighted by S rows (S, N).
+
+        An image of weight 2 counts as if it were there twice.
+        """
+        positives = (weights * self.positives).sum(dim=1, keepdim=True)  # (S, 1)
+        each = weights[:, self.images]  # (S, D)
+        for right, wrong in zip(self.right, self.wrong, strict=True):
+            hits = (each * right).cumsum(dim=1)
+            precision = hits / (hits + (each * wrong).cumsum(dim=1)).clamp(min=1e-12)
+            yield hits / positives, precision.flip(1).cummax(dim=1).values.flip(1)
+
+    def average_precision(self, weights: Tensor) -> Tensor:
+        """AP (S,): the mean over IoUs and recalls of the best precision at that recall or beyond.
+
+        NaN where a weighting leaves no object.
+        """
+        total, count = weights.new_zeros(len(weights)), len(weights)
+        for recall, envelope in self.curves(weights):
+            index = torch.searchsorted(recall, RECALLS.repeat(count, 1))  # the first that reaches it
+            total += torch.cat([envelope, envelope.new_zeros(count, 1)], dim=1).gather(1, index).mean(dim=1)
+        absent = (weights * self.positives).sum(dim=1) == 0
+        return (total / len(self.right)).masked_fill(absent, torch.nan)
+
+
+def average_precision(matches: Sequence[ClassMatches], weights: Tensor) -> Tensor:
+    """COCO's AP (S,) of the split weighted by S rows of weights (S, N), float64; with weights of 1 pycocotools' own.
+
+    It is the mean over the classes of which a weighting leaves objects; NaN where it leaves none.
+    """
+    scores = []
+    for of_class in matches:
+        rows = max(1, AT_A_TIME // max(1, len(of_class.images)))
+        scores.append(torch.cat([of_class.average_precision(part) for part in weights.split(rows)]))
+    return torch.stack(scores, dim=1).nanmean(dim=1) if scores else weights.new_full((len(weights),), torch.nan)
+
+
+def influence(matches: Sequence[ClassMatches], num_images: int) -> np.ndarray:
+    """By how much AP would rise without each image (N,), to first order.
+
+    It is minus the derivative of the mean area under the curves by the image's weight, which is the infinitesimal
+    jackknife.
+    """
+    weights = torch.ones(1, num_images, dtype=torch.float64, requires_grad=True)
+    areas = [
+        (recall.diff(dim=1, prepend=recall.new_zeros(1, 1)) * envelope).sum()
+        for of_class in matches
+        for recall, envelope in of_class.curves(weights)
+    ]
+    if not areas:
+        return np.zeros(num_images)
+    torch.stack(areas).mean().backward()
+    return -weights.grad[0].numpy()
+
+
+def bootstrap(detectors: Sequence[Sequence[ClassMatches]], seed: int = 0) -> np.ndarray:
+    """AP of several detectors (K) on DRAWS samples of the same images with replacement: (K, DRAWS).
+
+    All see the same samples, so the difference of two rows is the paired bootstrap's.
+    """
+    num_images = len(detectors[0][0].positives)
+    generator = np.random.default_rng(seed)
+    draws = torch.from_numpy(generator.multinomial(num_images, np.full(num_images, 1 / num_images), DRAWS)).double()
+    return np.stack([average_precision(matches, draws).numpy() for matches in detectors])
+
+
+def interval(values: np.ndarray) -> tuple[float, float]:
+    """Between which quantiles INTERVAL of the values lie."""
+    low, high = np.nanquantile(values, [(1 - INTERVAL) / 2, (1 + INTERVAL) / 2])
+    return float(low), float(high)
