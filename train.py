@@ -475,7 +475,6 @@ def train_epochs(
 ) -> Progress:
     """From `progress` on to the end of the run; returns where it then stands."""
     config, trainer, caches = prepare(config, checkpoint, progress, log, ranks)
-    del checkpoint  # which takes as much memory as the training state
     if progress.epoch == progress.batch == 0:
         batches = epoch_batches(config, caches[0], progress, ranks)
         for number in range(min(2, len(batches))):

@@ -206,7 +206,14 @@ def test_a_signal_to_one_process_stops_the_validation_of_all(compared, folder):
 
 def test_the_first_process_alone_writes(whole):
     names = {"batch_0.jpg", "batch_1.jpg", "config.json", "curves.png", "data.json", "metrics.jsonl", "run.lock"}
-    assert {item.name for item in whole.iterdir()} == names | {BEST, LAST, PREVIOUS, "tensorboard", "val_examples.jpg"}
+    assert {item.name for item in whole.iterdir()} == names | {
+        BEST,
+        LAST,
+        PREVIOUS,
+        "tensorboard",
+        "val",
+        "val_examples.jpg",
+    }
     assert len(list((whole / "tensorboard").iterdir())) == 1
     assert [record["epoch"] for record in records(whole)] == [1, 2]
 
@@ -216,7 +223,7 @@ def test_accuracy_is_that_of_one_process(config, whole, folder, monkeypatch):
     settings = eval_script.Config(
         weights=(str(whole / LAST),), devkit=config.devkit, sets=config.val_sets, out=str(folder / "eval"), device="cpu"
     )
-    words = ["--weights", settings.weights, "--devkit", settings.devkit, "--sets", *settings.sets, "--device", "cpu"]
+    words = ["--weights", *settings.weights, "--devkit", settings.devkit, "--sets", *settings.sets, "--device", "cpu"]
     out, _ = run(ROOT / "eval.py", *words, "--out", folder / "eval_two", cwd=folder)
     assert out.count("on Demo/train, Demo/val, Demo/test, 36 images") == 1
     two = json.loads((folder / "eval_two" / "metrics.json").read_text())
@@ -269,6 +276,7 @@ def test_a_signal_to_torchrun_stops_all_with_a_checkpoint(config, whole, folder,
         "epoch 1",
         "epoch 2",
         "done",
+        "what the best",
     ]
     assert [line.startswith(begin) for line, begin in zip(lines, begins, strict=True)] == [True] * 7, out
     assert f" batch {info['batch']} " in lines[0]

@@ -17,8 +17,9 @@ import predict
 import train
 from tests.conftest import ROOT, run
 from utils.cache import build_cache
-from utils.checkpoint import load_checkpoint, newest_checkpoint
-from utils.detector import EVALUATION_THRESHOLDS, Detector
+from utils.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
+from utils.coco import dataset_of
+from utils.detector import EVALUATION_THRESHOLDS, Detector, Thresholds
 from utils.images import draw_detections, read_image, write_image
 from utils.voc import load_samples
 
@@ -63,6 +64,10 @@ def test_a_run_leaves_its_files(run_dir):
     best = load_checkpoint(run_dir / "best.safetensors")
     assert best.info["best"] == max(record.get("val/AP", 0) for record in records)
     assert not best.training
+    assert (run_dir / "val" / "report.html").is_file()
+    measured = json.loads((run_dir / "val" / "metrics.json").read_text())
+    assert measured["coco"]["AP"] == pytest.approx(best.info["best"], abs=1e-6)
+    assert best.info["thresholds"] == [values["threshold"] for values in measured["best"].values()]
 
 
 def test_a_resumed_run_equals_one_that_never_stopped(config, run_dir, tmp_path, monkeypatch, expect_mistake):
@@ -98,7 +103,7 @@ def test_a_resumed_run_equals_one_that_never_stopped(config, run_dir, tmp_path, 
 
 def test_logged_map_is_what_eval_says(config, run_dir, tmp_path):
     last = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
-    for batch_size in (1, 5):
+    for batch_size in (1, 32):
         metrics = eval_script.main(
             eval_script.Config(
                 weights=(str(run_dir / "last.safetensors"),),
@@ -111,10 +116,65 @@ def test_logged_map_is_what_eval_says(config, run_dir, tmp_path):
         )
         assert metrics["coco"]["AP"] == pytest.approx(last["val/AP"], abs=1e-6)
         assert metrics["voc"]["mAP_area"] == pytest.approx(last["val/mAP_area"], abs=1e-6)
+        assert metrics["coco"]["AP50"] == pytest.approx(last["val/AP50"], abs=1e-6)
     written = json.loads((tmp_path / "eval" / "metrics.json").read_text())
     assert written["coco"] == metrics["coco"]
     assert set(written["voc"]["per_class"]) == {"circle", "square", "triangle", "star", "cross", "ring"}
     assert read_image(tmp_path / "eval" / "precision_recall.png").std() > 5
+
+
+def test_cocos_ground_truth_gives_what_the_annotations_give(config, run_dir, tmp_path, expect_mistake):
+    settings = eval_script.Config(
+        weights=(str(run_dir / "last.safetensors"),), devkit=config.devkit, sets=("Demo/val",), device="cpu"
+    )
+    names = load_checkpoint(run_dir / "last.safetensors").spec.class_names
+    samples = load_samples(config.devkit, ["Demo/val"], names)
+    truth = dataset_of(samples, [sample.size for sample in samples], names).truth
+    for image, sample in zip(truth["images"], samples, strict=True):
+        image["file_name"] = sample.image.name
+    (tmp_path / "truth.json").write_text(json.dumps(truth))
+    images = str(Path(config.devkit) / "Demo" / "JPEGImages")
+    coco = {"coco": str(tmp_path / "truth.json"), "images": images, "out": str(tmp_path / "coco")}
+    ours = eval_script.main(replace(settings, out=str(tmp_path / "voc")))
+    assert eval_script.main(replace(settings, **coco)) == ours
+    results = json.loads((tmp_path / "coco" / "coco_results.json").read_text())
+    assert {item["image_id"] for item in results} <= {image["id"] for image in truth["images"]}
+    eval_script.main(replace(settings, out=str(tmp_path / "coco")))
+    assert not (tmp_path / "coco" / "coco_results.json").exists()
+    expect_mistake(eval_script, ["--coco", "truth.json"], "coco and images go together")
+
+
+def test_checkpoints_are_compared(config, run_dir, tmp_path, capsys):
+    last = run_dir / "last.safetensors"
+    shutil.copy(last, tmp_path / "same.safetensors")
+    settings = eval_script.Config(
+        weights=(str(last), str(run_dir / "best.safetensors"), str(tmp_path / "same.safetensors")),
+        devkit=config.devkit,
+        sets=("Demo/val",),
+        out=str(tmp_path / "eval"),
+        device="cpu",
+    )
+    first = eval_script.main(settings)
+    rows = json.loads((tmp_path / "eval" / "comparison.json").read_text())
+    assert [row["weights"] for row in rows] == list(settings.weights)
+    assert rows[0]["AP"] == first["coco"]["AP"]
+    assert rows[2]["difference"] == 0
+    assert rows[2]["difference_interval"] == [0, 0]
+    low, high = rows[0]["AP_interval"]
+    assert low <= high
+    assert len(list((tmp_path / "eval").glob("*/report.html"))) == 3
+    said = capsys.readouterr().out
+    assert "paired bootstrap" in said
+    assert (tmp_path / "eval" / "comparison.txt").read_text().strip() in said
+
+
+def test_prediction_uses_the_thresholds_of_the_validation(run_dir, tmp_path):
+    path = run_dir / "last.safetensors"
+    checkpoint = load_checkpoint(path)
+    torch.testing.assert_close(Detector.load(path).confidences, torch.tensor(checkpoint.info["thresholds"]))
+    assert Detector.load(path, thresholds=Thresholds(0.4)).confidences.tolist() == pytest.approx([0.4] * 6)
+    save_checkpoint(tmp_path / "unknown.safetensors", replace(checkpoint, info={}))
+    assert Detector.load(tmp_path / "unknown.safetensors").confidences.tolist() == pytest.approx([0.3] * 6)
 
 
 def test_detector_is_one_path(config, run_dir):

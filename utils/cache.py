@@ -174,8 +174,8 @@ def is_whole(path: Path, needed: int) -> bool:
 def write_images(path: Path, samples: Sequence[Sample], spec: ModelSpec, needed: int) -> None:
     """The images one after the other, then all sizes, then all checksums."""
     for old in CACHE_FOLDER.glob("*.images*"):
-        if time.time() - old.stat().st_mtime > UNUSED_DAYS * 24 * 3600:
-            with suppress(OSError):  # in use, or another user's
+        with suppress(OSError):  # in use, another user's, or gone already
+            if time.time() - old.stat().st_mtime > UNUSED_DAYS * 24 * 3600:
                 old.unlink()
     free = shutil.disk_usage(CACHE_FOLDER).free
     if free < needed:

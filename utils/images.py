@@ -16,7 +16,7 @@ PADDING = 114  # the gray around a letterboxed image
 VIEW_SIDE = 480  # pixels of an image shown with its boxes
 MOST_ZOOM = 4  # of a small part of it
 AROUND = 1.5  # sides of a marked box that are shown on each side of its centre
-MARK_COLOUR = (255, 0, 200)
+MARK = (((0, 0, 0), 5), ((255, 230, 0), 2))  # colour and thickness of the lines around a marked box: seen on any image
 
 
 def read_image(path: str | Path) -> np.ndarray:
@@ -111,7 +111,8 @@ def draw_view(
     view = draw_detections(view, replace(detections, xyxy=boxes)[inside], class_names)
     if mark is not None:
         x1, y1, x2, y2 = (int(edge) for edge in to_view.to_input(mark[None])[0].round())
-        cv2.rectangle(view, (x1 - 4, y1 - 4), (x2 + 4, y2 + 4), MARK_COLOUR, 2)
+        for colour, thickness in MARK:
+            cv2.rectangle(view, (x1 - 4, y1 - 4), (x2 + 4, y2 + 4), colour, thickness)
     return view
 
 
