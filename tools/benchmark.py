@@ -1,8 +1,9 @@
-"""Measure speed and memory: python tools/benchmark.py train, or gpu, infer, memory, annotations
+"""Measure speed and memory: python tools/benchmark.py train, or gpu, infer, evaluation, memory, annotations
 
 `train` runs train.py on drawn images and compares its whole loop with the full step (forward, loss, backward,
 optimizer, weight average) on one fixed batch in memory, in turns, since machines drift; `gpu` does so for several
 networks and batch sizes. `infer` times the network alone and from image to detections, for one image in several modes.
+`evaluation` times the parts of what eval.py does.
 `memory` runs train.py with a disk cache on a small and on a large data set, and compares the peaks of its memory.
 `annotations` times reading the annotations of a large set, at first and again from their index. All print their
 figures, and write JSON with --json.
@@ -42,8 +43,8 @@ from utils.augment import AugmentSettings
 from utils.batches import Batches
 from utils.cache import build_cache
 from utils.capacity import peak_memory
-from utils.checkpoint import LAST
-from utils.detector import Detector
+from utils.checkpoint import LAST, newest_checkpoint
+from utils.detector import EVALUATION_THRESHOLDS, Detector
 from utils.device import (
     autocast,
     choose_compile,
@@ -58,7 +59,9 @@ from utils.errors import UserError, run_script
 from utils.files import CACHE_FOLDER
 from utils.interrupt import StopSignals
 from utils.loss import LossSettings, YoloLoss
+from utils.metrics import evaluate
 from utils.optim import build_ema, build_optimizer, lr_factor
+from utils.report import Report
 from utils.training import Progress, TrainingState
 from utils.voc import load_classes, load_samples
 
@@ -117,6 +120,19 @@ class Infer:
 
 
 @dataclass(frozen=True)
+class Evaluation:
+    """Time the parts of an evaluation, from files to figures, and of its report."""
+
+    weights: str = ""  # checkpoint of train.py; empty: best.safetensors of the newest run under logs/
+    json: str = ""  # file for the figures
+    devkit: str = "VOCdevkit"  # folder of the data sets
+    sets: tuple[str, ...] = ("VOC2007/test",)  # sets to measure on
+    batch_size: int = 16  # images at a time
+    rounds: int = 3  # of which the medians count
+    device: str = "auto"  # auto, cpu or cuda
+
+
+@dataclass(frozen=True)
 class Memory:
     """Compare the peak memory of training with a disk cache of a small and a large data set; Linux only."""
 
@@ -140,6 +156,7 @@ Config = (
     Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Gpu, tyro.conf.subcommand("gpu")]
     | Annotated[Infer, tyro.conf.subcommand("infer")]
+    | Annotated[Evaluation, tyro.conf.subcommand("evaluation")]
     | Annotated[Memory, tyro.conf.subcommand("memory")]
     | Annotated[Annotations, tyro.conf.subcommand("annotations")]
 )
@@ -360,6 +377,47 @@ def time_in_turns(modes: dict[str, Callable[[], object]], rounds: int, device: t
     return {name: statistics.median(values) for name, values in times.items()}
 
 
+def time_evaluation(config: Evaluation, detector: Detector) -> dict[str, float]:
+    """Seconds of each part."""
+    names, times = detector.spec.class_names, [time.perf_counter()]
+
+    def lap() -> None:
+        wait_for(detector.device)
+        times.append(time.perf_counter())
+
+    samples = load_samples(config.devkit, config.sets, names)
+    lap()
+    cache = build_cache(samples, detector.spec, detector.device)
+    lap()
+    batches = list(detector.run_cached(cache, config.batch_size))
+    lap()
+    found = [item for part, heads in batches for item in detector.select(heads, cache.fits[part], cache.sizes[part])]
+    lap()
+    measured = evaluate(samples, found, cache.sizes, names)
+    lap()
+    with tempfile.TemporaryDirectory() as folder:
+        about = {"weights": config.weights, "sets": list(config.sets)}
+        Report(about, detector.spec, cache, found, measured).write(Path(folder))
+        lap()
+    parts = ("annotations", "images", "network", "selection", "figures", "report")
+    return dict(zip(parts, np.diff(times).tolist(), strict=True))
+
+
+def benchmark_evaluation(config: Evaluation) -> dict[str, object]:
+    """Median seconds of the parts, and the share of all but the network, without the report and with it."""
+    weights = config.weights or newest_checkpoint()
+    detector = Detector.load(weights, choose_device(config.device), thresholds=EVALUATION_THRESHOLDS)
+    rounds = [time_evaluation(config, detector) for _ in range(config.rounds + 1)][1:]  # the first warms up
+    parts = {name: statistics.median(times[name] for times in rounds) for name in rounds[0]}
+    total = sum(parts.values())
+    measured = total - parts["report"]
+    return {
+        "seconds": parts,
+        "share_without_network": 1 - parts["network"] / measured,
+        "share_with_report": 1 - parts["network"] / total,
+    }
+
+
 def link_set(drawn: Path, devkit: Path, images: int) -> None:
     """A set Demo of so many images with their annotations: links to the drawn ones, as if drawn an hour ago.
 
@@ -462,14 +520,15 @@ MEASURES = {
     Train: benchmark_train,
     Gpu: benchmark_gpu,
     Infer: benchmark_infer,
+    Evaluation: benchmark_evaluation,
     Memory: benchmark_memory,
     Annotations: benchmark_annotations,
 }
 
 
-def main(config: Train | Gpu | Infer | Memory | Annotations) -> None:
+def main(config: Train | Gpu | Infer | Evaluation | Memory | Annotations) -> None:
     with StopSignals():  # so that the temporary folders go, whatever ends it
-        if isinstance(config, Train | Infer) and choose_device(config.device).type == "cpu":
+        if isinstance(config, Train | Infer | Evaluation) and choose_device(config.device).type == "cpu":
             keep_freed_memory()
         figures = MEASURES[type(config)](config)
     write_json(config.json, figures)
