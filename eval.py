@@ -3,6 +3,7 @@
 Change the constants of `Config`, or give them as flags. Several checkpoints are compared.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 
-from utils.cache import PLACES, build_cache
+from utils.cache import PLACES, ImageCache, build_cache
 from utils.checkpoint import newest_checkpoint
 from utils.coco import Dataset, read_coco, write_results
 from utils.detector import Detector, Thresholds
@@ -31,7 +32,7 @@ class Config:
     sets: tuple[str, ...] = ("VOC2007/test",)  # sets to measure on, folder/split, any number
     coco: str = ""  # COCO's JSON to measure on instead of sets, such as annotations/instances_val2017.json
     images: str = ""  # with coco: folder of its images
-    out: str = ""  # folder for the results; empty: eval/ beside the checkpoint, the first of several
+    out: str = ""  # folder for the results; empty: eval/ beside the checkpoint, or compare/ beside the first
     classes: str = ""  # class file to compare with the checkpoint's classes; empty: those of the checkpoint
     confidence: float = 0.001  # least score of a detection; low, so that the whole curve is seen
     nms_iou: float = 0.6  # two boxes of a class that overlap more are one object
@@ -57,17 +58,20 @@ def main(config: Config) -> dict[str, Any]:
     device = choose_device(config.device)
     if device.type == "cpu":
         keep_freed_memory()
-    paths = [Path(name) for name in config.weights] or [newest_checkpoint()]
-    folder = Path(config.out) if config.out else paths[0].parent / "eval"
     with join_ranks(device) as ranks:
-        folders = [folder] if len(paths) == 1 else [folder / name for name in distinct_names(paths)]
-        found = [measure(config, *where, device, ranks) for where in zip(paths, folders, strict=True)]
-        if ranks.first and len(paths) > 1:
-            if not found[0].coco.matches:
-                raise UserError("there are no objects to compare checkpoints on")
-            table = write_comparison(folder, compare([str(path) for path in paths], found))
-            print(f"\n{table}\n\nwritten to {folder}")
+        found = measure(config, device, ranks)
         return ranks.share(found[0].metrics if ranks.first else None)
+
+
+def load_detectors(config: Config, paths: Sequence[Path], device: torch.device) -> list[Detector]:
+    """The checkpoints, which must know the same classes."""
+    dtype, thresholds = choose_precision(config.precision, device), Thresholds(config.confidence, config.nms_iou)
+    detectors = [Detector.load(path, device, dtype, thresholds) for path in paths]
+    for detector in detectors:
+        detector.expect_classes(detectors[0].spec.class_names, paths[0])
+        if config.classes:
+            detector.expect_classes(load_classes(config.classes), config.classes)
+    return detectors
 
 
 def load_split(config: Config, class_names: tuple[str, ...]) -> tuple[list[Sample], Dataset | None, list[str]]:
@@ -77,30 +81,38 @@ def load_split(config: Config, class_names: tuple[str, ...]) -> tuple[list[Sampl
     return load_samples(config.devkit, config.sets, class_names), None, list(config.sets)
 
 
-def measure(config: Config, weights: Path, folder: Path, device: torch.device, ranks: Ranks) -> Evaluation | None:
-    """One checkpoint: its report in `folder`, its table printed; None in all processes but the first."""
-    thresholds = Thresholds(config.confidence, config.nms_iou)
-    detector = Detector.load(weights, device, choose_precision(config.precision, device), thresholds)
-    if config.classes:
-        detector.expect_classes(load_classes(config.classes), config.classes)
-    make_folder(folder)
-    samples, dataset, sets = load_split(config, detector.spec.class_names)
-    cache = build_cache(samples, detector.spec, device, config.cache, ranks=ranks)
-    detections = detector.detect_cached(cache, config.batch_size, ranks)
-    if not ranks.first:
-        return None
-    evaluation = evaluate(samples, detections, cache.sizes, detector.spec.class_names, dataset)
-    about = {"weights": str(weights), "sets": sets}
-    Report(about, detector.spec, cache, detections, evaluation).write(folder)
-    write_results(folder, dataset, detections)
-    print(f"{weights} on {', '.join(sets)}, {len(samples)} images\n\n{metrics_table(evaluation.metrics)}\n")
-    print(f"written to {folder}: look at {folder / 'report.html'}")
-    return evaluation
-
-
-def distinct_names(paths: list[Path]) -> list[str]:
-    """A folder's name for each of several checkpoints, such as 1_run_best."""
-    return [f"{i}_{path.parent.name}_{path.stem}" for i, path in enumerate(paths, start=1)]
+def measure(config: Config, device: torch.device, ranks: Ranks) -> list[Evaluation]:
+    """Every checkpoint: its report written, its table printed; then the comparison. Only the first process has them."""
+    paths = [Path(name) for name in config.weights] or [newest_checkpoint()]
+    several = len(paths) > 1
+    out = Path(config.out) if config.out else paths[0].parent / ("compare" if several else "eval")
+    detectors = load_detectors(config, paths, device)
+    samples, dataset, sets = load_split(config, detectors[0].spec.class_names)
+    if several and not any(len(sample.labels) for sample in samples):
+        raise UserError(f"{', '.join(sets)} has no objects, so that there is nothing to compare checkpoints by")
+    if ranks.first:
+        make_folder(out)
+    caches: dict[tuple[object, ...], ImageCache] = {}
+    found = []
+    for i, (path, detector) in enumerate(zip(paths, detectors, strict=True), start=1):
+        spec = detector.spec
+        fitted = spec.input_size, spec.letterbox
+        if fitted not in caches:
+            caches[fitted] = build_cache(samples, spec, device, config.cache, ranks=ranks)
+        detections = detector.detect_cached(caches[fitted], config.batch_size, ranks)
+        if not ranks.first:
+            continue
+        evaluation = evaluate(samples, detections, caches[fitted].sizes, spec.class_names, dataset)
+        folder = out / f"{i}_{path.parent.name}_{path.stem}" if several else out
+        folder.mkdir(exist_ok=True)
+        Report({"weights": str(path), "sets": sets}, spec, caches[fitted], detections, evaluation).write(folder)
+        write_results(folder, dataset, detections)
+        print(f"{path} on {', '.join(sets)}, {len(samples)} images\n\n{metrics_table(evaluation.metrics)}\n")
+        print(f"written to {folder}: look at {folder / 'report.html'}\n")
+        found.append(evaluation)
+    if several and ranks.first:
+        print(f"{write_comparison(out, compare([str(path) for path in paths], found))}\n\nwritten to {out}")
+    return found
 
 
 if __name__ == "__main__":

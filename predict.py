@@ -93,8 +93,8 @@ def main(config: Config) -> int:
         print(f"skipped {len(unread)} of {len(paths)} images: {'; '.join(unread[:SHOWN])}", file=sys.stderr)
     print(f"{found} objects in {len(paths) - len(unread)} image(s); pictures and detections.jsonl are in {config.out}")
     if not found:
-        least = detector.confidences.min().item()
-        print(f"nothing reached confidence {least:.2g}; a lower --confidence shows less certain detections")
+        least = "that suggested for its class" if config.confidence == "auto" else f"{config.confidence:g}"
+        print(f"nothing reached the confidence {least}; a lower --confidence shows less certain detections")
     return found
 
 

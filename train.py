@@ -472,8 +472,8 @@ def prepare(
 
 def train_epochs(
     config: Config, checkpoint: Checkpoint | None, progress: Progress, log: RunLog, stop: StopSignals, ranks: Ranks
-) -> Progress:
-    """From `progress` on to the end of the run; returns where it then stands."""
+) -> tuple[Progress, ImageCache | None]:
+    """From `progress` on to the end of the run; returns where it then stands, and the validation images."""
     config, trainer, caches = prepare(config, checkpoint, progress, log, ranks)
     if progress.epoch == progress.batch == 0:
         batches = epoch_batches(config, caches[0], progress, ranks)
@@ -489,14 +489,12 @@ def train_epochs(
             raise
         raise too_large(config.batch_size, config.train_sizes()[0]) from None
     log.finish_saving()
-    if caches[1] is not None:
-        report(config, caches[1], log.folder, trainer.device, ranks)
-    return trainer.state.progress
+    return trainer.state.progress, caches[1]
 
 
-def report(config: Config, cache: ImageCache, run: Path, device: torch.device, ranks: Ranks) -> None:
+def report(config: Config, cache: ImageCache, run: Path, ranks: Ranks) -> None:
     """What `eval.py` writes, of the best checkpoint on the validation sets."""
-    weights, folder = ranks.share(run / BEST), run / "val"
+    device, weights, folder = choose_device(config.device), ranks.share(run / BEST), run / "val"
     detector = Detector.load(weights, device, thresholds=EVALUATION_THRESHOLDS)
     detections = detector.detect_cached(cache, VALIDATION_BATCH, ranks)
     if ranks.first:
@@ -515,7 +513,7 @@ def train(config: Config, stop: StopSignals, ranks: Ranks) -> Path:
             ranks.say(f"the run is finished after {progress.epoch} epochs; --resume --extend 20 would add 20")
             return log.folder
         try:
-            progress = train_epochs(config, checkpoint, progress, log, stop, ranks)
+            progress, val = train_epochs(config, checkpoint, progress, log, stop, ranks)
         except Stopped:
             log.finish_saving()
             resume = f"--resume --run-dir {log.folder} continues as if it had not"
@@ -526,7 +524,10 @@ def train(config: Config, stop: StopSignals, ranks: Ranks) -> Path:
         ranks.say(f"stopped early, since {config.patience} validations in a row brought nothing better")
     best_of = f"the best on {', '.join(config.val_sets)}" if config.val_sets else "the same, without validation"
     ranks.say(f"done: {log.folder / LAST} is the last checkpoint, {BEST} {best_of}")
-    if config.val_sets:
+    if stop.requested:
+        stop.leave()
+    if val is not None:
+        report(config, val, log.folder, ranks)
         ranks.say(f"what the best one finds, and misses: {log.folder / 'val' / 'report.html'}")
     return log.folder
 

@@ -158,6 +158,45 @@ def test_coco_truth_and_results(truth, tmp_path):
     assert not (tmp_path / "coco_results.json").exists()
 
 
+def test_ids_and_optional_fields_do_not_matter(truth, tmp_path):
+    """Numbering from 0, no iscrowd, no area, no id: as many exporters write it."""
+    content = json.loads(truth.read_text())
+    annotations = content["annotations"][:2]
+    bare = [{name: item[name] for name in ("image_id", "category_id", "bbox")} for item in annotations]
+    samples, _ = read_coco(truth, tmp_path, NAMES)
+    perfect = [
+        sv.Detections(sample.boxes, confidence=np.full(len(sample.labels), 0.9), class_id=sample.labels)
+        if len(sample.labels)
+        else sv.Detections.empty()
+        for sample in samples
+    ]
+    perfect[1] = sv.Detections.empty()
+    for changed in ([item | {"id": i} for i, item in enumerate(annotations)], bare):
+        truth.write_text(json.dumps(content | {"annotations": changed}))
+        _, dataset = read_coco(truth, tmp_path, NAMES)
+        assert coco_score(dataset, perfect, NAMES).metrics["AP"] == pytest.approx(1)
+
+
+def test_a_test_set_without_annotations_gives_results(truth, tmp_path):
+    content = json.loads(truth.read_text())
+    del content["annotations"]
+    truth.write_text(json.dumps(content))
+    samples, dataset = read_coco(truth, tmp_path, NAMES)
+    found = sv.Detections(np.array([[0.0, 0, 9, 9]]), confidence=np.array([0.5]), class_id=np.array([1]))
+    write_results(tmp_path, dataset, [found] * len(samples))
+    assert len(json.loads((tmp_path / "coco_results.json").read_text())) == 2
+    assert coco_score(dataset, [found] * 2, NAMES).metrics["AP"] == -1
+
+
+def test_an_object_without_width_is_cocos_alone(truth, tmp_path):
+    content = json.loads(truth.read_text())
+    content["annotations"][0]["bbox"][2] = 0
+    truth.write_text(json.dumps(content))
+    samples, dataset = read_coco(truth, tmp_path, NAMES)
+    assert samples[0].labels.tolist() == [1]
+    assert len(dataset.truth["annotations"]) == 3
+
+
 def test_mistakes_in_coco_truth(truth, tmp_path):
     with pytest.raises(UserError, match=r"does not know: b; it knows a, c"):
         read_coco(truth, tmp_path, ["a", "c"])
@@ -165,13 +204,20 @@ def test_mistakes_in_coco_truth(truth, tmp_path):
         read_coco(truth, tmp_path / "elsewhere", NAMES)
     with pytest.raises(UserError, match=r"cannot read .*none\.json"):
         read_coco(tmp_path / "none.json", tmp_path, NAMES)
-    for text in (
-        "",
-        "[]",
-        '{"images": []}',
-        '{"images": [], "categories": [], "annotations": [{"bbox": [1]}]}',
-        "[" * 9,
-    ):
+    content = json.loads(truth.read_text())
+    image, category, annotation = (content[part][0] for part in ("images", "categories", "annotations"))
+    broken = [
+        {},
+        content | {"images": []},
+        content | {"images": [image, image]},
+        content | {"categories": [category, category | {"id": 3}]},
+        content | {"images": [image | {"id": 4}]},
+        content | {"annotations": [annotation | {"bbox": [1, 2, float("nan"), 4]}]},
+        content | {"annotations": [annotation | {"bbox": [1, 2]}]},
+        content | {"annotations": [annotation | {"category_id": 5}]},
+        content | {"annotations": [annotation | {"image_id": "70"}]},
+    ]
+    for text in ("", "[]", "null", "[" * 100_000, *map(json.dumps, broken)):
         truth.write_text(text)
         with pytest.raises(UserError, match=r"truth\.json is not COCO ground truth"):
             read_coco(truth, tmp_path, NAMES)

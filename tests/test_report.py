@@ -17,8 +17,9 @@ from nets.yolo import ModelSpec
 from tests.conftest import ANCHORS
 from utils.cache import build_cache
 from utils.images import read_image
-from utils.metrics import evaluate
-from utils.report import Report, metrics_table
+from utils.metrics import Curve, confusion_matrix, evaluate, voc_curves
+from utils.plots import draw_confidence, draw_confusion, draw_precision_recall
+from utils.report import Report, compare, metrics_table
 from utils.review import suspect_labels
 from utils.voc import Sample, load_classes, load_samples
 
@@ -82,6 +83,20 @@ def test_planted_label_errors_are_ranked_first(split):
     np.testing.assert_allclose(missing.box, without.boxes[0], atol=1.1)
 
 
+def test_what_lies_in_a_crowd_is_not_suspected():
+    """Nor counted as false: a crowd stands for any number of objects."""
+    crowd = Sample("a", Path("a.jpg"), None, np.float32([[0, 0, 400, 400]]), np.array([0]), np.array([True]))
+    corners = np.float32([[x, y] for x in range(20, 300, 70) for y in range(20, 300, 70)])
+    people = sv.Detections(
+        np.hstack([corners, corners + 50]), confidence=np.full(len(corners), 0.9), class_id=np.zeros(len(corners), int)
+    )
+    curves = voc_curves([crowd], [people], 2)
+    assert suspect_labels([crowd], [people], curves, [0.3, 0.3], ["person", "dog"]) == []
+    assert confusion_matrix([crowd], [people], [0.3, 0.3]).sum() == 0
+    dogs = sv.Detections(people.xyxy, confidence=people.confidence, class_id=people.class_id + 1)
+    assert len(suspect_labels([crowd], [dogs], curves, [0.3, 0.3], ["person", "dog"])) == len(corners)
+
+
 def test_right_labels_are_not_suspected(split):
     names, samples, detections = split
     measured = evaluate(samples, detections, [sample.size for sample in samples], names)
@@ -109,7 +124,10 @@ def test_a_report_has_its_files(report, split):
     assert metrics["images"] == len(samples)
     assert metrics["sets"] == ["Demo/train"]
     assert len(metrics["best"]) == len(names)
-    assert np.array(metrics["confusion"]["counts"]).sum() >= sum(len(sample.labels) for sample in samples)
+    counts, labels = np.array(metrics["confusion"]["counts"]), np.concatenate([sample.labels for sample in samples])
+    assert counts[:-1].sum(axis=1).tolist() == np.bincount(labels, minlength=len(names)).tolist()
+    assert counts[2, -1] == (labels == 2).sum()  # none of which was found
+    assert counts[3, 3] == (labels[len(samples[0].labels) :] == 3).sum()  # all but those of the first image
     assert 0 < metrics["best_possible_recall"] <= 1
     assert (report / "metrics.txt").read_text().strip() == metrics_table(metrics).strip()
     for item in json.loads((report / "label_errors.json").read_text()):
@@ -117,6 +135,30 @@ def test_a_report_has_its_files(report, split):
         assert 0 <= item["score"] <= 1
     for name in ("precision_recall.png", "confidence.png", "confusion.png", "shapes.png"):
         assert read_image(report / name).std() > 5, name
+
+
+def test_a_comparison_says_which_is_better(split):
+    names, samples, detections = split
+    sizes = [sample.size for sample in samples]
+    few = [found[found.class_id < 4] for found in detections]  # two of six classes are never found
+    good, bad = (evaluate(samples, found, sizes, names) for found in (detections, few))
+    rows = compare(["good", "bad"], [good, bad])
+    low, high = rows[1]["difference_interval"]
+    assert rows[1]["difference"] == pytest.approx(bad.metrics["coco"]["AP"] - good.metrics["coco"]["AP"])
+    assert -0.5 < low < rows[1]["difference"] < high < -0.2
+    unpaired = np.subtract(rows[1]["AP_interval"], rows[0]["AP_interval"])
+    assert high - low < 2 * abs(unpaired).max()
+
+
+def test_many_classes_and_odd_names_are_drawn(tmp_path):
+    names = ["_hidden", "$cost", *(f"class {i}" for i in range(78))]
+    curve = Curve(np.array([1.0, 0.5]), np.array([0.5, 0.5]), np.array([0.9, 0.4]), 2)
+    for count in (1, 80):
+        draw_precision_recall([curve] * count, names[:count], tmp_path / "a.png")
+        draw_confidence([curve] * count, names[:count], tmp_path / "b.png")
+        draw_confusion(np.eye(count + 1, dtype=int), names[:count], tmp_path / "c.png")
+        sizes = [read_image(tmp_path / name).shape for name in ("a.png", "b.png")]
+        assert sizes == [(605, 880, 3), (440, 1320, 3)]
 
 
 def test_the_page_stands_alone(report):

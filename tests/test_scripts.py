@@ -138,7 +138,7 @@ def test_cocos_ground_truth_gives_what_the_annotations_give(config, run_dir, tmp
     ours = eval_script.main(replace(settings, out=str(tmp_path / "voc")))
     assert eval_script.main(replace(settings, **coco)) == ours
     results = json.loads((tmp_path / "coco" / "coco_results.json").read_text())
-    assert {item["image_id"] for item in results} <= {image["id"] for image in truth["images"]}
+    assert {item["image_id"] for item in results} == {image["id"] for image in truth["images"]}
     eval_script.main(replace(settings, out=str(tmp_path / "coco")))
     assert not (tmp_path / "coco" / "coco_results.json").exists()
     expect_mistake(eval_script, ["--coco", "truth.json"], "coco and images go together")
@@ -160,8 +160,6 @@ def test_checkpoints_are_compared(config, run_dir, tmp_path, capsys):
     assert rows[0]["AP"] == first["coco"]["AP"]
     assert rows[2]["difference"] == 0
     assert rows[2]["difference_interval"] == [0, 0]
-    low, high = rows[0]["AP_interval"]
-    assert low <= high
     assert len(list((tmp_path / "eval").glob("*/report.html"))) == 3
     said = capsys.readouterr().out
     assert "paired bootstrap" in said

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import io
 import json
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -184,7 +185,7 @@ def class_matches(scorer: COCOeval, images: Sequence[int]) -> list[ClassMatches]
         where = np.concatenate([np.full(len(item["dtScores"]), position[item["image_id"]]) for item in items])
         hit = np.concatenate([item["dtMatches"] for item in items], axis=1)[:, order] > 0
         ignored = np.concatenate([item["dtIgnore"] for item in items], axis=1)[:, order] > 0
-        right, wrong = (torch.from_numpy((values & ~ignored).astype(np.float64)) for values in (hit, ~hit))
+        right, wrong = (torch.from_numpy(values & ~ignored) for values in (hit, ~hit))
         found.append(ClassMatches(torch.from_numpy(where[order].astype(np.int64)), right, wrong, positives))
     return found
 
@@ -192,48 +193,77 @@ def class_matches(scorer: COCOeval, images: Sequence[int]) -> list[ClassMatches]
 def read_coco(path: str | Path, images: str | Path, class_names: Sequence[str]) -> tuple[list[Sample], Dataset]:
     """The ground truth in a COCO JSON file, whose images lie in the folder `images`; crowd counts as difficult.
 
-    Raises UserError for a file of another form, an image that is not there, and objects of an unknown class.
+    Objects without width or height are COCO's alone, since no sample has them. Raises UserError for a file of another
+    form, an image that is not there, and objects of an unknown class.
     """
     path, folder = Path(path), Path(images)
-    try:
-        truth = json.loads(path.read_text(encoding="utf-8"))
-        names = {item["id"]: item["name"] for item in truth["categories"]}
-        objects = defaultdict(list)
-        for item in truth["annotations"]:
-            x, y, width, height = map(float, item["bbox"])
-            box = [x, y, x + width, y + height]
-            objects[item["image_id"]].append((names[item["category_id"]], box, bool(item.get("iscrowd", 0))))
-        entries = [(item["id"], item["file_name"], (item["height"], item["width"])) for item in truth["images"]]
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(
-            f"{path} is not COCO ground truth, with images, categories and annotations ({error!r})"
-        ) from None
+    truth = read_truth(path)
+    names = {item["id"]: item["name"] for item in truth["categories"]}
     labels = {name: i for i, name in enumerate(class_names)}
-    unknown = sorted({name for found in objects.values() for name, *_ in found if name not in labels})
+    objects = defaultdict(list)
+    for item in truth["annotations"]:
+        objects[item["image_id"]].append(item)
+    unknown = sorted({names[item["category_id"]] for item in truth["annotations"]} - set(class_names))
     if unknown:
         raise UserError(
             f"{path} has objects of classes that the checkpoint does not know: {', '.join(unknown)}; it knows "
             f"{', '.join(class_names)}"
         )
     samples = []
-    for image, name, size in entries:
+    for image in truth["images"]:
+        name = image["file_name"]
         if not (folder / name).is_file():
             raise UserError(f"{path} names the image {name}, but it is not in {folder}; give the folder as --images")
-        found = objects[image]
+        found = [item for item in objects[image["id"]] if min(item["bbox"][2:]) > 0]
+        boxes = np.array([item["bbox"] for item in found], dtype=np.float64).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
         samples.append(
             Sample(
-                Path(name).stem,
+                str(Path(name).with_suffix("")),
                 folder / name,
-                size,
-                np.array([box for _, box, _ in found], dtype=np.float32).reshape(-1, 4),
-                np.array([labels[name] for name, *_ in found], dtype=np.int64),
-                np.array([crowd for *_, crowd in found], dtype=bool),
+                (image["height"], image["width"]),
+                boxes.astype(np.float32),
+                np.array([labels[names[item["category_id"]]] for item in found], dtype=np.int64),
+                np.array([item["iscrowd"] for item in found], dtype=bool),
             )
         )
     ids = {name: category for category, name in names.items()}
-    return samples, Dataset(truth, [image for image, *_ in entries], [ids.get(name) for name in class_names])
+    return samples, Dataset(truth, [item["id"] for item in truth["images"]], [ids.get(name) for name in class_names])
+
+
+def read_truth(path: Path) -> dict[str, list[dict[str, Any]]]:
+    """What an evaluation needs of a COCO JSON file, checked; its annotations, which a test set lacks, from 1 on."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        images = [
+            {"id": item["id"], "file_name": str(item["file_name"]), "height": item["height"], "width": item["width"]}
+            for item in content["images"]
+        ]
+        categories = [{"id": item["id"], "name": str(item["name"])} for item in content["categories"]]
+        annotations = []
+        for i, item in enumerate(content.get("annotations", []), start=1):
+            x, y, width, height = map(float, item["bbox"])
+            numbers = x, y, width, height, float(item.get("area", width * height))
+            if not all(map(math.isfinite, numbers)):
+                raise ValueError(f"annotation {i} has the numbers {numbers}")
+            which = {name: item[name] for name in ("image_id", "category_id")}
+            crowd = int(bool(item.get("iscrowd", 0)))
+            annotations.append({"id": i, **which, "bbox": [*numbers[:4]], "area": numbers[4], "iscrowd": crowd})
+        known = [{item["id"] for item in part} for part in (images, categories)]
+        for item in annotations:
+            if item["image_id"] not in known[0] or item["category_id"] not in known[1]:
+                raise ValueError(f"annotation {item['id']} is of an image or a category that it does not list")
+        listed = [item["id"] for item in images], [item["id"] for item in categories]
+        for values in (*listed, [item["name"] for item in categories]):
+            if len(set(values)) < len(values) or not values:
+                raise ValueError("an image or a category is there twice, or there is none")
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except KeyError as error:
+        raise UserError(f"{path} is not COCO ground truth: something in it has no {error}") from None
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path} is not COCO ground truth: {error}") from None
+    return {"images": images, "categories": categories, "annotations": annotations}
 
 
 def to_xywh(box: np.ndarray) -> list[float]:

@@ -14,6 +14,7 @@ from utils.errors import UserError
 
 PADDING = 114  # the gray around a letterboxed image
 VIEW_SIDE = 480  # pixels of an image shown with its boxes
+LEAST_SIDE = 3  # of a box in it
 MOST_ZOOM = 4  # of a small part of it
 AROUND = 1.5  # sides of a marked box that are shown on each side of its centre
 MARK = (((0, 0, 0), 5), ((255, 230, 0), 2))  # colour and thickness of the lines around a marked box: seen on any image
@@ -106,8 +107,10 @@ def draw_view(
         image[top:bottom, left:right], size, interpolation=cv2.INTER_AREA if zoom < 1 else cv2.INTER_CUBIC
     )
     to_view = Fit(zoom, zoom, -left * zoom, -top * zoom)
-    boxes = clip_boxes(to_view.to_input(detections.xyxy), size[::-1])
-    inside = (boxes[:, 2:] - boxes[:, :2] > 1).all(axis=1)
+    boxes = to_view.to_input(detections.xyxy)
+    inside = (boxes[:, 2:] > 0).all(axis=1) & (boxes[:, :2] < size).all(axis=1)
+    boxes[:, 2:] = np.maximum(boxes[:, 2:], boxes[:, :2] + LEAST_SIDE)
+    boxes = clip_boxes(boxes, size[::-1])
     view = draw_detections(view, replace(detections, xyxy=boxes)[inside], class_names)
     if mark is not None:
         x1, y1, x2, y2 = (int(edge) for edge in to_view.to_input(mark[None])[0].round())

@@ -170,6 +170,17 @@ def pair(sample: Sample, found: sv.Detections, iou_threshold: float = MATCH_IOU)
             yield row, column
 
 
+def on_difficult(sample: Sample, found: sv.Detections) -> np.ndarray:
+    """Which detections (D,) do not count, since they lie mostly in a difficult object, or crowd, of their class."""
+    if not (len(found) and sample.difficult.any()):
+        return np.zeros(len(found), bool)
+    regions, labels = sample.boxes[sample.difficult], sample.labels[sample.difficult]
+    corners = np.maximum(found.xyxy[:, None, :2], regions[:, :2]), np.minimum(found.xyxy[:, None, 2:], regions[:, 2:])
+    shared = (corners[1] - corners[0]).clip(min=0).prod(axis=2)  # (D, M)
+    own = (found.xyxy[:, 2:] - found.xyxy[:, :2]).prod(axis=1)
+    return ((shared >= own[:, None] / 2) & (found.class_id[:, None] == labels)).any(axis=1)
+
+
 def confusion_matrix(
     samples: Sequence[Sample], detections: Sequence[sv.Detections], thresholds: Sequence[float]
 ) -> np.ndarray:
@@ -183,10 +194,10 @@ def confusion_matrix(
     for sample, every in zip(samples, detections, strict=True):
         found = confident(every, thresholds)
         as_found, as_labelled = np.full(len(sample.labels), background), np.full(len(found), background)
-        ignored = np.zeros(len(found), bool)
+        ignored = on_difficult(sample, found)
         for row, column in pair(sample, found):
             as_found[column], as_labelled[row] = found.class_id[row], sample.labels[column]
-            ignored[row] = sample.difficult[column]
+            ignored[row] |= sample.difficult[column]
         easy = ~sample.difficult
         np.add.at(counts, (sample.labels[easy], as_found[easy]), 1)
         false = (as_labelled == background) & ~ignored

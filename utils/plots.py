@@ -1,6 +1,6 @@
 """Plots of a training and of an evaluation, and sheets of the pictures that a network sees."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,29 +10,34 @@ import supervision as sv
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from utils.augment import draw
 from utils.batches import Batches
 from utils.cache import ImageCache
+from utils.files import replacing
 from utils.images import draw_sheet, draw_targets
 from utils.metrics import Curve, confident
 
 DPI = 110
 MOST_NUMBERS = 25  # classes up to which a confusion matrix shows its numbers
 BINS = 40
+MOST_NAMES = 20  # classes up to which all lines are named
+Lines = list[tuple[np.ndarray, np.ndarray]]  # x and y, of a line for each panel
 PICTURES = 8  # images drawn of a batch and of a validation
 
 
 def save(figure: Figure, path: Path) -> None:
-    figure.savefig(path, dpi=DPI)
+    with replacing(path) as file:
+        figure.savefig(file, format="png", dpi=DPI)
     plt.close(figure)
 
 
 def plain(name: str) -> str:
-    """A class name as text, not as the formula that $ would begin."""
-    return name.replace("$", r"\$")
+    """A class name as text: $ would begin a formula, and a label that begins with _ would not be shown."""
+    return (" " if name.startswith("_") else "") + name.replace("$", r"\$")
 
 
 def draw_training(records: Sequence[dict[str, Any]], path: Path) -> None:
@@ -55,37 +60,49 @@ def draw_training(records: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def draw_precision_recall(curves: Sequence[Curve], class_names: Sequence[str], path: Path) -> None:
-    """One line per class that has objects; with many classes the legend stands beside the plot."""
+    """A line per class that has objects, named with its AP."""
     figure, axes = plt.subplots(figsize=(8, 5.5), layout="constrained")
-    for curve, name in zip(curves, class_names, strict=True):
-        if curve.positives:
-            axes.plot(curve.recall, curve.precision, label=f"{plain(name)} {curve.ap_area():.3f}")
     axes.set(xlabel="recall", ylabel="precision", title="precision and recall at IoU 0.5 (AP by area)")
-    axes.set(xlim=(0, 1), ylim=(0, 1.02))
-    axes.grid(alpha=0.3)
-    add_legend(figure)
+    draw_lines(figure, [axes], curves, class_names, lambda curve: [(curve.recall, curve.precision)])
     save(figure, path)
 
 
 def draw_confidence(curves: Sequence[Curve], class_names: Sequence[str], path: Path) -> None:
     """Precision, recall and F1 of each class against the confidence from which on a detection counts."""
     figure, panels = plt.subplots(1, 3, figsize=(12, 4), sharey=True, layout="constrained")
-    for curve, name in zip(curves, class_names, strict=True):
-        if curve.positives:
-            for axes, values in zip(panels, (curve.precision, curve.recall, curve.f1()), strict=True):
-                axes.plot(curve.scores, values, label=plain(name))
     for axes, title in zip(panels, ("precision", "recall", "F1"), strict=True):
-        axes.set(xlabel="confidence", title=title, xlim=(0, 1), ylim=(0, 1.02))
-        axes.grid(alpha=0.3)
-    add_legend(figure)
+        axes.set(xlabel="confidence", title=title)
+
+    def lines(curve: Curve) -> Lines:
+        return [(curve.scores, values) for values in (curve.precision, curve.recall, curve.f1())]
+
+    draw_lines(figure, panels, curves, class_names, lines)
     save(figure, path)
 
 
-def add_legend(figure: Figure) -> None:
-    """What the lines of the first panel are, beside all panels."""
-    lines, labels = figure.axes[0].get_legend_handles_labels()
-    if lines:
-        figure.legend(lines, labels, loc="outside right upper", fontsize="small", ncols=1 + len(lines) // 25)
+def draw_lines(
+    figure: Figure,
+    panels: Sequence[Axes],
+    curves: Sequence[Curve],
+    class_names: Sequence[str],
+    lines: Callable[[Curve], Lines],
+) -> None:
+    """A line of each class that has objects in each panel; of many classes only those with the least AP are named."""
+    present = sorted((curve.ap_area(), i) for i, curve in enumerate(curves) if curve.positives)
+    named = {i for _, i in present[: len(present) if len(present) <= MOST_NAMES else MOST_NAMES // 2]}
+    handles, labels = [], []
+    for ap, i in sorted(present, key=lambda item: (item[1] in named, item[1])):
+        style = {} if i in named else {"color": "0.8", "linewidth": 0.8}
+        drawn = [axes.plot(x, y, **style)[0] for axes, (x, y) in zip(panels, lines(curves[i]), strict=True)]
+        if i in named:
+            handles.append(drawn[0])
+            labels.append(f"{plain(class_names[i])} {ap:.3f}")
+    for axes in panels:
+        axes.set(xlim=(0, 1), ylim=(0, 1.02))
+        axes.grid(alpha=0.3)
+    title = None if len(named) == len(present) else "classes with the least AP"
+    if handles:
+        figure.legend(handles, labels, loc="outside right upper", fontsize="small", title=title)
 
 
 def draw_confusion(counts: np.ndarray, class_names: Sequence[str], path: Path) -> None:
@@ -107,10 +124,10 @@ def draw_confusion(counts: np.ndarray, class_names: Sequence[str], path: Path) -
     save(figure, path)
 
 
-def draw_shapes(sides: np.ndarray, anchors: np.ndarray, recall: float, path: Path) -> None:
+def draw_shapes(sides: np.ndarray, anchors: np.ndarray, recall: float | None, path: Path) -> None:
     """Sizes and shapes of objects (N, 2), width and height in input pixels, with the anchors (A, 2) as lines.
 
-    `recall` is the share of the objects that some anchor resembles.
+    `recall` is the share of the objects that are shaped like some anchor.
     """
     figure, panels = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained")
     size, shape = np.sqrt(sides.prod(axis=1)), sides[:, 0] / sides[:, 1]
@@ -127,7 +144,10 @@ def draw_shapes(sides: np.ndarray, anchors: np.ndarray, recall: float, path: Pat
         ticks = np.unique(np.round(np.geomspace(edges[0], edges[-1], 7), 1 if axes is panels[0] else 2))
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks], minor=False)
         axes.set_xticks([], minor=True)
-    figure.suptitle(f"objects (blue) and anchors in use (red); best possible recall {recall:.3f}", fontsize="medium")
+    title = "objects (blue) and anchors in use (red)" + (
+        "" if recall is None else f"; best possible recall {recall:.3f}"
+    )
+    figure.suptitle(title, fontsize="medium")
     save(figure, path)
 
 

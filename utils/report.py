@@ -11,6 +11,7 @@ import numpy as np
 import supervision as sv
 import torch
 from jinja2 import Environment, FileSystemLoader
+from torch import Tensor
 
 from nets.yolo import ModelSpec
 from utils.anchors import levels_of
@@ -20,11 +21,11 @@ from utils.coco import COCO_NAMES
 from utils.files import replacing
 from utils.images import draw_view, encode_image
 from utils.loss import LossSettings
-from utils.metrics import Evaluation, confident, confusion_matrix, pair
+from utils.metrics import Evaluation, confident, confusion_matrix, on_difficult, pair
 from utils.plots import draw_confidence, draw_confusion, draw_precision_recall, draw_shapes
 from utils.review import Suspicion, suspect_labels
 from utils.voc import Sample
-from utils.weighted_ap import DRAWS, bootstrap, influence, interval
+from utils.weighted_ap import DRAWS, INTERVAL, bootstrap, influence, interval
 
 WORST = 12  # images shown that cost the most AP
 SUSPICIONS = 24  # label errors shown; label_errors.json has all
@@ -95,7 +96,8 @@ class Report:
     def write(self, folder: Path) -> None:
         """Tables, plots and the page."""
         names, curves, samples = self.spec.class_names, self.evaluation.curves, self.cache.samples
-        sides, anchors = object_sides(self.cache), torch.cat([level.anchors for level in levels_of(self.spec)]).numpy()
+        boxes = self.cache.boxes[self.cache.labels >= 0]
+        sides, anchors = boxes[:, 2:] - boxes[:, :2], torch.cat([level.anchors for level in levels_of(self.spec)])
         recall = best_possible_recall(sides, anchors)
         counts = confusion_matrix(samples, self.detections, self.evaluation.thresholds)
         confusion = {"classes": [*names, "background"], "counts": counts.tolist()}
@@ -109,7 +111,7 @@ class Report:
         draw_precision_recall(curves, names, folder / "precision_recall.png")
         draw_confidence(curves, names, folder / "confidence.png")
         draw_confusion(counts, names, folder / "confusion.png")
-        draw_shapes(sides, anchors, recall, folder / "shapes.png")
+        draw_shapes(sides.numpy(), anchors.numpy(), recall, folder / "shapes.png")
         self.write_page(folder, metrics, suspicions)
 
     def write_page(self, folder: Path, metrics: dict[str, Any], suspicions: Sequence[Suspicion]) -> None:
@@ -125,6 +127,8 @@ class Report:
             worst=self.worst_images(),
             suspicions=[self.shown(item) for item in suspicions[:SUSPICIONS]],
             num_suspicions=len(suspicions),
+            recall=show(metrics["best_possible_recall"]),
+            anchor_iou=LossSettings.anchor_iou,
         )
         write_text(folder / "report.html", page)
 
@@ -136,12 +140,18 @@ class Report:
             if costs[i] <= 0:
                 break
             sample, found = self.cache.samples[i], confident(self.detections[i], self.evaluation.thresholds)
-            right = sum(sample.labels[column] == found.class_id[row] for row, column in pair(sample, found))
-            caption = (
-                f"costs {100 * costs[i]:.2f} points of AP: {len(sample.labels) - right} of {len(sample.labels)} "
-                f"objects missed, {len(found) - right} false"
+            pairs, objects = dict(pair(sample, found)), int((~sample.difficult).sum())
+            right = sum(
+                sample.labels[column] == found.class_id[row] and not sample.difficult[column]
+                for row, column in pairs.items()
             )
-            worst.append({"image": sample.name, "caption": caption} | self.pictures(i))
+            ignored = on_difficult(sample, found)
+            ignored[[row for row, column in pairs.items() if sample.difficult[column]]] = True
+            caption = (
+                f"costs {100 * costs[i]:.2f} points of AP: {objects - right} of {objects} objects missed, "
+                f"{len(found) - right - ignored.sum()} false"
+            )
+            worst.append({"image": sample.name, "file": str(sample.image), "caption": caption} | self.pictures(i))
         return worst
 
     def shown(self, item: Suspicion) -> dict[str, Any]:
@@ -161,19 +171,15 @@ class Report:
         }
 
 
-def best_possible_recall(sides: np.ndarray, anchors: np.ndarray) -> float:
-    """The share of objects (N, 2) whose shape some anchor (A, 2) overlaps enough to answer for it."""
+def best_possible_recall(sides: Tensor, anchors: Tensor) -> float | None:
+    """The share of objects (N, 2) that are shaped like some anchor (A, 2): overlapping by more than training asks for.
+
+    None without objects. The others are answered for too, but by an anchor that has to stretch far.
+    """
     if not len(sides):
-        return 0.0
-    overlap = shape_iou(torch.from_numpy(sides), torch.from_numpy(anchors)).amax(dim=1)
-    return float((overlap > LossSettings.anchor_iou).double().mean())
-
-
-def object_sides(cache: ImageCache) -> np.ndarray:
-    """Width and height (N, 2) of all objects in input pixels."""
-    sides = [fit.to_input(sample.boxes) for sample, fit in zip(cache.samples, cache.fits, strict=True)]
-    boxes = np.concatenate(sides).astype(np.float64)
-    return np.maximum(boxes[:, 2:] - boxes[:, :2], 1e-3)
+        return None
+    overlap = shape_iou(sides, anchors).amax(dim=1)
+    return (overlap > LossSettings.anchor_iou).double().mean().item()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -185,6 +191,7 @@ def describe(item: Suspicion, sample: Sample) -> dict[str, Any]:
     """A suspicion as JSON has it, its box in pixels counted from 0."""
     return {
         "image": sample.name,
+        "file": str(sample.image),
         "kind": item.kind,
         "score": round(float(item.score), 4),
         "box": [round(float(edge), 1) for edge in item.box],
@@ -213,8 +220,8 @@ def compare(paths: Sequence[str], evaluations: Sequence[Evaluation]) -> list[dic
 
 def write_comparison(folder: Path, rows: Sequence[dict[str, Any]]) -> str:
     """`comparison.json` and `comparison.txt` in `folder`; returns the table."""
-    width = max(len(row["weights"]) for row in rows)
-    lines = [f"{'':{width}}      AP    AP50  {'95 % interval':16}  difference  95 % interval"]
+    width, title = max(len(row["weights"]) for row in rows), f"{INTERVAL:.0%} interval"
+    lines = [f"{'':{width}}      AP    AP50  {title:16}  difference  {title}"]
     for row in rows:
         line = f"{row['weights']:{width}}  {row['AP']:.4f}  {row['AP50']:.4f}  {show_interval(row['AP_interval'])}"
         if "difference" in row:

@@ -11,7 +11,7 @@ import numpy as np
 import supervision as sv
 
 from utils.boxes import iou_matrix
-from utils.metrics import MATCH_IOU, Curve, confident, pair
+from utils.metrics import MATCH_IOU, Curve, confident, on_difficult, pair
 from utils.voc import Sample
 
 APART = 0.3  # boxes that overlap less are of different objects
@@ -51,11 +51,11 @@ def suspect_found(image: int, sample: Sample, found: sv.Detections, class_names:
         return
     iou = iou_matrix(found.xyxy, sample.boxes) if len(sample.labels) else np.zeros((len(found), 1))
     paired = {row: (column, iou[row, column]) for row, column in pair(sample, found, APART)}
-    taken = {column for column, _ in paired.values()}
+    ignored = on_difficult(sample, found)
     for row, (box, label, score) in enumerate(zip(found.xyxy, found.class_id, found.confidence, strict=True)):
         name = class_names[label]
         if row not in paired:
-            if iou[row].max() < APART:
+            if iou[row].max() < APART and not ignored[row]:
                 reason = f"{name} found with {score:.2f}, and no label there"
                 yield Suspicion("not labelled", float(score), image, box, reason)
             continue
@@ -66,7 +66,7 @@ def suspect_found(image: int, sample: Sample, found: sv.Detections, class_names:
         if labelled != name and overlap >= MATCH_IOU:
             reason = f"labelled {labelled}, found as {name} with {score:.2f}"
             yield Suspicion("another class", score * overlap, image, sample.boxes[column], reason)
-        elif labelled == name and overlap < MATCH_IOU and column in taken:
+        elif labelled == name and overlap < MATCH_IOU:
             reason = f"{name} found with {score:.2f}, and the label overlaps it by only {overlap:.2f}"
             yield Suspicion("badly placed", score * (1 - overlap), image, sample.boxes[column], reason)
 
@@ -79,7 +79,7 @@ def suspect_missed(
     scores = every.confidence if len(every) else np.zeros(1)
     for column, (box, label, difficult) in enumerate(zip(sample.boxes, sample.labels, sample.difficult, strict=True)):
         best = float(scores[near[:, column]].max(initial=0.0))
-        if difficult or best >= BARELY:
+        if difficult or best >= BARELY or not usual[label]:
             continue
         reason = f"labelled {class_names[label]}, and nothing was found there with {BARELY:g} or more"
         yield Suspicion("never found", usual[label] * (1 - best / BARELY), image, box, reason)

@@ -117,7 +117,7 @@ def restore_training(state: TrainingState, checkpoint: Checkpoint) -> None:
 
 def read_progress(checkpoint: Checkpoint) -> Progress:
     """Where the run of a resumable checkpoint stood."""
-    values = {item.name: checkpoint.info[item.name] for item in fields(Progress)}
+    values = {item.name: checkpoint.info[item.name] for item in fields(Progress) if item.name in checkpoint.info}
     return Progress(**values | {"skipped": [tuple(pair) for pair in values["skipped"]]})
 
 

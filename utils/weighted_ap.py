@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 RECALLS = torch.from_numpy(np.linspace(0, 1, 101))  # where COCO reads the precision; torch.linspace rounds otherwise
 AT_A_TIME = 2_000_000  # weighted detections, which a core's cache and memory bear
@@ -18,8 +19,8 @@ class ClassMatches:
     """The detections of one class over a split of N images by falling score, as matched at T IoU thresholds."""
 
     images: Tensor  # (D,) position of the detection's image
-    right: Tensor  # (T, D) float64, 1 where it hit an object
-    wrong: Tensor  # (T, D) float64, 1 where it did not; neither where it hit one that does not count
+    right: Tensor  # (T, D) bool, that it hit an object
+    wrong: Tensor  # (T, D) bool, that it did not; neither where it hit one that does not count
     positives: Tensor  # (N,) float64, objects of the class in each image
 
     def curves(self, weights: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -66,15 +67,13 @@ def influence(matches: Sequence[ClassMatches], num_images: int) -> np.ndarray:
     jackknife.
     """
     weights = torch.ones(1, num_images, dtype=torch.float64, requires_grad=True)
-    areas = [
-        (recall.diff(dim=1, prepend=recall.new_zeros(1, 1)) * envelope).sum()
-        for of_class in matches
-        for recall, envelope in of_class.curves(weights)
-    ]
-    if not areas:
-        return np.zeros(num_images)
-    torch.stack(areas).mean().backward()
-    return -weights.grad[0].numpy()
+    for of_class in matches:
+        areas = [
+            (recall.diff(dim=1, prepend=recall.new_zeros(1, 1)) * envelope).sum()
+            for recall, envelope in of_class.curves(weights)
+        ]
+        (torch.stack(areas).mean() / len(matches)).backward()  # a class at a time, for the memory
+    return np.zeros(num_images) if weights.grad is None else -weights.grad[0].numpy()
 
 
 def bootstrap(detectors: Sequence[Sequence[ClassMatches]], seed: int = 0) -> np.ndarray:
@@ -85,7 +84,9 @@ def bootstrap(detectors: Sequence[Sequence[ClassMatches]], seed: int = 0) -> np.
     num_images = len(detectors[0][0].positives)
     generator = np.random.default_rng(seed)
     draws = torch.from_numpy(generator.multinomial(num_images, np.full(num_images, 1 / num_images), DRAWS)).double()
-    return np.stack([average_precision(matches, draws).numpy() for matches in detectors])
+    parts = tqdm(draws.split(DRAWS // 20), desc="bootstrap", leave=False, disable=None)
+    scores = [torch.stack([average_precision(matches, part) for matches in detectors]) for part in parts]
+    return torch.cat(scores, dim=1).numpy()
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:
