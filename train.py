@@ -44,8 +44,6 @@ from utils.interrupt import Stopped, StopSignals
 from utils.loss import TERMS, LossSettings, YoloLoss
 from utils.metrics import evaluate
 from utils.optim import (
-    OPTIMIZERS,
-    SCHEDULES,
     accumulation_steps,
     build_ema,
     build_optimizer,
@@ -104,14 +102,10 @@ class Config:
     sync_bn: bool = False  # batch norm over the batches of all GPUs; for few images per GPU
 
     # optimisation
-    optimizer: str = "adamw"  # adamw or sgd
-    lr: float = 0.004  # peak learning rate; about 0.1 for sgd
-    momentum: float = 0.9  # of sgd
-    weight_decay: float = 0.05  # of weights, not of norms and biases; about 0.0005 for sgd
-    schedule: str = "cosine"  # cosine, or step: a tenth at 80 % and at 90 % of the run
+    lr: float = 0.02  # peak learning rate of Muon, which falls along a cosine; AdamW's is a share of it
+    weight_decay: float = 0.1  # of weights, not of norms and biases
     warmup: float = 0.1  # share of the run in which the learning rate rises
     ema: float = 0.05  # horizon of the weight average as a share of the run
-    label_smoothing: float = 0.0  # share of the class target spread over all classes
 
     # augmentation
     mosaic: float = 0.3  # probability of four images in one
@@ -137,11 +131,9 @@ class Config:
         check_range(self, 1e-9, 1e3, "lr")
         check_range(self, 0, 1e3, "weight_decay", "aspect")
         check_range(self, 0, 2**63, "seed")
-        check_range(self, 0, 1, "momentum", "warmup", "label_smoothing", "mosaic", "mixup", "mosaic_until", "flip")
+        check_range(self, 0, 1, "warmup", "mosaic", "mixup", "mosaic_until", "flip")
         check_range(self, 0, 0.99, "scale", "translate", "hue", "saturation", "value")
         check_range(self, 1e-6, 1, "ema")
-        check_choice(self, "optimizer", OPTIMIZERS)
-        check_choice(self, "schedule", SCHEDULES)
         check_choice(self, "cache", PLACES)
         check_choice(self, "compile", ("auto", "on", "off"))
         if not all(0.25 <= factor <= 4 for factor in self.multi_scale):
@@ -180,17 +172,17 @@ def build_trainer(
     if config.sync_bn and ranks.size > 1:
         model = SyncBatchNorm.convert_sync_batchnorm(model)
     model = model.to(device).to(memory_format=torch.channels_last)
-    optimizer = build_optimizer(model, config.optimizer, config.lr, config.momentum, config.weight_decay)
+    optimizer = build_optimizer(model, config.lr, config.weight_decay)
     state = TrainingState(
         model=model,
         optimizer=optimizer,
-        scheduler=LambdaLR(optimizer, lr_factor(config.schedule, steps, round(config.warmup * steps))),
+        scheduler=LambdaLR(optimizer, lr_factor(steps, round(config.warmup * steps))),
         scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
         ema=build_ema(model, steps, config.ema),
         progress=progress,
         losses=torch.zeros(batches, len(COLUMNS), device=device),
     )
-    loss = YoloLoss(spec, LossSettings(label_smoothing=config.label_smoothing), device, ranks)
+    loss = YoloLoss(spec, LossSettings(), device, ranks)
     if config.compiles(device):
         torch._dynamo.config.recompile_limit = 4 + 4 * len(config.train_sizes())  # a graph per size, frozen or not
         model.compile(dynamic=False)

@@ -127,7 +127,6 @@ def compared(config, folder) -> dict[str, Any]:
         config,
         val_sets=(),
         weights=str(folder / "whole" / LAST),  # with batch statistics that let signals through
-        optimizer="sgd",  # small differences stay small
         lr=0.01,
         epochs=4,
         nominal_batch=16,

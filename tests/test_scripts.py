@@ -349,7 +349,6 @@ def test_help_explains_every_flag(script):
         (["--weights", "README.md"], ["README.md"]),
         (["--resume", "--run-dir", "/nowhere"], ["/nowhere"]),
         (["--device", "tpu"], ["auto, cpu or cuda"]),
-        (["--optimizer", "adam"], ["adamw, sgd"]),
         (["--train-sets", "MySet"], ["folder/split", "MySet/train"]),
         (["--phi", "2", "--attention-args", "ratoi", "8"], ["takes ratio, kernel_size", "'ratoi'"]),
         (["--seed", "-1"], ["seed is -1"]),

@@ -38,7 +38,12 @@ def train_recorded(config: train.Config, ranks: Ranks) -> Tensor:
         rows.append(trainer.state.losses.clone())
         return real(trainer)
 
+    def sgd(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+        """With which small differences stay small, unlike with Muon, which works in bf16."""
+        return torch.optim.SGD(model.parameters(), lr, momentum=0.9, nesterov=True, weight_decay=weight_decay)
+
     with (
+        patch.object(train, "build_optimizer", sgd),
         patch.object(nn.BatchNorm2d, "train", evaluating),
         patch.object(train, "mean_losses", record),
         StopSignals() as stop,

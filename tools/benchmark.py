@@ -198,11 +198,11 @@ class FixedBatch:
         self.dtype = choose_precision("auto", self.device)
         spec = make_spec(config.phi, config.input_size, load_classes(devkit / "Demo" / "classes.txt"))
         model = spec.build().to(self.device).to(memory_format=torch.channels_last).train()
-        optimizer = build_optimizer(model, "adamw", 0.004, 0.9, 0.05)
+        optimizer = build_optimizer(model, 0.02, 0.1)
         self.state = TrainingState(
             model,
             optimizer,
-            LambdaLR(optimizer, lr_factor("cosine", 10_000, 1000)),
+            LambdaLR(optimizer, lr_factor(10_000, 1000)),
             torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16),
             build_ema(model, 10_000, 0.05),
             Progress(end=1),

@@ -95,7 +95,6 @@ class LossSettings:
     classes: float = 0.02
     anchor_iou: float = 0.3  # of the shapes of an object and the anchors that answer for it
     ignore_iou: float = 0.7  # a prediction this close to an object is no background even if not assigned
-    label_smoothing: float = 0.0
 
 
 class YoloLoss:
@@ -156,10 +155,8 @@ class YoloLoss:
             counted = (target >= 0) | ~self.near_an_object(head, level, boxes, labels)
         objectness = F.binary_cross_entropy_with_logits(flat[..., 4], target.clamp(min=0), reduction="none")
 
-        smoothing = self.settings.label_smoothing
         one_hot = F.one_hot(labels.clamp(min=0).gather(1, found.target), self.num_classes)
-        wanted_class = one_hot * (1 - smoothing) + smoothing / self.num_classes
-        classes = F.binary_cross_entropy_with_logits(chosen[..., 5:], wanted_class, reduction="none").sum(dim=-1)
+        classes = F.binary_cross_entropy_with_logits(chosen[..., 5:], one_hot.float(), reduction="none").sum(dim=-1)
         sums = torch.stack([box, (objectness * counted).sum(), (classes * found.mask).sum()])
         answering = found.mask.sum()
         return sums, torch.stack([answering, counted.sum(), answering]).float()

@@ -5,49 +5,100 @@ from collections.abc import Callable
 from itertools import compress
 from math import ceil, cos, pi
 from operator import not_
+from typing import Any
 
 import torch
-from torch import nn
-from torch.optim import SGD, AdamW, Optimizer
+from torch import Tensor, nn
+from torch.optim import AdamW
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from nets.darknet53_tiny import BasicConv
 from nets.yolo import YoloBody
-from utils.errors import UserError
+from utils.device import choose_precision
 
-OPTIMIZERS = ("adamw", "sgd")
-SCHEDULES = ("cosine", "step")
 FINAL_LR_SHARE = 0.01  # of the peak learning rate, at the end of the cosine
-STEPS_AT = (0.8, 0.9)  # of the run, where the step schedule multiplies by 0.1, as in Darknet's cfg
 ADAM_BETAS = (0.9, 0.999)
+ADAM_LR, ADAM_DECAY = 0.15, 0.5  # of the learning rate and the weight decay of Muon, for what AdamW trains
+MUON_MOMENTUM = 0.95
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients of Muon's iteration
+NEWTON_SCHULZ_STEPS = 5
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Decay for weights of two or more dimensions; none for biases, norms and attention gains."""
-    decayed = [parameter for parameter in model.parameters() if parameter.ndim > 1]
-    plain = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+def parameter_groups(model: nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+    """Hidden convolutions, which learn by Muon; other weights; and biases, norms and attention gains without decay.
+
+    Hidden are those between the image and the heads' outputs, without the attention blocks.
+    """
+    convolutions = [module.conv for module in model.modules() if isinstance(module, BasicConv)]
+    hidden = [conv.weight for conv in convolutions if conv.in_channels > 3]
+    known = set(map(id, hidden))
+    weights = [value for value in model.parameters() if value.ndim > 1 and id(value) not in known]
+    plain = [value for value in model.parameters() if value.ndim <= 1]
+    return [
+        {"params": hidden, "lr": lr, "weight_decay": weight_decay, "orthogonal": True},
+        {"params": weights, "lr": ADAM_LR * lr, "weight_decay": ADAM_DECAY * weight_decay, "orthogonal": False},
+        {"params": plain, "lr": ADAM_LR * lr, "weight_decay": 0.0, "orthogonal": False},
+    ]
 
 
-def build_optimizer(model: nn.Module, name: str, lr: float, momentum: float, weight_decay: float) -> Optimizer:
-    """AdamW (arXiv 1711.05101) or SGD with Nesterov momentum."""
-    groups = parameter_groups(model, weight_decay)
-    if name == "adamw":
-        return AdamW(groups, lr=lr, betas=ADAM_BETAS, fused=True)
-    if name == "sgd":
-        return SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0)
-    raise UserError(f"optimizer is {name!r}, but must be one of {', '.join(OPTIMIZERS)}")
+class Muon(AdamW):
+    """Muon (kellerjordan.github.io/posts/muon) for `orthogonal` groups, AdamW (arXiv 1711.05101) for the others.
+
+    Muon steps along the momentum of a weight's gradient after bringing all its singular values near 1, so that the
+    weight learns in every direction at once. torch's own Muon takes only matrices, and would need an AdamW beside it.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]]) -> None:
+        super().__init__(groups, betas=ADAM_BETAS, fused=True)
+        self._step_supports_amp_scaling = False  # for fp16 the gradients come unscaled, and are known to be finite
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            for weight in group["params"] if group["orthogonal"] else ():
+                if weight.grad is not None:
+                    self.step_orthogonal(weight, group["lr"], group["weight_decay"])
+                    weight.grad = None  # so that AdamW leaves it alone
+        super().step(closure)
+
+    def step_orthogonal(self, weight: Tensor, lr: float, weight_decay: float) -> None:
+        """Muon's step of a convolution's weight (O, I, H, W), a matrix of O rows."""
+        state = self.state[weight]
+        if not state:
+            state["step"] = torch.zeros((), device=weight.device)  # which AdamW expects in every state
+            state["momentum"] = torch.zeros_like(weight)
+        state["step"] += 1
+        state["momentum"].lerp_(weight.grad, 1 - MUON_MOMENTUM)
+        update = weight.grad.lerp(state["momentum"], MUON_MOMENTUM)  # Nesterov's
+        matrix = update.permute(0, 2, 3, 1).flatten(1)  # a view, of channels-last weights
+        step = orthogonalize(matrix).view(update.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2)
+        scale = max(1.0, len(matrix) / matrix.shape[1]) ** 0.5
+        weight.mul_(1 - lr * weight_decay).add_(step, alpha=-lr * scale)
 
 
-def lr_factor(schedule: str, total_steps: int, warmup_steps: int) -> Callable[[int], float]:
-    """Step -> learning rate as a share of its peak: a linear warm-up, then cosine or steps."""
-    if schedule not in SCHEDULES:
-        raise UserError(f"schedule is {schedule!r}, but must be one of {', '.join(SCHEDULES)}")
+def orthogonalize(matrix: Tensor) -> Tensor:
+    """A matrix (R, C) with its singular values brought near 1, by Newton and Schulz, in the precision of training."""
+    if len(matrix) > matrix.shape[1]:
+        return orthogonalize(matrix.T).T
+    a, b, c = NEWTON_SCHULZ
+    wide = (matrix / (matrix.norm() + 1e-7)).to(choose_precision("auto", matrix.device))
+    for _ in range(NEWTON_SCHULZ_STEPS):
+        gram = wide @ wide.T  # (R, R)
+        wide = torch.addmm(wide, torch.addmm(gram, gram, gram, beta=b, alpha=c), wide, beta=a)
+    return wide.to(matrix.dtype)
+
+
+def build_optimizer(model: nn.Module, lr: float, weight_decay: float) -> Muon:
+    """Muon with AdamW, for a network of `nets`."""
+    return Muon(parameter_groups(model, lr, weight_decay))
+
+
+def lr_factor(total_steps: int, warmup_steps: int) -> Callable[[int], float]:
+    """Step -> learning rate as a share of its peak: a linear warm-up, then a cosine."""
 
     def factor(step: int) -> float:
         warmup = min(1.0, (step + 1) / max(1, warmup_steps))
         progress = min(1.0, step / max(1, total_steps))
-        if schedule == "step":
-            return warmup * 0.1 ** sum(progress >= at for at in STEPS_AT)
         return warmup * (FINAL_LR_SHARE + (1 - FINAL_LR_SHARE) * (1 + cos(pi * progress)) / 2)
 
     return factor
