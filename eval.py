@@ -35,7 +35,7 @@ class Config:
     out: str = ""  # folder for the results; empty: eval/ beside the checkpoint, or compare/ beside the first
     classes: str = ""  # class file to compare with the checkpoint's classes; empty: those of the checkpoint
     confidence: float = 0.001  # least score of a detection; low, so that the whole curve is seen
-    nms_iou: float = 0.6  # two boxes of a class that overlap more are one object
+    nms_iou: float = 0.5  # two boxes of a class that overlap more are one object
     batch_size: int = 16  # images at a time
     cache: str = "auto"  # where the decoded images are: auto, device, ram or disk
     device: str = "auto"  # auto, cpu or cuda

@@ -42,7 +42,7 @@ class Thresholds:
         check_range(self, 1, inf, "top_k", "max_detections")
 
 
-EVALUATION_THRESHOLDS = Thresholds(confidence=0.001, nms_iou=0.6)  # low, so that the whole curve is seen
+EVALUATION_THRESHOLDS = Thresholds(confidence=0.001)  # low, so that the whole curve is seen
 
 
 class Detector:
