@@ -147,7 +147,7 @@ class Config:
         return settings if share < self.mosaic_until else replace(settings, mosaic=0.0, mixup=0.0)
 
     def compiles(self, device: torch.device) -> bool:
-        """Whether to compile; batch norm over several processes would not gain by it."""
+        """Whether to compile, which batch norm over several processes breaks into parts."""
         return choose_compile(self.compile, device) and not self.sync_bn
 
     def train_sizes(self) -> tuple[tuple[int, int], ...]:
@@ -379,7 +379,8 @@ def find_progress(config: Config, checkpoint: Checkpoint | None, ranks: Ranks) -
                 f"the run has {progress.epoch} of {progress.end} epochs; --resume without --extend continues it, and "
                 "more can be added when it has finished"
             )
-        ranks.say(f"resuming after epoch {progress.epoch}, batch {progress.batch} of the next, with the run's settings")
+        within = f", batch {progress.batch} of the next" if progress.batch else ""
+        ranks.say(f"resuming after epoch {progress.epoch}{within}, with the run's settings")
         return progress
     if config.extend:
         return replace(progress, start=progress.epoch, end=progress.epoch + config.extend, stale=0)

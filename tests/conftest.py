@@ -5,9 +5,11 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
+import train
 from tools import make_demo_data
 from utils.errors import run_script
 
@@ -25,6 +27,20 @@ def devkit(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("devkit")
     make_demo_data.main(make_demo_data.Config(str(folder / "Demo"), train=24, val=6, test=6))
     return folder
+
+
+def small_run(devkit: Path, **changes: Any) -> train.Config:
+    """Settings for a run of seconds on the drawn set of a devkit, on the CPU."""
+    settings = {
+        "devkit": str(devkit),
+        "train_sets": ("Demo/train",),
+        "val_sets": ("Demo/val",),
+        "classes": str(devkit / "Demo" / "classes.txt"),
+        "anchors": str(ROOT / "model_data" / "yolo_anchors.txt"),
+        "input_size": (64, 64),
+        "device": "cpu",
+    }
+    return train.Config(**settings | changes)
 
 
 def run(*arguments: object, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:

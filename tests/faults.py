@@ -43,6 +43,7 @@ import utils.capacity
 import utils.files
 import utils.runlog
 from nets.yolo import ModelSpec
+from tests.conftest import small_run
 from tools import make_demo_data
 from utils.augment import epoch_order
 from utils.batches import Batches
@@ -89,7 +90,7 @@ class Plan:
     action: str = ""  # kill, full, wait, SIGTERM or SIGINT
     bad: dict[tuple[int, int], str] = field(default_factory=dict)  # epoch and batch: what is not finite there
     left_out: tuple[tuple[int, int], ...] = ()  # epoch and batch that are left out from the start
-    broken: str = ""  # what raises: add_scalar, draw_curves, write_image or decode
+    broken: str = ""  # what raises: add_scalar, draw_training, write_image or decode
     pictures: bool = False  # with TensorBoard, curves and pictures, which take time
     user: int = 0  # whose rights the run has
 
@@ -247,8 +248,8 @@ class Faults:
         match self.plan.broken:
             case "add_scalar":
                 SummaryWriter.add_scalar = fail
-            case "draw_curves":
-                utils.runlog.draw_curves = fail
+            case "draw_training":
+                utils.runlog.draw_training = fail
             case "write_image":
                 utils.runlog.write_image = fail
 
@@ -406,19 +407,8 @@ class Work:
         sets = self.kit / "Demo" / "ImageSets" / "Main"
         few = (sets / "train.txt").read_text().splitlines()[:12]
         (sets / "few.txt").write_text("\n".join(few) + "\n")
-        self.base = train.Config(
-            devkit=str(self.kit),
-            train_sets=("Demo/few",),
-            val_sets=("Demo/val",),
-            classes=str(self.kit / "Demo" / "classes.txt"),
-            anchors=str(ROOT / "model_data" / "yolo_anchors.txt"),
-            input_size=(64, 64),
-            epochs=3,
-            batch_size=4,
-            nominal_batch=4,
-            eval_every=2,
-            cache="ram",
-            device="cpu",
+        self.base = small_run(
+            self.kit, train_sets=("Demo/few",), epochs=3, batch_size=4, nominal_batch=4, eval_every=2, cache="ram"
         )
 
     def new(self, **changes: Any) -> train.Config:
@@ -820,7 +810,7 @@ def broken_writers(work: Work, short: bool) -> int:
         assert lines[0].startswith("warning: TensorBoard, curves or pictures cannot be written"), outcome.err
         work.compare(config, f"{broken} is broken")
 
-    cases = ("add_scalar", "draw_curves", "write_image", "folder")[: 3 if short else 4]
+    cases = ("add_scalar", "draw_training", "write_image", "folder")[: 3 if short else 4]
     together(case, cases)
     return len(cases)
 

@@ -21,7 +21,7 @@ from torch import nn
 import eval as eval_script
 import train
 from tests import worker
-from tests.conftest import ROOT
+from tests.conftest import ROOT, small_run
 from utils.checkpoint import BEST, LAST, PREVIOUS, digest, load_checkpoint
 from utils.distributed import Ranks
 from utils.errors import UserError
@@ -79,13 +79,10 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def config(devkit, folder) -> train.Config:
     """Two epochs of six batches and three steps; three batches to validate."""
-    return train.Config(
-        devkit=str(devkit),
+    return small_run(
+        devkit,
         train_sets=("Demo/train",) * 4,
         val_sets=("Demo/train", "Demo/val", "Demo/test"),
-        classes=str(devkit / "Demo" / "classes.txt"),
-        anchors=str(ROOT / "model_data" / "yolo_anchors.txt"),
-        input_size=(64, 64),
         run_dir=str(folder / "whole"),
         epochs=2,
         batch_size=16,
@@ -95,7 +92,6 @@ def config(devkit, folder) -> train.Config:
         mosaic_until=1.0,
         mosaic=0.5,
         mixup=0.3,
-        device="cpu",
         precision="fp32",
     )
 

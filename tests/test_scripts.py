@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import eval as eval_script
 import predict
 import train
-from tests.conftest import ROOT, run
+from tests.conftest import ROOT, run, small_run
 from utils.cache import build_cache
 from utils.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from utils.coco import dataset_of
@@ -27,12 +27,8 @@ from utils.voc import load_samples
 @pytest.fixture(scope="module")
 def config(devkit) -> train.Config:
     """A run of a minute's fraction."""
-    return train.Config(
-        devkit=str(devkit),
-        train_sets=("Demo/train",),
-        val_sets=("Demo/val",),
-        classes=str(devkit / "Demo" / "classes.txt"),
-        anchors=str(ROOT / "model_data" / "yolo_anchors.txt"),
+    return small_run(
+        devkit,
         input_size=(96, 128),
         epochs=4,
         batch_size=8,
@@ -41,7 +37,6 @@ def config(devkit) -> train.Config:
         eval_every=2,
         phi=4,
         mixup=0.3,
-        device="cpu",
     )
 
 

@@ -13,7 +13,7 @@ import torch
 from torch._dynamo.utils import counters
 
 import train
-from tests.conftest import ROOT
+from tests.conftest import small_run
 from utils import capacity
 from utils.checkpoint import digest, load_checkpoint
 from utils.distributed import Ranks
@@ -25,19 +25,7 @@ from utils.training import Progress, pack_training
 @pytest.fixture(scope="module")
 def config(devkit) -> train.Config:
     """A run of a few seconds."""
-    return train.Config(
-        devkit=str(devkit),
-        train_sets=("Demo/train",),
-        val_sets=("Demo/val",),
-        classes=str(devkit / "Demo" / "classes.txt"),
-        anchors=str(ROOT / "model_data" / "yolo_anchors.txt"),
-        input_size=(64, 64),
-        epochs=2,
-        batch_size=8,
-        eval_every=1,
-        device="cpu",
-        precision="fp32",
-    )
+    return small_run(devkit, epochs=2, batch_size=8, eval_every=1, precision="fp32")
 
 
 def records(folder):

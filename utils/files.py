@@ -68,12 +68,12 @@ def lock(path: Path, wait: bool = False) -> IO[bytes] | None:
         file = open(path, "a+b")  # noqa: SIM115, the caller keeps it
         if fcntl is None:
             file.seek(LOCKED_BYTE)
-            msvcrt.locking(file.fileno(), msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)  # waits for 10 s
+            msvcrt.locking(file.fileno(), msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)
         else:
             fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError as error:
         if file is None or error.errno not in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
             raise UserError(f"cannot lock {path}: {error.strerror}; choose another folder") from None
         file.close()
-        return None
+        return lock(path, wait) if wait else None  # Windows waits for 10 s at a time
     return file

@@ -218,13 +218,12 @@ def keep_fingerprints(folder: Path, found: dict[str, list[tuple[str, int, int]]]
 def changed_samples(before: Sequence[Sequence], now: Sequence[Sequence]) -> list[str]:
     """What differs between two lists of name, image and objects, in words."""
     old, new = ({name: (image, objects) for name, image, objects in samples} for samples in (before, now))
-    changes = [f"{name} is gone" for name in old if name not in new] + [
-        f"{name} is new" for name in new if name not in old
-    ]
+    changes = [f"{name} is gone" for name in old if name not in new]
+    changes += [f"{name} is new" for name in new if name not in old]
     for name in new:
         if name in old and old[name] != new[name]:
             parts = [part for part, a, b in zip(("image", "annotation"), old[name], new[name], strict=True) if a != b]
             changes.append(f"{' and '.join(parts)} of {name} changed")
     if not changes and list(map(tuple, before)) != list(map(tuple, now)):
-        changes.append("the order in the split files changed")
+        changes.append("the order in the split files changed, or how often a name is there")
     return changes
