@@ -89,8 +89,8 @@ class Config:
     extend: int = 0  # with resume: epochs to add to a run that has finished
     epochs: int = 100  # passes over the training sets
     freeze_epochs: int = 0  # of these, how many train with the backbone frozen
-    batch_size: int = 16  # images in memory at a time, over all GPUs; 0: as many as fit into them
-    nominal_batch: int = 16  # images per step of the optimizer; smaller batches are accumulated up to it
+    batch_size: int = 8  # images in memory at a time, over all GPUs; 0: as many as fit into them
+    nominal_batch: int = 8  # images per step of the optimizer; smaller batches are accumulated up to it
     eval_every: int = 5  # epochs between validations; the last epoch always has one
     patience: int = 0  # stop after so many validations without a better AP; 0: never
     checkpoint_every: int = 0  # steps between checkpoints within an epoch; 0: only at its end
@@ -102,7 +102,7 @@ class Config:
     sync_bn: bool = False  # batch norm over the batches of all GPUs; for few images per GPU
 
     # optimisation
-    lr: float = 0.02  # peak learning rate of Muon, which falls along a cosine; AdamW's is a share of it
+    lr: float = 0.014  # peak learning rate of Muon, which falls along a cosine; AdamW's is a share of it
     weight_decay: float = 0.1  # of weights, not of norms and biases
     warmup: float = 0.1  # share of the run in which the learning rate rises
     ema: float = 0.05  # horizon of the weight average as a share of the run

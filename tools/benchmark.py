@@ -198,7 +198,7 @@ class FixedBatch:
         self.dtype = choose_precision("auto", self.device)
         spec = make_spec(config.phi, config.input_size, load_classes(devkit / "Demo" / "classes.txt"))
         model = spec.build().to(self.device).to(memory_format=torch.channels_last).train()
-        optimizer = build_optimizer(model, 0.02, 0.1)
+        optimizer = build_optimizer(model, 0.014, 0.1)
         self.state = TrainingState(
             model,
             optimizer,
