@@ -392,7 +392,7 @@ def share_batch(config: Config, spec: ModelSpec, cache: ImageCache, device: torc
     size = config.batch_size
     if size == 0:
         if device.type != "cuda":
-            raise UserError("batch_size 0 picks what fits into a GPU; on the CPU give a number, such as 16")
+            raise UserError("batch_size 0 picks what fits into a GPU; on the CPU give a number, such as 8")
         alone = replace(config, batch_size=1, nominal_batch=1, compile="off")
         probe = build_trainer(alone, spec, len(cache), device, Ranks(), Progress(end=1))
         fits = largest_batch(probe, 2 * cache.labels.shape[1], config.train_sizes()[0], len(cache) // ranks.size)
