@@ -372,7 +372,10 @@ def test_mistakes_with_a_checkpoint(expect_mistake, run_dir, devkit, tmp_path):
     (tmp_path / "bad.jpg").write_text("no picture")
     expect_mistake(train, ["--run-dir", run_dir], "already holds a run", "--resume")
     expect_mistake(eval_script, [*weights, *classes], "6 classes", "20")
-    expect_mistake(eval_script, [*weights, "--out", tmp_path / "bad.jpg"], "cannot write to", "bad.jpg")
+    split = ["--devkit", devkit, "--sets", "Demo/val"]
+    expect_mistake(eval_script, [*weights, *split, "--out", tmp_path / "bad.jpg"], "cannot write to", "bad.jpg")
+    expect_mistake(eval_script, [*weights, "--sets", "Demo/none"], "no data set Demo/none")
+    assert not (run_dir / "eval").exists()  # which a mistake leaves nothing in
     expect_mistake(predict, [image, *weights, "--out", tmp_path / "bad.jpg"], "cannot write to", "bad.jpg")
     expect_mistake(predict, [], "no source")
     torch.save({"a": torch.zeros(1)}, tmp_path / "a.pth")
