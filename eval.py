@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from utils.cache import PLACES, ImageCache, build_cache
-from utils.checkpoint import newest_checkpoint
-from utils.coco import Dataset, read_coco, write_results
+from utils.checkpoint import find_checkpoint
+from utils.coco import RESULTS, Dataset, read_coco, write_results
 from utils.detector import Detector, Thresholds
 from utils.device import choose_device, choose_precision, keep_freed_memory
 from utils.distributed import Ranks, join_ranks
@@ -27,12 +27,12 @@ from utils.voc import Sample, load_classes, load_samples
 class Config:
     """Measure checkpoints on a split."""
 
-    weights: tuple[str, ...] = ()  # checkpoints of train.py; empty: best.safetensors of the newest run under logs/
+    weights: tuple[str, ...] = ()  # checkpoints of train.py, or folders of runs; empty: the newest run under logs/
     devkit: str = "VOCdevkit"  # folder of the data sets
     sets: tuple[str, ...] = ("VOC2007/test",)  # sets to measure on, folder/split, any number
     coco: str = ""  # COCO's JSON to measure on instead of sets, such as annotations/instances_val2017.json
     images: str = ""  # with coco: folder of its images
-    out: str = ""  # folder for the results; empty: eval/ beside the checkpoint, or compare/ beside the first
+    out: str = ""  # folder for the results; empty: under eval/ beside the checkpoint, or compare/ beside the first
     classes: str = ""  # class file to compare with the checkpoint's classes; empty: those of the checkpoint
     confidence: float = 0.001  # least score of a detection; low, so that the whole curve is seen
     nms_iou: float = 0.5  # two boxes of a class that overlap more are one object
@@ -48,6 +48,8 @@ class Config:
         check_choice(self, "cache", PLACES)
         if bool(self.coco) != bool(self.images):
             raise UserError("coco and images go together: the JSON file, and the folder of its images")
+        if len(set(self.sets)) < len(self.sets):
+            raise UserError(f"sets has one of {', '.join(self.sets)} twice, whose images would count twice")
 
 
 def main(config: Config) -> dict[str, Any]:
@@ -60,15 +62,21 @@ def main(config: Config) -> dict[str, Any]:
         keep_freed_memory()
     with join_ranks(device) as ranks:
         found = measure(config, device, ranks)
-        return ranks.share(found[0].metrics if ranks.first else None)
+        return ranks.share(found[0].metrics if found else {})
 
 
 def load_detectors(config: Config, paths: Sequence[Path], device: torch.device) -> list[Detector]:
     """The checkpoints, which must know the same classes."""
     dtype, thresholds = choose_precision(config.precision, device), Thresholds(config.confidence, config.nms_iou)
     detectors = [Detector.load(path, device, dtype, thresholds) for path in paths]
-    for detector in detectors:
-        detector.expect_classes(detectors[0].spec.class_names, paths[0])
+    first = detectors[0].spec.class_names
+    for path, detector in zip(paths, detectors, strict=True):
+        own = detector.spec.class_names
+        if own != first:
+            raise UserError(
+                f"{path} detects {', '.join(own)}, but {paths[0]} detects {', '.join(first)}; only checkpoints of the "
+                "same classes can be compared"
+            )
         if config.classes:
             detector.expect_classes(load_classes(config.classes), config.classes)
     return detectors
@@ -81,13 +89,19 @@ def load_split(config: Config, class_names: tuple[str, ...]) -> tuple[list[Sampl
     return load_samples(config.devkit, config.sets, class_names), None, list(config.sets)
 
 
+def sets_name(name: str) -> str:
+    """A set, or a COCO file, as part of a folder's name."""
+    return Path(name).stem if name.endswith(".json") else name.replace("/", "_")
+
+
 def measure(config: Config, device: torch.device, ranks: Ranks) -> list[Evaluation]:
     """Every checkpoint: its report written, its table printed; then the comparison. Only the first process has them."""
-    paths = [Path(name) for name in config.weights] or [newest_checkpoint()]
+    paths = [find_checkpoint(name) for name in config.weights or [""]]
     several = len(paths) > 1
-    out = Path(config.out) if config.out else paths[0].parent / ("compare" if several else "eval")
     detectors = load_detectors(config, paths, device)
     samples, dataset, sets = load_split(config, detectors[0].spec.class_names)
+    part = paths[0].parent / ("compare" if several else "eval")
+    out = Path(config.out) if config.out else part / "_".join(sets_name(name) for name in sets)
     if several and not any(len(sample.labels) for sample in samples):
         raise UserError(f"{', '.join(sets)} has no objects, so that there is nothing to compare checkpoints by")
     if ranks.first:
@@ -105,10 +119,13 @@ def measure(config: Config, device: torch.device, ranks: Ranks) -> list[Evaluati
         evaluation = evaluate(samples, detections, caches[fitted].sizes, spec.class_names, dataset)
         folder = out / f"{i}_{path.parent.name}_{path.stem}" if several else out
         folder.mkdir(exist_ok=True)
-        Report({"weights": str(path), "sets": sets}, spec, caches[fitted], detections, evaluation).write(folder)
         write_results(folder, dataset, detections)
+        if dataset and not dataset.truth["annotations"]:
+            print(f"{config.coco} has no annotations to measure on; detections are in {folder / RESULTS}")
+            continue
+        Report(path, sets, detector, caches[fitted], detections, evaluation).write(folder)
         print(f"{path} on {', '.join(sets)}, {len(samples)} images\n\n{metrics_table(evaluation.metrics)}\n")
-        print(f"written to {folder}: look at {folder / 'report.html'}\n")
+        print(f"written to {folder}: look at {folder / 'report.html'}" + (f"; {RESULTS}" if dataset else "") + "\n")
         found.append(evaluation)
     if several and ranks.first:
         print(f"{write_comparison(out, compare([str(path) for path in paths], found))}\n\nwritten to {out}")

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 import tyro
 from tqdm import tqdm
 
-from utils.checkpoint import newest_checkpoint
+from utils.checkpoint import find_checkpoint
 from utils.detector import Detector, Thresholds
 from utils.device import choose_device, choose_precision, keep_freed_memory
 from utils.errors import UserError, make_folder, run_script
@@ -30,7 +30,7 @@ class Config:
     """Detect objects in images."""
 
     source: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="SOURCE", help=SOURCE_HELP)]
-    weights: str = ""  # checkpoint of train.py; empty: best.safetensors of the newest run under logs/
+    weights: str = ""  # checkpoint of train.py, or folder of a run; empty: the newest run under logs/
     out: str = "predictions"  # folder for the results: annotated pictures and detections.jsonl
     classes: str = ""  # class file to compare with the checkpoint's classes; empty: those of the checkpoint
     confidence: float | Literal["auto"] = "auto"  # least score; auto: for each class what its validation suggests
@@ -79,7 +79,7 @@ def main(config: Config) -> int:
         raise UserError("no source was given; name an image, a folder or a glob")
     if any(path.parent.resolve() == Path(config.out).resolve() for path in paths):
         raise UserError(f"out is {config.out}, where the pictures would replace their inputs; choose another folder")
-    weights = config.weights or newest_checkpoint()
+    weights = find_checkpoint(config.weights)
     thresholds = Thresholds(None if config.confidence == "auto" else config.confidence, config.nms_iou)
     detector = Detector.load(weights, device, choose_precision(config.precision, device), thresholds)
     if config.classes:
@@ -91,6 +91,7 @@ def main(config: Config) -> int:
         raise UserError(unread[0] + (f", nor are the other {len(unread) - 1}" if len(unread) > 1 else ""))
     if unread:
         print(f"skipped {len(unread)} of {len(paths)} images: {'; '.join(unread[:SHOWN])}", file=sys.stderr)
+    print(f"confidence {detector.describe_confidences()}")
     print(f"{found} objects in {len(paths) - len(unread)} image(s); pictures and detections.jsonl are in {config.out}")
     if not found:
         least = "that suggested for its class" if config.confidence == "auto" else f"{config.confidence:g}"

@@ -493,8 +493,7 @@ def report(config: Config, cache: ImageCache, run: Path, ranks: Ranks) -> None:
     if ranks.first:
         make_folder(folder)
         evaluation = evaluate(cache.samples, detections, cache.sizes, detector.spec.class_names)
-        about = {"weights": str(weights), "sets": list(config.val_sets)}
-        Report(about, detector.spec, cache, detections, evaluation).write(folder)
+        Report(weights, config.val_sets, detector, cache, detections, evaluation).write(folder)
 
 
 def train(config: Config, stop: StopSignals, ranks: Ranks) -> Path:

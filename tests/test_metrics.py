@@ -102,8 +102,7 @@ def test_nothing_found_and_nothing_to_find():
     assert metrics["coco"]["AP"] == metrics["voc"]["mAP_area"] == 0
     assert metrics["coco"]["per_class"] == {"a": -1, "b": 0}
     metrics = evaluate([sample([], [])], [found([[0, 0, 5, 5]], [0], [0.9])], [(10, 10)], ["a", "b"]).metrics
-    assert metrics["voc"]["mAP_area"] == 0
-    assert metrics["coco"]["AP"] == -1
+    assert metrics["voc"]["mAP_area"] == metrics["coco"]["AP"] == metrics["best"]["a"]["F1"] == -1
     assert json.dumps(metrics)
 
 
@@ -119,6 +118,7 @@ def test_the_best_threshold_lies_between_two_scores():
     tied = Curve(curve.precision, curve.recall, np.array([0.9, 0.5, 0.5, 0.5]), 2).best()
     assert (tied["threshold"], tied["precision"], tied["recall"]) == pytest.approx((0.7, 1, 0.5))
     assert Curve(np.empty(0), np.empty(0), np.empty(0), 3).best()["threshold"] == 0.3
+    assert Curve(curve.precision, curve.recall, curve.scores / 10, 2).best()["threshold"] == 0.3  # all are too unsure
 
 
 def test_confusion_by_hand():

@@ -16,6 +16,7 @@ import torch
 from nets.yolo import ModelSpec
 from tests.conftest import ANCHORS
 from utils.cache import build_cache
+from utils.detector import EVALUATION_THRESHOLDS, Detector
 from utils.images import read_image
 from utils.metrics import Curve, confusion_matrix, evaluate, voc_curves
 from utils.plots import draw_confidence, draw_confusion, draw_precision_recall
@@ -90,11 +91,17 @@ def test_what_lies_in_a_crowd_is_not_suspected():
     people = sv.Detections(
         np.hstack([corners, corners + 50]), confidence=np.full(len(corners), 0.9), class_id=np.zeros(len(corners), int)
     )
-    curves = voc_curves([crowd], [people], 2)
-    assert suspect_labels([crowd], [people], curves, [0.3, 0.3], ["person", "dog"]) == []
-    assert confusion_matrix([crowd], [people], [0.3, 0.3]).sum() == 0
-    dogs = sv.Detections(people.xyxy, confidence=people.confidence, class_id=people.class_id + 1)
-    assert len(suspect_labels([crowd], [dogs], curves, [0.3, 0.3], ["person", "dog"])) == len(corners)
+    dog = Sample("b", Path("b.jpg"), None, np.float32([[0, 0, 9, 9]] * 2), np.array([0, 1]), np.array([False, False]))
+    pair = sv.Detections(dog.boxes, confidence=np.array([0.9, 0.9]), class_id=dog.labels)
+    names, thresholds = ["person", "dog", "ox"], [0.3, 0.3, 0.3]
+    curves = voc_curves([crowd, dog], [people, pair], 3)
+    assert suspect_labels([crowd, dog], [people, pair], curves, thresholds, names) == []
+    assert confusion_matrix([crowd], [people], thresholds).sum() == 0
+    dogs, oxen = (
+        sv.Detections(people.xyxy, confidence=people.confidence, class_id=people.class_id + i) for i in (1, 2)
+    )
+    assert len(suspect_labels([crowd], [dogs], curves, thresholds, names)) == len(corners)
+    assert suspect_labels([crowd], [oxen], curves, thresholds, names) == []  # which the labels do not know
 
 
 def test_right_labels_are_not_suspected(split):
@@ -114,7 +121,8 @@ def report(split, tmp_path_factory) -> Path:
     spec = ModelSpec(names, ANCHORS, input_size=(96, 128))
     cache = build_cache(samples, spec, torch.device("cpu"))
     measured = evaluate(samples, detections, cache.sizes, names)
-    Report({"weights": "a&b.safetensors", "sets": ["Demo/train"]}, spec, cache, detections, measured).write(folder)
+    detector = Detector(spec.build(), spec, torch.device("cpu"), thresholds=EVALUATION_THRESHOLDS)
+    Report(Path("a&b.safetensors"), ["Demo/train"], detector, cache, detections, measured).write(folder)
     return folder
 
 

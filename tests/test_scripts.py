@@ -17,7 +17,7 @@ import predict
 import train
 from tests.conftest import ROOT, run, small_run
 from utils.cache import build_cache
-from utils.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
+from utils.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from utils.coco import dataset_of
 from utils.detector import EVALUATION_THRESHOLDS, Detector, Thresholds
 from utils.images import draw_detections, read_image, write_image
@@ -276,9 +276,10 @@ def test_the_newest_run_is_meant_without_a_name(run_dir, tmp_path, monkeypatch, 
             shutil.copy(run_dir / f"{part}.safetensors", tmp_path / "logs" / name)
         (tmp_path / "logs" / name / "metrics.jsonl").touch()
         os.utime(tmp_path / "logs" / name / "metrics.jsonl", (len(name), 10.0 * len(parts)))
-    assert newest_checkpoint() == Path("logs/old/best.safetensors")
+    assert find_checkpoint() == Path("logs/old/best.safetensors")
+    assert find_checkpoint("logs/new") == Path("logs/new/last.safetensors")
     os.utime(tmp_path / "logs" / "new" / "metrics.jsonl")
-    assert newest_checkpoint() == Path("logs/new/last.safetensors")
+    assert find_checkpoint() == Path("logs/new/last.safetensors")
     (tmp_path / "logs" / "new" / "last.safetensors").unlink()
     expect_mistake(train, ["--resume"], "logs/new", "before its first checkpoint")
 

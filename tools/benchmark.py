@@ -44,7 +44,7 @@ from utils.augment import AugmentSettings
 from utils.batches import Batches
 from utils.cache import build_cache
 from utils.capacity import peak_memory
-from utils.checkpoint import LAST, newest_checkpoint
+from utils.checkpoint import LAST, find_checkpoint
 from utils.detector import EVALUATION_THRESHOLDS, Detector
 from utils.device import (
     autocast,
@@ -402,8 +402,7 @@ def time_evaluation(config: Evaluation, detector: Detector) -> dict[str, float]:
     measured = evaluate(samples, found, cache.sizes, names)
     lap()
     with tempfile.TemporaryDirectory() as folder:
-        about = {"weights": config.weights, "sets": list(config.sets)}
-        Report(about, detector.spec, cache, found, measured).write(Path(folder))
+        Report(Path(config.weights), config.sets, detector, cache, found, measured).write(Path(folder))
         lap()
     parts = ("annotations", "images", "detections", "figures", "report")
     seconds = dict(zip(parts, np.diff(times).tolist(), strict=True))
@@ -412,7 +411,7 @@ def time_evaluation(config: Evaluation, detector: Detector) -> dict[str, float]:
 
 def benchmark_evaluation(config: Evaluation) -> dict[str, object]:
     """Median seconds of the parts, and the share of all but the network, without the report and with it."""
-    weights = config.weights or newest_checkpoint()
+    weights = find_checkpoint(config.weights)
     detector = Detector.load(weights, choose_device(config.device), thresholds=EVALUATION_THRESHOLDS)
     rounds = [time_evaluation(config, detector) for _ in range(config.rounds + 1)][1:]  # the first warms up
     parts = {name: statistics.median(times[name] for times in rounds) for name in rounds[0]}

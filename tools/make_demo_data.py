@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.errors import UserError, run_script
+from utils.errors import UserError, check_range, make_folder, run_script
 from utils.images import write_image
 from utils.voc import EDGES
 
@@ -38,6 +38,10 @@ class Config:
     val: int = 60  # images to choose the best checkpoint on
     test: int = 100  # images held out
     seed: int = 0  # the same seed draws the same set
+
+    def __post_init__(self) -> None:
+        """Raise UserError for a value that cannot work."""
+        check_range(self, 1, 1e6, "train", "val", "test")
 
 
 def outline(name: str, rng: np.random.Generator) -> np.ndarray:
@@ -133,7 +137,7 @@ def main(config: Config) -> None:
     if folder.exists() and not (folder / MARKER).is_file() and any(folder.iterdir()):
         raise UserError(f"{folder} exists and was not drawn by this tool; choose another --folder")
     for part in ("JPEGImages", "Annotations", "ImageSets/Main"):
-        (folder / part).mkdir(parents=True, exist_ok=True)
+        make_folder(folder / part)
     (folder / MARKER).write_text(
         "This folder is made, and overwritten, by tools/make_demo_data.py.\n", encoding="utf-8"
     )

@@ -116,7 +116,9 @@ def newest_run() -> Path:
     """The folder of the newest run under logs/."""
     found = list(Path("logs").glob("*/metrics.jsonl"))
     if not found:
-        raise UserError("there is no run under logs/; run train.py first, or name the place of another")
+        raise UserError(
+            "there is no run under logs/; run train.py first, or say where one is, with --run-dir or --weights"
+        )
     folder = max(found, key=lambda path: path.stat().st_mtime).parent
     if not is_resumable(folder):
         raise UserError(
@@ -125,10 +127,14 @@ def newest_run() -> Path:
     return folder
 
 
-def newest_checkpoint() -> Path:
-    """`best` of the newest run under logs/, or `last` when it has no `best` yet."""
-    folder = newest_run()
-    return folder / BEST if (folder / BEST).exists() else folder / LAST
+def find_checkpoint(name: str = "") -> Path:
+    """A checkpoint's own path; of a run's folder, or without a name of the newest run, its `best`, else its `last`."""
+    path = Path(name) if name else newest_run()
+    if not path.is_dir():
+        return path
+    if not ((path / BEST).exists() or is_resumable(path)):
+        raise UserError(f"{path} is a folder without a checkpoint; name a .safetensors file, or the folder of a run")
+    return path / BEST if (path / BEST).exists() else path / LAST
 
 
 def digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:

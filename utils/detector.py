@@ -25,6 +25,8 @@ from utils.errors import UserError, check_range
 from utils.images import fit_image
 from utils.nms import FALLBACK_CONFIDENCE, select_detections
 
+NAMED = 8  # classes up to which their thresholds are said one by one
+
 
 @dataclass(frozen=True)
 class Thresholds:
@@ -66,6 +68,7 @@ class Detector:
         self.device = device
         self.dtype = dtype
         self.thresholds = thresholds or Thresholds()
+        self.suggested = suggested
         confidences = suggested or [FALLBACK_CONFIDENCE] * spec.num_classes
         if self.thresholds.confidence is not None:
             confidences = [self.thresholds.confidence] * spec.num_classes
@@ -86,6 +89,18 @@ class Detector:
         checkpoint = load_checkpoint(path)
         suggested = checkpoint.info.get("thresholds", ())
         return cls(checkpoint.build_model(path), checkpoint.spec, torch.device(device), dtype, thresholds, suggested)
+
+    def describe_confidences(self) -> str:
+        """The least confidence of a detection, and where it comes from, in words."""
+        if self.thresholds.confidence is not None:
+            return f"{self.thresholds.confidence:g}, as given"
+        if not self.suggested:
+            return f"{FALLBACK_CONFIDENCE}, since the training had no validation that would suggest another"
+        words = f"{min(self.suggested):.2f} to {max(self.suggested):.2f}"
+        if len(self.suggested) <= NAMED:
+            named = zip(self.spec.class_names, self.suggested, strict=True)
+            words = ", ".join(f"{name} {value:.2f}" for name, value in named)
+        return f"{words}, as the training's validation suggests"
 
     def expect_classes(self, class_names: Sequence[str], source: str | Path) -> None:
         """Raise UserError when a class file that the user named is not the one of the training."""

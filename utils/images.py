@@ -90,33 +90,37 @@ def draw_detections(image: np.ndarray, detections: sv.Detections, class_names: S
     return annotator.annotate(picture, detections, labels=labels)
 
 
+def around(box: np.ndarray, size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """The part (left, top, right, bottom) to show around a box (4,) in an image of (height, width)."""
+    reach = max(AROUND * max(box[2:] - box[:2]), VIEW_SIDE / MOST_ZOOM / 2)
+    centre = (box[:2] + box[2:]) / 2
+    left, top = np.maximum(centre - reach, 0).astype(int)
+    right, bottom = np.minimum(np.ceil(centre + reach), size[::-1]).astype(int)
+    return int(left), int(top), int(right), int(bottom)
+
+
 def draw_view(
-    image: np.ndarray, detections: sv.Detections, class_names: Sequence[str], mark: np.ndarray | None = None
+    image: np.ndarray,
+    detections: sv.Detections,
+    class_names: Sequence[str],
+    marks: np.ndarray,
+    part: tuple[int, int, int, int] | None = None,
 ) -> np.ndarray:
-    """An RGB image with boxes, VIEW_SIDE pixels at its longer side; of a `mark`ed box (4,) only the part around it."""
-    height, width = image.shape[:2]
-    left, top, right, bottom = 0, 0, width, height
-    if mark is not None:
-        reach = max(AROUND * max(mark[2:] - mark[:2]), VIEW_SIDE / MOST_ZOOM / 2)
-        centre = (mark[:2] + mark[2:]) / 2
-        left, top = np.maximum(centre - reach, 0).astype(int)
-        right, bottom = np.minimum(np.ceil(centre + reach), [width, height]).astype(int)
+    """An RGB image, or a part of it, with boxes, VIEW_SIDE pixels at its longer side; around `marks` (K, 4) frames."""
+    left, top, right, bottom = part or (0, 0, image.shape[1], image.shape[0])
     zoom = min(MOST_ZOOM, VIEW_SIDE / max(right - left, bottom - top))
     size = max(1, round((right - left) * zoom)), max(1, round((bottom - top) * zoom))
-    view = cv2.resize(
-        image[top:bottom, left:right], size, interpolation=cv2.INTER_AREA if zoom < 1 else cv2.INTER_CUBIC
-    )
+    interpolation = cv2.INTER_AREA if zoom < 1 else cv2.INTER_CUBIC
+    view = cv2.resize(image[top:bottom, left:right], size, interpolation=interpolation)
     to_view = Fit(zoom, zoom, -left * zoom, -top * zoom)
+    for x1, y1, x2, y2 in to_view.to_input(marks).round().astype(int).tolist():
+        for colour, thickness in MARK:
+            cv2.rectangle(view, (x1 - 4, y1 - 4), (x2 + 4, y2 + 4), colour, thickness)
     boxes = to_view.to_input(detections.xyxy)
     inside = (boxes[:, 2:] > 0).all(axis=1) & (boxes[:, :2] < size).all(axis=1)
     boxes[:, 2:] = np.maximum(boxes[:, 2:], boxes[:, :2] + LEAST_SIDE)
     boxes = clip_boxes(boxes, size[::-1])
-    view = draw_detections(view, replace(detections, xyxy=boxes)[inside], class_names)
-    if mark is not None:
-        x1, y1, x2, y2 = (int(edge) for edge in to_view.to_input(mark[None])[0].round())
-        for colour, thickness in MARK:
-            cv2.rectangle(view, (x1 - 4, y1 - 4), (x2 + 4, y2 + 4), colour, thickness)
-    return view
+    return draw_detections(view, replace(detections, xyxy=boxes)[inside], class_names)
 
 
 def draw_sheet(

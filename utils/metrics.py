@@ -16,6 +16,7 @@ from utils.nms import FALLBACK_CONFIDENCE
 from utils.voc import Sample
 
 MATCH_IOU = 0.5  # from which on a detection is of an object
+LEAST_CONFIDENCE = 0.1  # that is suggested for prediction
 ELEVEN_RECALLS = np.arange(0, 1.1, 0.1)  # as the devkit writes it; i / 10 differs in a few cases
 
 
@@ -47,15 +48,16 @@ class Curve:
     def best(self) -> dict[str, float]:
         """The threshold with the highest F1, halfway to the next lower score, and precision, recall and F1 there.
 
-        Without objects, or with none found, there is no best one: FALLBACK_CONFIDENCE, and zeros.
+        Below LEAST_CONFIDENCE none is taken, since that would cover the pictures of a weak network with boxes. Without
+        one there is FALLBACK_CONFIDENCE, with zeros, or -1 where there is nothing to find.
         """
-        ends = np.append(self.scores[1:] < self.scores[:-1], True)[: len(self.scores)]  # a threshold fits behind these
-        f1 = np.where(ends, self.f1(), 0.0)
+        between = (self.scores + np.append(self.scores[1:], 0.0)[: len(self.scores)]) / 2
+        f1 = np.where((between < self.scores) & (between >= LEAST_CONFIDENCE), self.f1(), 0.0)
         if f1.max(initial=0.0) == 0:
-            return {"threshold": FALLBACK_CONFIDENCE, "precision": 0.0, "recall": 0.0, "F1": 0.0}
+            nothing = 0.0 if self.positives else -1.0
+            return {"threshold": FALLBACK_CONFIDENCE} | dict.fromkeys(("precision", "recall", "F1"), nothing)
         at = int(f1.argmax())
-        lower = self.scores[at + 1] if at + 1 < len(self.scores) else 0.0
-        values = (self.scores[at] + lower) / 2, self.precision[at], self.recall[at], f1[at]
+        values = between[at], self.precision[at], self.recall[at], f1[at]
         return dict(zip(("threshold", "precision", "recall", "F1"), map(float, values), strict=True))
 
 
@@ -136,14 +138,14 @@ def match(sample: Sample, found: sv.Detections, iou_threshold: float) -> tuple[n
 
 
 def voc_metrics(curves: Sequence[Curve], class_names: Sequence[str]) -> dict[str, Any]:
-    """AP per class and the means over the classes that have objects."""
-    per_class = {
-        name: {"AP_11point": curve.ap_11point(), "AP_area": curve.ap_area(), "objects": curve.positives}
-        for name, curve in zip(class_names, curves, strict=True)
-    }
+    """AP per class and the means over the classes that have objects; -1 where there are none."""
+    per_class = {}
+    for name, curve in zip(class_names, curves, strict=True):
+        values = (curve.ap_11point(), curve.ap_area()) if curve.positives else (-1.0, -1.0)
+        per_class[name] = {"AP_11point": values[0], "AP_area": values[1], "objects": curve.positives}
     present = [values for values in per_class.values() if values["objects"]]
     means = {
-        f"m{kind}": float(np.mean([values[kind] for values in present])) if present else 0.0
+        f"m{kind}": float(np.mean([values[kind] for values in present])) if present else -1.0
         for kind in ("AP_11point", "AP_area")
     }
     return {**means, "per_class": per_class}

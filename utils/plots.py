@@ -12,6 +12,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from utils.augment import draw
@@ -63,20 +64,26 @@ def draw_precision_recall(curves: Sequence[Curve], class_names: Sequence[str], p
     """A line per class that has objects, named with its AP."""
     figure, axes = plt.subplots(figsize=(8, 5.5), layout="constrained")
     axes.set(xlabel="recall", ylabel="precision", title="precision and recall at IoU 0.5 (AP by area)")
-    draw_lines(figure, [axes], curves, class_names, lambda curve: [(curve.recall, curve.precision)])
+    labels = [f"{plain(name)} {curve.ap_area():.3f}" for curve, name in zip(curves, class_names, strict=True)]
+    draw_lines(figure, [axes], curves, labels, lambda curve: [(curve.recall, curve.precision)])
     save(figure, path)
 
 
 def draw_confidence(curves: Sequence[Curve], class_names: Sequence[str], path: Path) -> None:
-    """Precision, recall and F1 of each class against the confidence from which on a detection counts."""
+    """Precision, recall and F1 of each class against the confidence from which on a detection counts.
+
+    A dot is at the best F1, whose confidence is the threshold.
+    """
     figure, panels = plt.subplots(1, 3, figsize=(12, 4), sharey=True, layout="constrained")
-    for axes, title in zip(panels, ("precision", "recall", "F1"), strict=True):
+    for axes, title in zip(panels, ("precision", "recall", "F1 (dot: threshold)"), strict=True):
         axes.set(xlabel="confidence", title=title)
 
     def lines(curve: Curve) -> Lines:
         return [(curve.scores, values) for values in (curve.precision, curve.recall, curve.f1())]
 
-    draw_lines(figure, panels, curves, class_names, lines)
+    for line, i in draw_lines(figure, panels, curves, [*map(plain, class_names)], lines):
+        best = curves[i].best()
+        panels[2].plot(best["threshold"], best["F1"], "o", color=line.get_color())
     save(figure, path)
 
 
@@ -84,42 +91,46 @@ def draw_lines(
     figure: Figure,
     panels: Sequence[Axes],
     curves: Sequence[Curve],
-    class_names: Sequence[str],
+    labels: Sequence[str],
     lines: Callable[[Curve], Lines],
-) -> None:
-    """A line of each class that has objects in each panel; of many classes only those with the least AP are named."""
+) -> list[tuple[Line2D, int]]:
+    """A line of each class that has objects in each panel; of many classes only those with the least AP are named.
+
+    Returns of the named ones the line in the first panel, and which class it is.
+    """
     present = sorted((curve.ap_area(), i) for i, curve in enumerate(curves) if curve.positives)
     named = {i for _, i in present[: len(present) if len(present) <= MOST_NAMES else MOST_NAMES // 2]}
-    handles, labels = [], []
-    for ap, i in sorted(present, key=lambda item: (item[1] in named, item[1])):
+    drawn = []
+    for _, i in sorted(present, key=lambda item: (item[1] in named, item[1])):
         style = {} if i in named else {"color": "0.8", "linewidth": 0.8}
-        drawn = [axes.plot(x, y, **style)[0] for axes, (x, y) in zip(panels, lines(curves[i]), strict=True)]
+        first, *_ = [axes.plot(x, y, **style)[0] for axes, (x, y) in zip(panels, lines(curves[i]), strict=True)]
         if i in named:
-            handles.append(drawn[0])
-            labels.append(f"{plain(class_names[i])} {ap:.3f}")
+            drawn.append((first, i))
     for axes in panels:
         axes.set(xlim=(0, 1), ylim=(0, 1.02))
         axes.grid(alpha=0.3)
-    title = None if len(named) == len(present) else "classes with the least AP"
-    if handles:
-        figure.legend(handles, labels, loc="outside right upper", fontsize="small", title=title)
+    if drawn:
+        title = None if len(named) == len(present) else "classes with the least AP"
+        handles, texts = [line for line, _ in drawn], [labels[i] for _, i in drawn]
+        figure.legend(handles, texts, loc="outside right upper", fontsize="small", title=title)
+    return drawn
 
 
 def draw_confusion(counts: np.ndarray, class_names: Sequence[str], path: Path) -> None:
     """Counts (C + 1, C + 1), the background last, as shares of their row."""
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     names = [*map(plain, class_names), "background"]
-    side = min(14, 3.5 + 0.45 * len(names))
+    side = min(14, 3.5 + 0.55 * len(names))
     figure, axes = plt.subplots(figsize=(side + 1, side), layout="constrained")
     figure.colorbar(axes.imshow(shares, cmap="Blues", vmin=0, vmax=1), shrink=0.8)
     size = "small" if len(names) <= MOST_NUMBERS else "xx-small"
     axes.set_xticks(range(len(names)), names, rotation=90, fontsize=size)
     axes.set_yticks(range(len(names)), names, fontsize=size)
-    axes.set(xlabel="found as", ylabel="object", title="share of a row")
+    axes.set(xlabel="found as", ylabel="object", title="share of a row, and count")
     if len(names) <= MOST_NUMBERS + 1:
         for row, column in np.argwhere(counts):
             dark = shares[row, column] > 0.6
-            text = f"{shares[row, column]:.2f}"
+            text = f"{shares[row, column]:.2f}\n{counts[row, column]}"
             axes.text(column, row, text, ha="center", va="center", fontsize=size, color="white" if dark else "black")
     save(figure, path)
 
@@ -144,9 +155,7 @@ def draw_shapes(sides: np.ndarray, anchors: np.ndarray, recall: float | None, pa
         ticks = np.unique(np.round(np.geomspace(edges[0], edges[-1], 7), 1 if axes is panels[0] else 2))
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks], minor=False)
         axes.set_xticks([], minor=True)
-    title = "objects (blue) and anchors in use (red)" + (
-        "" if recall is None else f"; best possible recall {recall:.3f}"
-    )
+    title = "objects (blue) and anchors (red)" + ("" if recall is None else f"; best possible recall {recall:.3f}")
     figure.suptitle(title, fontsize="medium")
     save(figure, path)
 

@@ -2,6 +2,7 @@
 
 import json
 from base64 import b64encode
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +14,12 @@ import torch
 from jinja2 import Environment, FileSystemLoader
 from torch import Tensor
 
-from nets.yolo import ModelSpec
-from utils.anchors import levels_of
 from utils.boxes import shape_iou
 from utils.cache import ImageCache, read_sample
 from utils.coco import COCO_NAMES
+from utils.detector import Detector
 from utils.files import replacing
-from utils.images import draw_view, encode_image
+from utils.images import around, draw_view, encode_image
 from utils.loss import LossSettings
 from utils.metrics import Evaluation, confident, confusion_matrix, on_difficult, pair
 from utils.plots import draw_confidence, draw_confusion, draw_precision_recall, draw_shapes
@@ -87,21 +87,24 @@ def metrics_table(metrics: dict[str, Any]) -> str:
 class Report:
     """A split, what a detector found on it, and how good that is: everything that a report shows."""
 
-    about: dict[str, Any]  # the checkpoint, the sets
-    spec: ModelSpec
+    weights: Path  # the checkpoint
+    sets: Sequence[str]
+    detector: Detector
     cache: ImageCache
     detections: Sequence[sv.Detections]
     evaluation: Evaluation
 
     def write(self, folder: Path) -> None:
         """Tables, plots and the page."""
-        names, curves, samples = self.spec.class_names, self.evaluation.curves, self.cache.samples
+        names, curves, samples = self.detector.spec.class_names, self.evaluation.curves, self.cache.samples
         boxes = self.cache.boxes[self.cache.labels >= 0]
-        sides, anchors = boxes[:, 2:] - boxes[:, :2], torch.cat([level.anchors for level in levels_of(self.spec)])
+        sides, anchors = boxes[:, 2:] - boxes[:, :2], torch.cat([level.anchors for level in self.detector.levels])
         recall = best_possible_recall(sides, anchors)
         counts = confusion_matrix(samples, self.detections, self.evaluation.thresholds)
         confusion = {"classes": [*names, "background"], "counts": counts.tolist()}
-        metrics = self.about | {"images": len(samples)} | self.evaluation.metrics
+        limits = self.detector.thresholds
+        metrics = {"weights": str(self.weights), "sets": list(self.sets), "images": len(samples)}
+        metrics |= {"confidence": limits.confidence, "nms_iou": limits.nms_iou} | self.evaluation.metrics
         metrics |= {"best_possible_recall": recall, "confusion": confusion}
         suspicions = suspect_labels(samples, self.detections, curves, self.evaluation.thresholds, names)
         write_text(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
@@ -118,7 +121,6 @@ class Report:
         """`report.html`, with all its pictures inside."""
         template = Environment(loader=FileSystemLoader(TEMPLATE.parent), autoescape=True).get_template(TEMPLATE.name)
         page = template.render(
-            about=self.about,
             metrics=metrics,
             columns=CLASS_COLUMNS,
             rows=[(name, [show(values.get(key)) for key in CLASS_COLUMNS]) for name, values in class_rows(metrics)],
@@ -127,48 +129,51 @@ class Report:
             worst=self.worst_images(),
             suspicions=[self.shown(item) for item in suspicions[:SUSPICIONS]],
             num_suspicions=len(suspicions),
+            kinds=Counter(item.kind for item in suspicions),
             recall=show(metrics["best_possible_recall"]),
             anchor_iou=LossSettings.anchor_iou,
         )
         write_text(folder / "report.html", page)
 
     def worst_images(self) -> list[dict[str, Any]]:
-        """The images that cost the most AP."""
+        """The images that cost the most AP, with frames around what was missed and what is false."""
         costs = influence(self.evaluation.coco.matches, len(self.cache))
         worst = []
-        for i in np.argsort(-costs, kind="stable")[:WORST]:
+        for i in np.argsort(-costs, kind="stable")[:WORST].tolist():
             if costs[i] <= 0:
                 break
             sample, found = self.cache.samples[i], confident(self.detections[i], self.evaluation.thresholds)
-            pairs, objects = dict(pair(sample, found)), int((~sample.difficult).sum())
-            right = sum(
-                sample.labels[column] == found.class_id[row] and not sample.difficult[column]
-                for row, column in pairs.items()
-            )
-            ignored = on_difficult(sample, found)
-            ignored[[row for row, column in pairs.items() if sample.difficult[column]]] = True
+            missed, false = ~sample.difficult, ~on_difficult(sample, found)
+            for row, column in pair(sample, found):
+                right = sample.labels[column] == found.class_id[row]
+                missed[column] &= not right
+                false[row] &= not (right or sample.difficult[column])
             caption = (
-                f"costs {100 * costs[i]:.2f} points of AP: {objects - right} of {objects} objects missed, "
-                f"{len(found) - right - ignored.sum()} false"
+                f"costs {100 * costs[i]:.2f} points of AP: {missed.sum()} of {(~sample.difficult).sum()} objects "
+                f"missed, {false.sum()} false"
             )
-            worst.append({"image": sample.name, "file": str(sample.image), "caption": caption} | self.pictures(i))
+            pictures = self.pictures(i, sample.boxes[missed], found.xyxy[false])
+            worst.append({"image": sample.name, "file": str(sample.image), "caption": caption} | pictures)
         return worst
 
     def shown(self, item: Suspicion) -> dict[str, Any]:
         """A suspicion with its pictures, cut out around it."""
-        return describe(item, self.cache.samples[item.image]) | self.pictures(item.image, item.box)
+        sample = self.cache.samples[item.image]
+        part = around(item.box, self.cache.sizes[item.image])
+        return describe(item, sample) | self.pictures(item.image, item.box[None], item.box[None], part)
 
-    def pictures(self, i: int, mark: np.ndarray | None = None) -> dict[str, str]:
-        """An image with its labels, and with what was found; of a `mark`ed box only the part around it."""
-        sample, names = self.cache.samples[i], self.spec.class_names
+    def pictures(
+        self, i: int, marks: np.ndarray, found_marks: np.ndarray, part: tuple[int, int, int, int] | None = None
+    ) -> dict[str, str]:
+        """An image, or a part of it, with its labels and with what was found, and frames in both."""
+        sample, names = self.cache.samples[i], self.detector.spec.class_names
         image, _ = read_sample(sample)
-        labelled = sv.Detections(sample.boxes, class_id=sample.labels)
         found = confident(self.detections[i], self.evaluation.thresholds)
-        views = {"labelled": labelled, "found": found}
-        return {
-            name: data_uri(encode_image(draw_view(image, boxes, names, mark), ".jpg"), "jpeg")
-            for name, boxes in views.items()
+        views = {
+            "labelled": draw_view(image, sv.Detections(sample.boxes, class_id=sample.labels), names, marks, part),
+            "found": draw_view(image, found, names, found_marks, part),
         }
+        return {name: data_uri(encode_image(view, ".jpg"), "jpeg") for name, view in views.items()}
 
 
 def best_possible_recall(sides: Tensor, anchors: Tensor) -> float | None:
@@ -221,12 +226,12 @@ def compare(paths: Sequence[str], evaluations: Sequence[Evaluation]) -> list[dic
 def write_comparison(folder: Path, rows: Sequence[dict[str, Any]]) -> str:
     """`comparison.json` and `comparison.txt` in `folder`; returns the table."""
     width, title = max(len(row["weights"]) for row in rows), f"{INTERVAL:.0%} interval"
-    lines = [f"{'':{width}}      AP    AP50  {title:16}  difference  {title}"]
+    lines = [f"{'':{width}}  COCO AP  {title:14}  difference  {title:16}   AP50"]
     for row in rows:
-        line = f"{row['weights']:{width}}  {row['AP']:.4f}  {row['AP50']:.4f}  {show_interval(row['AP_interval'])}"
-        if "difference" in row:
-            line += f"     {row['difference']:+.4f}  {show_interval(row['difference_interval'], '+')}"
-        lines.append(line)
+        line = f"{row['weights']:{width}}   {row['AP']:.4f}  {show_interval(row['AP_interval']):14}"
+        difference = f"{row['difference']:+.4f}" if "difference" in row else ""
+        between = show_interval(row["difference_interval"], "+") if "difference" in row else ""
+        lines.append(f"{line}  {difference:>10}  {between:16}  {row['AP50']:.4f}")
     lines.append(f"intervals by the paired bootstrap over images, {DRAWS} draws; differences are to the first")
     write_text(folder / "comparison.json", json.dumps(rows, indent=2) + "\n")
     write_text(folder / "comparison.txt", "\n".join(lines) + "\n")

@@ -133,8 +133,8 @@ def load_samples(devkit: str | Path, sets: Sequence[str], class_names: Sequence[
     if unknown:
         found = ", ".join(f"{name!r} ({count})" for name, count in sorted(unknown.items()))
         raise UserError(
-            f"the annotations of {', '.join(sets)} have classes that the class file does not: {found}; "
-            f"it has {', '.join(class_names)}. Correct the class file or the annotations"
+            f"the annotations of {', '.join(sets)} have classes that are not to be detected: {found}; those that are: "
+            f"{', '.join(class_names)}. Correct the annotations, or the class file that the training has"
         )
     return samples
 
