@@ -273,7 +273,7 @@ def test_a_signal_to_torchrun_stops_all_with_a_checkpoint(config, whole, folder,
         "done",
         "what the best",
     ]
-    assert [line.startswith(begin) for line, begin in zip(lines, begins, strict=True)] == [True] * 7, out
+    assert all(line.startswith(begin) for line, begin in zip(lines, begins, strict=True)), out
     assert f" batch {info['batch']} " in lines[0]
     assert "warning" not in (out + errors).lower()
     assert contents(last) == contents(whole / LAST)
