@@ -646,7 +646,7 @@ def mounted(folder: Path, options: str) -> Iterator[None]:
 def small_disk(work: Work, _: bool) -> int:
     """A disk with room for one checkpoint and the half of a second, which is made larger afterwards."""
     disk = work.folder / "disk"
-    with mounted(disk, "size=170m"):
+    with mounted(disk, "size=125m"):
         config = replace(work.new(), run_dir=str(disk / "run"))
         work.run(config, pictures=True).expect(MISTAKE, "No space left on device", "error: cannot write", LAST)
         assert not list(Path(config.run_dir).glob("*.tmp"))

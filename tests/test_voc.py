@@ -286,7 +286,7 @@ def test_index_that_another_process_writes_is_left_to_it(large, parsed, monkeypa
 def test_unknown_class_is_told_from_the_index_too(large, parsed):
     messages = []
     for _ in range(2):
-        with pytest.raises(UserError, match=r"'dog' \(1\); it has cat\.") as mistake:
+        with pytest.raises(UserError, match=r"'dog' \(1\); those that are: cat\.") as mistake:
             load_samples(large, ["VOC/train"], ("cat",))
         messages.append(str(mistake.value))
     assert messages[0] == messages[1]
