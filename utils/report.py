@@ -14,6 +14,7 @@ import torch
 from jinja2 import Environment, FileSystemLoader
 from torch import Tensor
 
+from utils.anchors import levels_of
 from utils.boxes import shape_iou
 from utils.cache import ImageCache, read_sample
 from utils.coco import COCO_NAMES
@@ -57,7 +58,7 @@ def class_rows(metrics: dict[str, Any]) -> list[tuple[str, dict[str, float]]]:
     ]
     present = [values for _, values in rows if values["objects"]]
     means = {
-        column: float(np.mean([row[column] for row in present] or [0])) for column in ("precision", "recall", "F1")
+        column: float(np.mean([row[column] for row in present] or [-1])) for column in ("precision", "recall", "F1")
     }
     total = {"objects": sum(values["objects"] for _, values in rows), "AP": coco["AP"]}
     return [*rows, ("mean", total | {"AP_11point": voc["mAP_11point"], "AP_area": voc["mAP_area"]} | means)]
@@ -96,9 +97,9 @@ class Report:
 
     def write(self, folder: Path) -> None:
         """Tables, plots and the page."""
-        names, curves, samples = self.detector.spec.class_names, self.evaluation.curves, self.cache.samples
-        boxes = self.cache.boxes[self.cache.labels >= 0]
-        sides, anchors = boxes[:, 2:] - boxes[:, :2], torch.cat([level.anchors for level in self.detector.levels])
+        spec, curves, samples = self.detector.spec, self.evaluation.curves, self.cache.samples
+        names, boxes = spec.class_names, self.cache.boxes[self.cache.labels >= 0]
+        sides, anchors = boxes[:, 2:] - boxes[:, :2], torch.cat([level.anchors for level in levels_of(spec)])
         recall = best_possible_recall(sides, anchors)
         counts = confusion_matrix(samples, self.detections, self.evaluation.thresholds)
         confusion = {"classes": [*names, "background"], "counts": counts.tolist()}
