@@ -102,7 +102,7 @@ def measure(config: Config, device: torch.device, ranks: Ranks) -> list[Evaluati
     samples, dataset, sets = load_split(config, detectors[0].spec.class_names)
     part = paths[0].parent / ("compare" if several else "eval")
     out = Path(config.out) if config.out else part / "_".join(sets_name(name) for name in sets)
-    if several and not any(len(sample.labels) for sample in samples):
+    if several and all(sample.difficult.all() for sample in samples):
         raise UserError(f"{', '.join(sets)} has no objects, so that there is nothing to compare checkpoints by")
     if ranks.first:
         make_folder(out)
