@@ -516,7 +516,7 @@ def train(config: Config, stop: StopSignals, ranks: Ranks) -> Path:
         ranks.say(f"stopped early, since {config.patience} validations in a row brought nothing better")
     best_of = f"the best on {', '.join(config.val_sets)}" if config.val_sets else "the same, without validation"
     ranks.say(f"done: {log.folder / LAST} is the last checkpoint, {BEST} {best_of}")
-    if stop.requested:
+    if ranks.any(stop.requested):
         stop.leave()
     if val is not None:
         report(config, val, log.folder, ranks)
