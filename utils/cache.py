@@ -29,7 +29,7 @@ from utils.boxes import Fit, clip_boxes, fit_to_input
 from utils.device import available_memory
 from utils.distributed import Ranks
 from utils.errors import UserError, make_folder
-from utils.files import CACHE_FOLDER, lock, replacing
+from utils.files import CACHE_FOLDER, TEMPORARY, lock, replacing
 from utils.images import decode_image, fit_image, read_encoded
 from utils.voc import Sample
 
@@ -172,10 +172,10 @@ def is_whole(path: Path, needed: int) -> bool:
 
 
 def write_images(path: Path, samples: Sequence[Sample], spec: ModelSpec, needed: int) -> None:
-    """The images one after the other, then all sizes, then all checksums."""
+    """The images one after the other, then all sizes, then all checksums; for one process at a time."""
     for old in CACHE_FOLDER.glob("*.images*"):
         with suppress(OSError):  # in use, another user's, or gone already
-            if time.time() - old.stat().st_mtime > UNUSED_DAYS * 24 * 3600:
+            if old.suffix == TEMPORARY or time.time() - old.stat().st_mtime > UNUSED_DAYS * 24 * 3600:
                 old.unlink()
     free = shutil.disk_usage(CACHE_FOLDER).free
     if free < needed:

@@ -18,7 +18,7 @@ except ImportError:  # Windows
 
 CACHE_FOLDER = Path("logs/cache")  # what can be made again: decoded images, indexed annotations
 LOCKED_BYTE = 1 << 30  # on Windows, where nobody can read what is locked
-TEMPORARY = ".tmp"  # suffix of a file that is being written; one that a dead process left is written over
+TEMPORARY = ".tmp"  # suffix of a file that is being written
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from utils.checkpoint import BEST, LAST, PREVIOUS, Checkpoint, save_checkpoint
 from utils.errors import UserError, make_folder
-from utils.files import lock, replacing
+from utils.files import TEMPORARY, lock, replacing
 from utils.images import write_image
 from utils.plots import draw_training
 
@@ -46,6 +46,8 @@ class RunLog:
             self.lock = lock(folder / LOCK)
             if self.lock is None:
                 raise UserError(f"another process is training in {folder}; wait for it, or choose another --run-dir")
+            for path in folder.glob(f"*{TEMPORARY}"):  # of a process that was killed
+                path.unlink(missing_ok=True)
 
     def read_owner(self) -> str:
         """Who began or resumed the run last, as `write_owner` was told."""
