@@ -22,6 +22,7 @@ from utils.metrics import Curve, confusion_matrix, evaluate, voc_curves
 from utils.plots import draw_confidence, draw_confusion, draw_precision_recall
 from utils.report import Report, compare, metrics_table
 from utils.review import suspect_labels
+from utils.runtimes import TorchNetwork
 from utils.voc import Sample, load_classes, load_samples
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -121,7 +122,7 @@ def report(split, tmp_path_factory) -> Path:
     spec = ModelSpec(names, ANCHORS, input_size=(96, 128))
     cache = build_cache(samples, spec, torch.device("cpu"))
     measured = evaluate(samples, detections, cache.sizes, names)
-    detector = Detector(spec.build(), spec, torch.device("cpu"), thresholds=EVALUATION_THRESHOLDS)
+    detector = Detector(TorchNetwork(spec.build(), spec, torch.device("cpu")), spec, EVALUATION_THRESHOLDS)
     Report(Path("a&b.safetensors"), ["Demo/train"], detector, cache, detections, measured).write(folder)
     return folder
 

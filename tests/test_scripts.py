@@ -21,6 +21,7 @@ from utils.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from utils.coco import dataset_of
 from utils.detector import EVALUATION_THRESHOLDS, Detector, Thresholds
 from utils.images import draw_detections, read_image, write_image
+from utils.runtimes import TorchNetwork
 from utils.voc import load_samples
 
 
@@ -196,10 +197,10 @@ def test_detector_is_one_path(config, run_dir):
 def test_folding_changes_nothing(run_dir):
     checkpoint = load_checkpoint(run_dir / "last.safetensors")
     model = checkpoint.build_model("last").eval()
-    detector = Detector(model, checkpoint.spec, torch.device("cpu"))
+    network = TorchNetwork(model, checkpoint.spec, torch.device("cpu"))
     image = torch.randint(256, (2, 3, 96, 128), dtype=torch.uint8)
     with torch.no_grad():
-        for ours, theirs in zip(detector.forward(image), model(image / 255), strict=True):
+        for ours, theirs in zip(network(image), model(image / 255), strict=True):
             torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-3)
 
 

@@ -63,6 +63,7 @@ from utils.loss import LossSettings, YoloLoss
 from utils.metrics import evaluate
 from utils.optim import build_ema, build_optimizer, lr_factor
 from utils.report import Report
+from utils.runtimes import TorchNetwork
 from utils.training import Progress, TrainingState
 from utils.voc import load_classes, load_samples
 
@@ -342,11 +343,15 @@ def benchmark_infer(config: Infer) -> dict[str, dict[str, float]]:
     device = choose_device(config.device)
     spec = make_spec(config.phi, config.input_size, [f"class{i}" for i in range(20)])
     model = spec.build().to(device).eval()
-    detectors = {"folded_fp32_channels_last": Detector(model, spec, device)}
-    if device.type == "cuda" or cpu_has_bf16():
-        detectors["folded_bf16_channels_last"] = Detector(model, spec, device, torch.bfloat16)
-    if device.type == "cuda":
-        detectors["folded_fp16_channels_last"] = Detector(model, spec, device, torch.float16)
+    precisions = ["fp32"]
+    precisions += ["bf16"] if device.type == "cuda" or cpu_has_bf16() else []
+    precisions += ["fp16"] if device.type == "cuda" else []
+    detectors = {
+        f"folded_{name}_channels_last": Detector(
+            TorchNetwork(model, spec, device, choose_precision(name, device)), spec
+        )
+        for name in precisions
+    }
     batch = torch.randint(256, (1, 3, *config.input_size), dtype=torch.uint8, device=device)
     image = np.random.default_rng(0).integers(0, 256, (*PHOTO, 3), dtype=np.uint8)
     plain = batch.float() / 255
@@ -356,7 +361,7 @@ def benchmark_infer(config: Infer) -> dict[str, dict[str, float]]:
         model(plain)
 
     modes: dict[str, Callable[[], object]] = {"eager_fp32_channels_first": eager}
-    modes |= {name: lambda detector=detector: detector.forward(batch) for name, detector in detectors.items()}
+    modes |= {name: lambda detector=detector: detector.network(batch) for name, detector in detectors.items()}
     ends = {name: lambda detector=detector: detector(image) for name, detector in detectors.items()}
     return {
         "network_ms": time_in_turns(modes, config.rounds, device),

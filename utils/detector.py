@@ -1,6 +1,5 @@
 """The only inference path: images in, detections in their own pixels out."""
 
-import copy
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -10,13 +9,10 @@ from pathlib import Path
 import numpy as np
 import supervision as sv
 import torch
-from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch import Tensor
 from tqdm import tqdm
 
-from nets.darknet53_tiny import BasicConv
 from nets.yolo import ModelSpec
-from utils.anchors import decode, levels_of
 from utils.boxes import Fit, clip_boxes
 from utils.cache import ImageCache
 from utils.checkpoint import load_checkpoint
@@ -24,6 +20,7 @@ from utils.distributed import Ranks
 from utils.errors import UserError, check_range
 from utils.images import fit_image
 from utils.nms import FALLBACK_CONFIDENCE, select_detections
+from utils.runtimes import EXPORTED, Network, TorchNetwork, open_exported
 
 NAMED = 8  # classes up to which their thresholds are said one by one
 
@@ -50,32 +47,25 @@ EVALUATION_THRESHOLDS = Thresholds(confidence=0.001)  # low, so that the whole c
 class Detector:
     """A network with everything around it.
 
-    `dtype` is the precision of the network; the rest is float32. The network is copied, its batch norms are folded
-    into the convolutions, and it runs channels-last. Where `thresholds` leave the confidence open, it is that which a
-    validation `suggested` for each class (C,), or FALLBACK_CONFIDENCE.
+    Where `thresholds` leave the confidence open, it is that which a validation `suggested` for each class (C,), or
+    FALLBACK_CONFIDENCE.
     """
 
     def __init__(
         self,
-        model: nn.Module,
+        network: Network,
         spec: ModelSpec,
-        device: torch.device,
-        dtype: torch.dtype = torch.float32,
         thresholds: Thresholds | None = None,
         suggested: Sequence[float] = (),
     ) -> None:
+        self.network = network
         self.spec = spec
-        self.device = device
-        self.dtype = dtype
         self.thresholds = thresholds or Thresholds()
         self.suggested = suggested
         confidences = suggested or [FALLBACK_CONFIDENCE] * spec.num_classes
         if self.thresholds.confidence is not None:
             confidences = [self.thresholds.confidence] * spec.num_classes
-        self.confidences = torch.tensor(confidences, device=device)  # (C,)
-        self.levels = levels_of(spec, device)
-        model = fold_batch_norms(copy.deepcopy(model).eval()).requires_grad_(False)
-        self.model = model.to(device, dtype).to(memory_format=torch.channels_last)
+        self.confidences = torch.tensor(confidences, device=network.device)  # (C,)
 
     @classmethod
     def load(
@@ -84,11 +74,19 @@ class Detector:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         thresholds: Thresholds | None = None,
+        compiled: bool = False,
     ) -> "Detector":
-        """From a checkpoint of train.py; raises UserError when the file is none."""
+        """From a checkpoint of train.py or what tools/export.py made of one; raises UserError when the file is none.
+
+        `dtype` is the precision of the network; the rest is float32. `compiled` is for checkpoints.
+        """
+        path, device = Path(path), torch.device(device)
+        if path.suffix in EXPORTED:
+            network, spec, suggested = open_exported(path, device, dtype)
+            return cls(network, spec, thresholds, suggested)
         checkpoint = load_checkpoint(path)
-        suggested = checkpoint.info.get("thresholds", ())
-        return cls(checkpoint.build_model(path), checkpoint.spec, torch.device(device), dtype, thresholds, suggested)
+        network = TorchNetwork(checkpoint.build_model(path), checkpoint.spec, device, dtype, compiled)
+        return cls(network, checkpoint.spec, thresholds, checkpoint.info.get("thresholds", ()))
 
     def describe_confidences(self) -> str:
         """The least confidence of a detection, and where it comes from, in words."""
@@ -121,42 +119,36 @@ class Detector:
         while batch := list(islice(remaining, batch_size)):
             fitted, fits = zip(*(fit_image(im, self.spec.input_size, self.spec.letterbox) for im in batch), strict=True)
             stacked = torch.from_numpy(np.stack(fitted)).permute(0, 3, 1, 2)  # (B, 3, H, W), channels-last already
-            yield from self.select(self.forward(stacked), fits, [image.shape[:2] for image in batch])
+            yield from self.select(self.network(stacked), fits, [image.shape[:2] for image in batch])
 
     def run_cached(
         self, cache: ImageCache, batch_size: int, ranks: Ranks | None = None
-    ) -> Iterator[tuple[slice, tuple[Tensor, Tensor]]]:
-        """The raw heads of a cached data set, batch by batch, with the part of it that they belong to.
+    ) -> Iterator[tuple[slice, Sequence[Tensor]]]:
+        """The network's outputs for a cached data set (of torch the raw heads), and the part of it that they belong to.
 
         Several `ranks` take the same batches in turns, so that together they find exactly what one would.
         """
         ranks = ranks or Ranks()
         for start in range(ranks.rank * batch_size, len(cache), ranks.size * batch_size):
             part = slice(start, min(start + batch_size, len(cache)))
-            yield part, self.forward(cache.images[part])
+            yield part, self.network(cache.images[part])
 
     def detect_cached(self, cache: ImageCache, batch_size: int, ranks: Ranks | None = None) -> list[sv.Detections]:
         """The detections of a cached data set, in its order; of several `ranks` the first has them all."""
         ranks = ranks or Ranks()
         found: dict[int, list[sv.Detections]] = {}
         with tqdm(total=len(cache), desc="evaluating", leave=False, disable=None if ranks.first else True) as progress:
-            for part, heads in self.run_cached(cache, batch_size, ranks):
-                found[part.start] = self.select(heads, cache.fits[part], cache.sizes[part])
+            for part, outputs in self.run_cached(cache, batch_size, ranks):
+                found[part.start] = self.select(outputs, cache.fits[part], cache.sizes[part])
                 progress.update(ranks.size * (part.stop - part.start))
         return [item for batch in ranks.gather(found).values() for item in batch]
 
     @torch.inference_mode()
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """uint8 (B, 3, H, W) at the input size -> the raw heads."""
-        images = images.to(self.device)
-        return self.model(images.to(self.dtype, memory_format=torch.channels_last) / 255)
-
-    @torch.inference_mode()
     def select(
-        self, heads: Sequence[Tensor], fits: Sequence[Fit], sizes: Sequence[tuple[int, int]]
+        self, outputs: Sequence[Tensor], fits: Sequence[Fit], sizes: Sequence[tuple[int, int]]
     ) -> list[sv.Detections]:
-        """Raw heads -> detections in the pixels of the originals, which are of (height, width)."""
-        boxes, scores = decode(heads, self.levels, self.spec.scale_xy)
+        """The network's outputs -> detections in the pixels of the originals, which are of (height, width)."""
+        boxes, scores = self.network.decode(outputs)
         limits = self.thresholds
         found = select_detections(boxes, scores, self.confidences, limits.nms_iou, limits.top_k, limits.max_detections)
         return [
@@ -176,12 +168,3 @@ def to_detections(
         class_id=labels.astype(np.int64),
         data={"class_name": np.array(class_names)[labels]},
     )
-
-
-def fold_batch_norms(model: nn.Module) -> nn.Module:
-    """Fold each block's batch norm into its convolution, in place; the outputs stay the same in eval mode."""
-    for module in model.modules():
-        if isinstance(module, BasicConv):
-            module.conv = fuse_conv_bn_eval(module.conv, module.bn)
-            module.bn = nn.Identity()
-    return model

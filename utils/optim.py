@@ -83,8 +83,8 @@ class Muon(AdamW):
 def orthogonalize(matrix: Tensor) -> Tensor:
     """A matrix (R, C) with its singular values brought near 1, in the precision of training.
 
-    By the polynomials of Polar Express (arXiv 2505.16932), each the best for what those before it leave. After the first
-    has lifted the small singular values, the others only need the Gram matrix (R, R), which is faster for wide ones.
+    By the polynomials of Polar Express (arXiv 2505.16932), each the best for what those before it leave. After the
+    first has lifted the small singular values, the others only need the Gram matrix (R, R), which is faster.
     """
     if len(matrix) > matrix.shape[1]:
         return orthogonalize(matrix.T).T

@@ -22,6 +22,7 @@ from utils.distributed import Ranks
 from utils.errors import UserError
 from utils.loss import TERMS, YoloLoss
 from utils.optim import WeightAverage, freeze_backbone
+from utils.runtimes import TorchNetwork
 
 MAX_SKIPPED = 3  # batches that a run may leave out since they gave no finite loss or gradient
 COLUMNS = (*TERMS, "gradient_norm")  # of what is remembered of each batch
@@ -141,7 +142,8 @@ class Trainer:
 
     def detector(self) -> Detector:
         """The averaged weights, as validation and prediction use them."""
-        return Detector(self.state.ema.module, self.spec, self.device, thresholds=EVALUATION_THRESHOLDS)
+        network = TorchNetwork(self.state.ema.module, self.spec, self.device)
+        return Detector(network, self.spec, EVALUATION_THRESHOLDS)
 
     def set_mode(self, frozen: bool) -> None:
         """Training mode, with the backbone frozen or not."""

@@ -1,0 +1,176 @@
+"""What runs a network: torch, or for exported ones ONNX Runtime and OpenVINO. Each turns images into raw outputs."""
+
+import copy
+import json
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from nets.darknet53_tiny import BasicConv
+from nets.yolo import ModelSpec
+from utils.anchors import decode, levels_of
+from utils.checkpoint import FORMAT
+from utils.errors import UserError
+
+EXPORTED = (".onnx", ".xml")  # suffixes of networks that tools/export.py writes and other runtimes run
+EXPORT_KEY = "yolov4-tiny"  # of the JSON in their metadata: format, spec, thresholds
+OUTPUTS = ("boxes", "scores")  # names of what an exported network gives
+REQUIREMENTS = "requirements-export.txt"
+
+
+class Network(Protocol):
+    """A network on its device."""
+
+    device: torch.device
+
+    def __call__(self, images: Tensor) -> Sequence[Tensor]:
+        """uint8 RGB (B, 3, H, W) at the input size -> its raw outputs."""
+
+    def decode(self, outputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Raw outputs -> boxes (B, N, 4) xyxy in input pixels and class scores (B, N, C)."""
+
+
+class TorchNetwork:
+    """A copy of a model whose batch norms are folded into the convolutions, channels-last, in precision `dtype`.
+
+    Its outputs are the raw heads. With `compiled` it goes through torch.compile at the first images, which takes some
+    seconds, again for each other batch size; on a GPU that includes CUDA graphs.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        spec: ModelSpec,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        compiled: bool = False,
+    ) -> None:
+        self.device, self.dtype = device, dtype
+        self.levels, self.scale_xy = levels_of(spec, device), spec.scale_xy
+        model = fold_batch_norms(copy.deepcopy(model).eval()).requires_grad_(False)
+        self.model = model.to(device, dtype).to(memory_format=torch.channels_last)
+        if compiled:
+            torch._inductor.config.freezing = True  # of the weights, into the layout that the convolutions want
+            self.model.compile(mode="reduce-overhead" if device.type == "cuda" else "default", dynamic=False)
+
+    def __call__(self, images: Tensor) -> Sequence[Tensor]:
+        images = images.to(self.device)
+        with torch.no_grad():  # freezing does not know inference_mode
+            return self.model(images.to(self.dtype, memory_format=torch.channels_last) / 255)
+
+    def decode(self, outputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        return decode(outputs, self.levels, self.scale_xy)
+
+
+class ExportedNetwork:
+    """What exported networks share: float input in 0..1 on the CPU, boxes and scores as outputs."""
+
+    device = torch.device("cpu")
+
+    def decode(self, outputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        boxes, scores = outputs
+        return boxes, scores
+
+
+class OnnxNetwork(ExportedNetwork):
+    """An ONNX file in ONNX Runtime, on a GPU where that is asked for."""
+
+    def __init__(self, path: Path, device: torch.device, dtype: torch.dtype) -> None:
+        if dtype != torch.float32:
+            raise UserError(f"{path} runs in its own precision; leave --precision at fp32")
+        ort = import_runtime("onnxruntime")
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        providers = ["CPUExecutionProvider"]
+        if device.type == "cuda":
+            if "CUDAExecutionProvider" not in ort.get_available_providers():
+                raise UserError("this ONNX Runtime has no CUDA; install onnxruntime-gpu, or use --device cpu")
+            providers.insert(0, "CUDAExecutionProvider")
+        try:
+            self.session = ort.InferenceSession(path, options, providers)
+        except Exception as error:  # onnxruntime's own types, which have no common ancestor
+            raise UserError(f"{path} is no ONNX file that ONNX Runtime can read: {first_line(error)}") from None
+        self.metadata = self.session.get_modelmeta().custom_metadata_map.get(EXPORT_KEY, "")
+        self.outputs = tuple(output.name for output in self.session.get_outputs())
+
+    def __call__(self, images: Tensor) -> Sequence[Tensor]:
+        found = self.session.run(OUTPUTS, {"images": (images.float() / 255).contiguous().numpy()})
+        return [torch.from_numpy(values) for values in found]
+
+
+class OpenVinoNetwork(ExportedNetwork):
+    """OpenVINO's .xml, with its .bin beside it, on the CPU."""
+
+    def __init__(self, path: Path, device: torch.device, dtype: torch.dtype) -> None:
+        if device.type != "cpu":
+            raise UserError(f"{path} is for OpenVINO, which runs on the CPU here; use --device cpu")
+        ov = import_runtime("openvino")
+        self.core, self.dtype = ov.Core(), dtype
+        try:
+            self.model = self.core.read_model(path)
+        except RuntimeError as error:
+            raise UserError(f"{path} is no network that OpenVINO can read: {first_line(error)}") from None
+        self.metadata = self.model.get_rt_info([EXPORT_KEY]).value if self.model.has_rt_info([EXPORT_KEY]) else ""
+        self.outputs = tuple(output.any_name for output in self.model.outputs)
+        self.requests: dict[tuple[int, ...], Any] = {}  # by shape of the input, since a fixed one is faster
+
+    def __call__(self, images: Tensor) -> Sequence[Tensor]:
+        shape = tuple(images.shape)
+        if shape not in self.requests:
+            model = self.model.clone()
+            model.reshape(list(shape))
+            settings = {
+                "PERFORMANCE_HINT": "LATENCY",
+                "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+                "INFERENCE_PRECISION_HINT": "bf16" if self.dtype == torch.bfloat16 else "f32",
+            }
+            self.requests[shape] = self.core.compile_model(model, "CPU", settings).create_infer_request()
+        found = self.requests[shape].infer([(images.float() / 255).contiguous().numpy()], share_inputs=True)
+        return [torch.from_numpy(found[name]) for name in OUTPUTS]
+
+
+def open_exported(path: Path, device: torch.device, dtype: torch.dtype) -> tuple[Network, ModelSpec, list[float]]:
+    """A network that tools/export.py wrote, its specification, and the suggested threshold of each class.
+
+    Raises UserError when the file is none, or its runtime is not installed.
+    """
+    if not path.is_file():
+        raise UserError(f"there is no network {path}; correct the path, or write it with tools/export.py")
+    network = (OnnxNetwork if path.suffix == ".onnx" else OpenVinoNetwork)(path, device, dtype)
+    try:
+        about = json.loads(network.metadata)
+        known = about["format"] == FORMAT
+    except (ValueError, KeyError, TypeError):
+        known = False
+    if not known:
+        raise UserError(f"{path} was not written by this version of tools/export.py; export the checkpoint again")
+    if set(network.outputs) != set(OUTPUTS):
+        raise UserError(f"{path} has NMS within, for other programs; give the one without")
+    return network, ModelSpec.from_dict(about["spec"]), about["thresholds"]
+
+
+def import_runtime(name: str) -> ModuleType:
+    """An optional package; raises UserError that says how to get it."""
+    try:
+        return import_module(name)
+    except ImportError:
+        raise UserError(f"{name} is not installed; install it with pip install -r {REQUIREMENTS}") from None
+
+
+def first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
+def fold_batch_norms(model: nn.Module) -> nn.Module:
+    """Fold each block's batch norm into its convolution, in place; the outputs stay the same in eval mode."""
+    for module in model.modules():
+        if isinstance(module, BasicConv):
+            module.conv = fuse_conv_bn_eval(module.conv, module.bn)
+            module.bn = nn.Identity()
+    return model
