@@ -1,5 +1,6 @@
-"""Weights to start training from: our own checkpoints and published `.pth` files."""
+"""Weights to start training from: our own checkpoints, published `.pth` files, and Darknet's `.weights`."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -7,9 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from utils.checkpoint import load_checkpoint
+from utils.darknet import read_darknet
 from utils.errors import UserError
 
 GAIN = "attention_gain."
+DARKNET = re.compile(r"\.(weights|conv\.\d+)$")  # the ends of names that Darknet gives
 
 # CBAM comes with two namings in the wild; ours is the second of each pair
 RENAMED = (
@@ -20,12 +23,18 @@ RENAMED = (
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """Parameters by name from a checkpoint or a `.pth` file; raises UserError when it is neither, or has NaN or Inf.
+    """Parameters by name from a checkpoint, a `.pth`, `.weights` or `.conv.29` file, by the end of its name.
 
-    A `.pth` is read without running anything that it may contain.
+    A `.pth` is read without running anything that it may contain. Raises UserError when the file is not what its name
+    says, or has NaN or Inf.
     """
     path = Path(path)
-    weights = load_checkpoint(path).weights if path.suffix == ".safetensors" else read_state_dict(path)
+    if path.suffix == ".safetensors":
+        weights = load_checkpoint(path).weights
+    elif DARKNET.search(path.name):
+        weights = read_darknet(path)
+    else:
+        weights = read_state_dict(path)
     broken = [name for name, value in weights.items() if not value.isfinite().all()]
     if broken:
         raise UserError(f"{path} holds numbers that are not finite, in {', '.join(broken[:3])}")

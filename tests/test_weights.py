@@ -1,0 +1,241 @@
+"""Darknet's files: read as an independent forward of Darknet saw them, written back bit by bit, mistakes named."""
+
+import struct
+from itertools import accumulate
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+from nets.yolo import ModelSpec
+from tests.conftest import ANCHORS, REFERENCE, needs_shared
+from utils.anchors import decode, levels_of
+from utils.darknet import START, cfg_of, count, layers_for, layers_of, read_darknet, write_darknet
+from utils.errors import UserError
+from utils.weights import read_weights, start_from
+
+VOC = ModelSpec(tuple(f"class {i}" for i in range(20)), ANCHORS, input_size=(160, 160), scale_xy=1.05)
+PAIR = ModelSpec(("cat", "dog"), ANCHORS, anchors_mask=((3, 4, 5), (0, 1, 2)), input_size=(64, 96), scale_xy=1.5)
+ONE_CLASS = 4 * 3 * (513 + 257)  # bytes that a class more takes
+HEADER = struct.pack("<3iq", 0, 2, 5, 0)
+
+
+@pytest.fixture(scope="module")
+def voc_file(tmp_path_factory):
+    """The reference's network, written by the rule of its README."""
+    generator = np.random.default_rng(0)
+    content = []
+    for layer in layers_for(20):
+        filters, channels, side, _ = list(layer.values())[-1]
+        content.append(generator.normal(0, 0.05, filters))
+        if len(layer) == 5:
+            content.append(generator.uniform(0.5, 1.5, filters))
+            content.append(generator.normal(0, 0.1, filters))
+            content.append(generator.uniform(0.5, 1.5, filters))
+        content.append(generator.normal(0, np.sqrt(1 / (channels * side**2)), filters * channels * side**2))
+    path = tmp_path_factory.mktemp("darknet") / "voc.weights"
+    path.write_bytes(HEADER + b"".join(values.astype("<f4").tobytes() for values in content))
+    return path
+
+
+@pytest.fixture(scope="module")
+def pair_file(tmp_path_factory):
+    """A network of two classes with its own statistics."""
+    torch.manual_seed(0)
+    model = PAIR.build().train()
+    with torch.no_grad():
+        model(torch.rand(2, 3, 64, 96))
+    path = tmp_path_factory.mktemp("darknet") / "pair.weights"
+    write_darknet(path, model)
+    return path, model.eval()
+
+
+@needs_shared
+def test_heads_and_boxes_are_darknets(voc_file):
+    reference = np.load(REFERENCE / "darknet_voc20.npz")
+    model = VOC.build().eval()
+    model.load_state_dict(read_darknet(voc_file, model), strict=False)
+    with torch.no_grad():
+        heads = model(torch.from_numpy(reference["x"]))
+    for head, level, name in zip(heads, levels_of(VOC), ("p5", "p4"), strict=True):
+        np.testing.assert_allclose(head.numpy(), reference[f"head_{name}"], atol=1e-4)
+        boxes, scores = (values[0] for values in decode([head], [level], VOC.scale_xy))
+        cells = head.shape[2] * head.shape[3]
+        boxes, scores = (values.view(3, cells, -1).transpose(0, 1).flatten(0, 1).numpy() for values in (boxes, scores))
+        expected = reference[f"yolo_{name}"]
+        centres, sides = (boxes[:, :2] + boxes[:, 2:]) / 2 / 160, (boxes[:, 2:] - boxes[:, :2]) / 160
+        np.testing.assert_allclose(np.hstack([centres, sides]), expected[:, :4], atol=1e-4)
+        above = expected[:, 5:] > 0  # Darknet zeroes what is below its threshold
+        assert above.mean() > 0.9
+        np.testing.assert_allclose(scores[above], expected[:, 5:][above], atol=1e-4)
+
+
+def test_written_is_what_was_read(voc_file, tmp_path):
+    model = VOC.build()
+    weights = read_weights(voc_file)
+    assert "fresh" not in start_from(model, weights, voc_file)
+    write_darknet(tmp_path / "again.weights", model)
+    assert (tmp_path / "again.weights").read_bytes() == voc_file.read_bytes()
+
+
+def test_sizes_are_the_published_ones(voc_file):
+    assert voc_file.stat().st_size == 23_696_876
+    assert 20 + 4 * count(layers_for(80)) == 24_251_276
+    assert 20 + 4 * count(layers_for(80)[:START]) == 19_789_716
+
+
+def test_a_start_of_17_convolutions_is_for_training_alone(voc_file, tmp_path):
+    path = tmp_path / "yolov4-tiny.conv.29"
+    path.write_bytes(voc_file.read_bytes()[:19_789_716])
+    weights = read_weights(path)
+    model = PAIR.build()
+    line = start_from(model, weights, path)
+    assert torch.equal(model.yolo_headP5[0].conv.weight, read_weights(voc_file)["yolo_headP5.0.conv.weight"])
+    assert "fresh: upsample.upsample.0.bn.bias" in line
+    with pytest.raises(UserError, match="a start to train from"):
+        read_darknet(path, model)
+    as_weights = path.rename(tmp_path / "start.weights")
+    assert read_weights(as_weights).keys() == weights.keys()
+
+
+def test_other_classes_start_a_training_alone(voc_file):
+    model = PAIR.build()
+    line = start_from(model, read_weights(voc_file), voc_file)
+    assert line.endswith("fresh: yolo_headP4.1.bias, yolo_headP4.1.weight, yolo_headP5.1.bias, yolo_headP5.1.weight")
+    with pytest.raises(UserError, match="made for more classes"):
+        read_darknet(voc_file, model)
+
+
+def test_cut_off_within_and_after_each_convolution(pair_file, tmp_path):
+    whole, model = pair_file
+    content = whole.read_bytes()
+    layers = layers_of(model)
+    ends = [20 + 4 * floats for floats in accumulate(count([layer]) for layer in layers)]
+    assert ends[-1] == len(content)
+    path = tmp_path / "cut.weights"
+    for number, (begin, end) in enumerate(zip([20, *ends], ends, strict=False), start=1):
+        for size in (begin, begin + 1, end - 4):
+            path.write_bytes(content[:size])
+            start = size == ends[START - 1]
+            words = "a start to train from" if start else f"ends within convolution {number} of 21"
+            with pytest.raises(UserError, match=words):
+                read_darknet(path, model)
+            if not start:
+                with pytest.raises(UserError, match="cut off"):
+                    read_weights(path)
+
+
+def test_something_behind_the_end(pair_file, tmp_path):
+    whole, model = pair_file
+    path = tmp_path / "long.weights"
+    for extra, words in ((1, "something behind its end"), (4, "something behind its end"), (ONE_CLASS, "variances")):
+        path.write_bytes(whole.read_bytes() + b"\1" * extra)
+        with pytest.raises(UserError, match=f"has {extra:,} bytes more"):
+            read_darknet(path, model)
+        with pytest.raises(UserError, match=words):
+            read_weights(path)
+    path.write_bytes(whole.read_bytes()[:-ONE_CLASS])
+    with pytest.raises(UserError, match="variances"):
+        read_weights(path)
+
+
+@pytest.mark.parametrize(
+    ("header", "words"),
+    [
+        (struct.pack("<3iq", 0, 2, 5, -1), "-1 images"),
+        (struct.pack("<3iq", 0, 2, 5, 2**62), f"{2**62} images"),
+        (struct.pack("<3iq", -1, 2, 5, 0), "version -1.2.5"),
+        (struct.pack("<3iq", 0, 1, 0, 0), "bytes"),  # says that `seen` has 32 bits, and it has 64
+        (struct.pack("<3ii", 0, 2, 5, 0), "images|bytes"),  # the other way round
+        (struct.pack("<3iq", 1000, 2, 5, 0), "bytes"),
+        (b"", "images|bytes"),
+    ],
+)
+def test_a_header_that_lies(pair_file, tmp_path, header, words):
+    whole, model = pair_file
+    path = tmp_path / "lie.weights"
+    path.write_bytes(header + whole.read_bytes()[20:])
+    for read in (lambda: read_darknet(path, model), lambda: read_weights(path)):
+        with pytest.raises(UserError, match=words):
+            read()
+
+
+def test_what_is_no_darknet_file(pair_file, tmp_path):
+    path = tmp_path / "text.weights"
+    with pytest.raises(UserError, match="there is no weights file"):
+        read_weights(path)
+    for content in (b"", b"hello", HEADER[:19]):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match="cut off within its header"):
+            read_weights(path)
+    whole, _ = pair_file
+    values = np.frombuffer(whole.read_bytes()[20:], "<f4").copy()
+    for index, value, words in ((32 * 3, -1.0, "variances"), (0, np.nan, "not finite")):
+        broken = values.copy()
+        broken[index] = value
+        path.write_bytes(HEADER + broken.tobytes())
+        with pytest.raises(UserError, match=words):
+            read_weights(path)
+
+
+def test_seen_in_32_bits(pair_file, tmp_path):
+    whole, model = pair_file
+    path = tmp_path / "old.weights"
+    path.write_bytes(struct.pack("<3ii", 0, 1, 0, 32013312) + whole.read_bytes()[20:])
+    for name, value in read_darknet(path, model).items():
+        assert torch.equal(value, model.state_dict()[name])
+
+
+def test_attention_has_no_place(tmp_path):
+    path = tmp_path / "attention.weights"
+    with pytest.raises(UserError, match="no place for attention"):
+        write_darknet(path, ModelSpec(("cat",), ANCHORS, phi=1).build())
+    assert not path.exists()
+
+
+def run_cfg(text: str, model: torch.nn.Module, images: torch.Tensor) -> list[torch.Tensor]:
+    """What enters each [yolo] layer when the layers of a cfg run one after the other with the model's parameters."""
+    sections = [part.split("\n") for part in ("\n" + text.strip()).split("\n[")[1:]]
+    parameters = [[model.state_dict()[name] for name in layer] for layer in layers_of(model)]
+    outputs, raw, x = [], [], images
+    for kind, *lines in sections[1:]:
+        settings = {name: value for name, _, value in (line.partition("=") for line in lines if line)}
+        number = {name: int(value) for name, value in settings.items() if value.lstrip("-").isdigit()}
+        if kind == "convolutional]":
+            *norm, weight = parameters.pop(0)
+            assert weight.shape[0] == number["filters"]
+            x = functional.conv2d(x, weight, stride=number["stride"], padding=number["size"] // 2 * number["pad"])
+            if number.get("batch_normalize"):
+                beta, gamma, mean, variance = (value[:, None, None] for value in norm)
+                x = (x - mean) / (variance + 1e-5).sqrt() * gamma + beta
+            else:
+                x = x + norm[0][:, None, None]
+            x = functional.leaky_relu(x, 0.1) if settings["activation"] == "leaky" else x
+        elif kind == "route]":
+            places = [int(place) for place in settings["layers"].split(",")]
+            x = torch.cat([outputs[place] for place in places], dim=1)  # -1 is the layer before
+            x = x.chunk(number.get("groups", 1), dim=1)[number.get("group_id", 0)]
+        elif kind == "maxpool]":
+            x = functional.max_pool2d(x, number["size"], number["stride"])
+        elif kind == "upsample]":
+            x = x.repeat_interleave(number["stride"], 2).repeat_interleave(number["stride"], 3)
+        else:
+            assert kind == "yolo]"
+            raw.append(x)
+        outputs.append(x)
+    assert not parameters
+    return raw
+
+
+def test_the_cfg_describes_the_network(pair_file):
+    _, model = pair_file
+    images = torch.rand(2, 3, 64, 96)
+    text = cfg_of(PAIR)
+    with torch.no_grad():
+        for found, expected in zip(run_cfg(text, model, images), model(images), strict=True):
+            assert found.shape == expected.shape
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert "width=96\nheight=64\n" in text
+    assert text.count("anchors=10,14, 23,27, 37,58, 81,82, 135,169, 344,319\nclasses=2\nnum=6\nscale_x_y=1.5\n") == 2
+    assert text.index("mask=3,4,5") < text.index("mask=0,1,2")
