@@ -14,11 +14,12 @@ import torch
 from utils.cache import PLACES, ImageCache, build_cache
 from utils.checkpoint import find_checkpoint
 from utils.coco import RESULTS, Dataset, read_coco, write_results
-from utils.detector import Detector, Thresholds
+from utils.detector import Detector
 from utils.device import choose_device, choose_precision, keep_freed_memory
 from utils.distributed import Ranks, join_ranks
 from utils.errors import UserError, check_choice, check_range, make_folder, run_script
 from utils.metrics import Evaluation, evaluate
+from utils.nms import Thresholds
 from utils.report import Report, compare, metrics_table, write_comparison
 from utils.voc import Sample, load_classes, load_samples
 
@@ -67,7 +68,8 @@ def main(config: Config) -> dict[str, Any]:
 
 def load_detectors(config: Config, paths: Sequence[Path], device: torch.device) -> list[Detector]:
     """The checkpoints, which must know the same classes."""
-    dtype, thresholds = choose_precision(config.precision, device), Thresholds(config.confidence, config.nms_iou)
+    dtype = choose_precision(config.precision, device)
+    thresholds = Thresholds(config.confidence, nms_iou=config.nms_iou)
     detectors = [Detector.load(path, device, dtype, thresholds) for path in paths]
     first = detectors[0].spec.class_names
     for path, detector in zip(paths, detectors, strict=True):

@@ -1,102 +1,262 @@
-"""Detect objects in images: python predict.py SOURCE --weights logs/RUN/best.safetensors
+"""Detect objects in images and videos: python predict.py SOURCE --weights logs/RUN/best.safetensors
 
 Change the constants of `Config`, or give them as flags.
 """
 
 import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
+from math import inf
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
+import numpy as np
+import supervision as sv
+import torch
 import tyro
 from tqdm import tqdm
 
 from utils.checkpoint import find_checkpoint
-from utils.detector import Detector, Thresholds
-from utils.device import choose_device, choose_precision, keep_freed_memory
-from utils.errors import UserError, make_folder, run_script
-from utils.images import read_image
-from utils.sinks import Counts, Crops, JsonLines, Pictures, Sink
-from utils.sources import Frame, find_images
+from utils.detector import Detector, Prepared
+from utils.device import choose_compile, choose_device, choose_precision, keep_freed_memory, wait_for
+from utils.errors import UserError, check_choice, check_range, make_folder, run_script
+from utils.interrupt import StopSignals
+from utils.nms import Thresholds
+from utils.pipeline import ahead
+from utils.sinks import SINKS, Sink, Window, WindowClosed
+from utils.sources import Frame, Source, Video, inputs, open_sources
 from utils.voc import load_classes
 
-SHOWN = 3  # of the images that could not be read, in the message
-SOURCE_HELP = 'images, folders of images, or globs such as "photos/*.jpg"'
+SHOWN = 3  # problems that are told
+WARMUP_CALLS, TIMED_CALLS = 10, 50  # of a benchmark
+WAITING = 4  # batches between two stages
+SOURCE_HELP = (
+    'images, videos, folders, globs such as "photos/*.jpg", .txt lists, - for stdin, 0 for a camera, addresses'
+)
 
 
 @dataclass(frozen=True)
 class Config:
-    """Detect objects in images."""
+    """Detect objects in images and videos."""
 
     source: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="SOURCE", help=SOURCE_HELP)]
-    weights: str = ""  # checkpoint of train.py, or folder of a run; empty: the newest run under logs/
-    out: str = "predictions"  # folder for the results: annotated pictures and detections.jsonl
+    weights: str = ""  # checkpoint, run folder, .onnx or .xml; empty: the newest run under logs/
+    out: str = "predictions"  # folder for the results
+    write: tuple[str, ...] = ("pictures", "jsonl")  # pictures jsonl csv voc yolo coco crops counts heatmap window
     classes: str = ""  # class file to compare with the checkpoint's classes; empty: those of the checkpoint
+
+    # what is an object
     confidence: float | Literal["auto"] = "auto"  # least score; auto: for each class what its validation suggests
+    class_confidence: dict[str, float] = field(default_factory=dict)  # for single classes, such as: helmet 0.5
+    only: tuple[str, ...] = ()  # classes to look for; empty: all
     nms_iou: float = 0.5  # two boxes of a class that overlap more are one object
-    crops: bool = False  # write each detection as a picture of its own, under out/crops
-    counts: bool = False  # print how many objects of each class there are
+    agnostic: bool = False  # let boxes of different classes count as one object too
+    flip: bool = False  # look at the mirrored image as well, which takes twice the time
+    tile: int = 0  # pixels of the side of tiles that large images are looked at in; 0: the whole image at once
+    track: bool = False  # give objects in videos a number that stays
+
+    # how
+    every: int = 1  # of videos, look only at every Nth frame; the boxes stay until the next
+    patience: float = 30.0  # seconds to wait for a camera or stream that went away
+    batch_size: int = 1  # images that go through the network at once
     device: str = "auto"  # auto, cpu or cuda
-    precision: str = "fp32"  # of the network: fp32, bf16, fp16 or auto
+    precision: str = "auto"  # of the network: auto, bf16, fp16 or fp32
+    compile: str = "auto"  # torch.compile: on, off, or auto: on a GPU
+    benchmark: tuple[int, ...] = ()  # instead of writing anything, measure the speed at these batch sizes
+
+    def __post_init__(self) -> None:
+        """Raise UserError for a value that cannot work."""
+        check_range(self, 1, inf, "every", "batch_size")
+        check_range(self, 0, 1e9, "patience")
+        check_choice(self, "compile", ("auto", "on", "off"))
+        unknown = [name for name in self.write if name not in SINKS]
+        if unknown:
+            raise UserError(f"write is {', '.join(unknown)}, but must be among {', '.join(SINKS)}")
+        if self.tile and self.tile < 32:
+            raise UserError(f"tile is {self.tile}, but must be 0, or at least 32 pixels")
+        if any(size < 1 for size in self.benchmark):
+            raise UserError(f"benchmark is {self.benchmark}, but batch sizes are at least 1")
+
+    def thresholds(self) -> Thresholds:
+        confidence = None if self.confidence == "auto" else self.confidence
+        return Thresholds(confidence, self.class_confidence, self.only, self.nms_iou, self.agnostic)
 
 
-def open_sinks(config: Config, class_names: tuple[str, ...]) -> list[Sink]:
-    """Where the detections go."""
+def open_sinks(config: Config, class_names: tuple[str, ...], stack: ExitStack) -> list[Sink]:
+    """Where the detections go; the stack closes them."""
     folder = Path(config.out)
     make_folder(folder)
-    sinks: list[Sink] = [Pictures(folder, class_names), JsonLines(folder / "detections.jsonl", class_names)]
-    if config.crops:
-        sinks.append(Crops(folder / "crops", class_names))
-    if config.counts:
-        sinks.append(Counts(class_names))
-    return sinks
+    names = list(dict.fromkeys(config.write))
+    if "window" in names and not Window.is_possible():
+        print(
+            "there is no display for a window, or OpenCV was installed without; going on without one", file=sys.stderr
+        )
+        names.remove("window")
+    return [stack.enter_context(closing(SINKS[name](folder, class_names))) for name in names]
 
 
-def detect_all(detector: Detector, paths: list[Path], sinks: list[Sink]) -> tuple[int, list[str]]:
-    """Detect in each image and hand on what was found: how many objects, and why which images could not be read."""
-    found, unread = 0, []
-    for path in tqdm(paths, "predicting", disable=None):
-        try:
-            frame = Frame(path, read_image(path))
-        except UserError as error:
-            unread.append(str(error))
-            continue
-        detections = detector(frame.image)
-        found += len(detections)
-        for sink in sinks:
-            sink.write(frame, detections)
-    return found, unread
-
-
-def main(config: Config) -> int:
-    """Predict on every image of the source; returns how many objects were found."""
+def load_detector(config: Config) -> Detector:
+    """The network on its device."""
     device = choose_device(config.device)
     if device.type == "cpu":
         keep_freed_memory()
-    paths = [path for source in config.source for path in find_images(source)]
-    if not paths:
-        raise UserError("no source was given; name an image, a folder or a glob")
-    if any(path.parent.resolve() == Path(config.out).resolve() for path in paths):
-        raise UserError(f"out is {config.out}, where the pictures would replace their inputs; choose another folder")
-    weights = find_checkpoint(config.weights)
-    thresholds = Thresholds(None if config.confidence == "auto" else config.confidence, config.nms_iou)
-    detector = Detector.load(weights, device, choose_precision(config.precision, device), thresholds)
+    path = find_checkpoint(config.weights)
+    exact = config.precision == "auto" and path.suffix == ".onnx"  # which has its own precision
+    dtype = torch.float32 if exact else choose_precision(config.precision, device)
+    compiled = choose_compile(config.compile, device)
+    detector = Detector.load(path, device, dtype, config.thresholds(), compiled, config.flip)
     if config.classes:
         detector.expect_classes(load_classes(config.classes), config.classes)
-    with ExitStack() as stack:
-        sinks = [stack.enter_context(closing(sink)) for sink in open_sinks(config, detector.spec.class_names)]
-        found, unread = detect_all(detector, paths, sinks)
-    if len(unread) == len(paths):
-        raise UserError(unread[0] + (f", nor are the other {len(unread) - 1}" if len(unread) > 1 else ""))
-    if unread:
-        print(f"skipped {len(unread)} of {len(paths)} images: {'; '.join(unread[:SHOWN])}", file=sys.stderr)
+    return detector
+
+
+class Pipeline:
+    """The frames of all sources, with what was found on each.
+
+    Reading and fitting, the network, and the caller's drawing and writing overlap; what waits between them is bounded.
+    """
+
+    def __init__(self, config: Config, detector: Detector, sources: Sequence[Source]) -> None:
+        self.config, self.detector, self.sources = config, detector, sources
+        self.problems: list[str] = []  # what could not be read
+        self.tracked: Video | None = None
+        self.tracker: Any = None
+        self.slicer: sv.InferenceSlicer | None = None
+        if config.tile:
+            self.slicer = sv.InferenceSlicer(detector, config.tile, config.tile // 5, iou_threshold=config.nms_iou)
+
+    def __iter__(self) -> Iterator[tuple[Frame, sv.Detections, bool]]:
+        """Frame, detections, and whether these are its own or an earlier frame's."""
+        return ahead(self.find(ahead(self.prepare(), WAITING)), WAITING * self.config.batch_size)
+
+    def frames(self) -> Iterator[Frame]:
+        for source in self.sources:
+            yield from source.frames(self.problems)
+
+    def looks_at(self, frame: Frame) -> bool:
+        return frame.number % self.config.every == 0
+
+    def prepare(self) -> Iterator[tuple[list[Frame], Prepared | None]]:
+        """Frames up to the next full batch, and that batch."""
+        frames: list[Frame] = []
+        for frame in self.frames():
+            frames.append(frame)
+            if sum(map(self.looks_at, frames)) == self.config.batch_size:
+                yield frames, self.fit(frames)
+                frames = []
+        if frames:
+            yield frames, self.fit(frames)
+
+    def fit(self, frames: Sequence[Frame]) -> Prepared | None:
+        chosen = [frame.image for frame in frames if self.looks_at(frame)]
+        return self.detector.prepare(chosen) if chosen and not self.slicer else None
+
+    def find(
+        self, batches: Iterable[tuple[list[Frame], Prepared | None]]
+    ) -> Iterator[tuple[Frame, sv.Detections, bool]]:
+        """The network's part."""
+        detections = sv.Detections.empty()
+        for frames, prepared in batches:
+            found = iter(self.detector.find(prepared) if prepared else ())
+            for frame in frames:
+                new = self.looks_at(frame)
+                if new:
+                    detections = self.slicer(frame.image) if self.slicer else next(found)
+                    detections = self.follow(frame, detections) if self.config.track else detections
+                yield frame, detections, new
+
+    def follow(self, frame: Frame, detections: sv.Detections) -> sv.Detections:
+        """The detections of a video's frame with the ids of their tracks."""
+        if frame.video is None:
+            return detections
+        if frame.video is not self.tracked:
+            from trackers import ByteTrackTracker  # takes a second, which only those who want it wait for
+
+            least = min(self.detector.least_confidences())
+            rate = float(frame.video.rate) / self.config.every
+            self.tracker = ByteTrackTracker(
+                frame_rate=rate, track_activation_threshold=least, high_conf_det_threshold=least
+            )
+            self.tracked = frame.video
+        return self.tracker.update(detections)
+
+
+def main(config: Config) -> int:
+    """Predict on every frame of the source; returns how many objects were found."""
+    sources = [source for name in config.source for source in open_sources(name, config.patience)]
+    if not sources:
+        raise UserError("no source was given; name an image, a video, a folder or a glob")
+    if any(path.parent.resolve() == Path(config.out).resolve() for path in inputs(sources)):
+        raise UserError(f"out is {config.out}, where the results would replace their inputs; choose another folder")
+    detector = load_detector(config)
+    if config.benchmark:
+        return measure(config, detector, sources)
+    pipeline = Pipeline(config, detector, sources)
+    with StopSignals(), ExitStack() as stack:
+        sinks = open_sinks(config, detector.spec.class_names, stack)
+        images, found = write_all(pipeline, sinks)
+    if not images:
+        more = f", nor are the other {len(pipeline.problems) - 1}" if len(pipeline.problems) > 1 else ""
+        raise UserError(pipeline.problems[0] + more)
+    if pipeline.problems:
+        number = len(pipeline.problems)
+        several = "s" if number > 1 else ""
+        print(f"{number} problem{several}: {'; '.join(pipeline.problems[:SHOWN])}", file=sys.stderr)
     print(f"confidence {detector.describe_confidences()}")
-    print(f"{found} objects in {len(paths) - len(unread)} image(s); pictures and detections.jsonl are in {config.out}")
+    print(f"{found} objects in {images} image(s); the results are in {config.out}")
     if not found:
-        least = "that suggested for its class" if config.confidence == "auto" else f"{config.confidence:g}"
-        print(f"nothing reached the confidence {least}; a lower --confidence shows less certain detections")
+        print("nothing reached that confidence; a lower --confidence shows less certain detections")
     return found
+
+
+def write_all(pipeline: Pipeline, sinks: Sequence[Sink]) -> tuple[int, int]:
+    """Hand everything to the sinks: how many images there were, and how many objects on those looked at."""
+    totals = [source.total for source in pipeline.sources]
+    total = None if None in totals else sum(totals)
+    images = found = 0
+    with closing(iter(pipeline)) as results, tqdm(total=total, desc="predicting", unit=" images", disable=None) as bar:
+        for frame, detections, new in results:
+            images, found = images + 1, found + len(detections) * new
+            try:
+                for sink in sinks:
+                    sink.write(frame, detections, new)
+            except WindowClosed:
+                break
+            bar.update()
+    return images, found
+
+
+def measure(config: Config, detector: Detector, sources: Sequence[Source]) -> int:
+    """Print the time of the network alone, and from an image in memory to its detections, for batches of each size."""
+    images = [frame.image for frame in islice(Pipeline(config, detector, sources).frames(), max(config.benchmark))]
+    if not images:
+        raise UserError("none of the images can be read")
+    print(f"{'':5}  {'network, ms':>18}  {'end to end, ms':>18}")
+    print(f"{'batch':5}  {'median':>9}{'95 %':>9}  {'median':>9}{'95 %':>9}  {'images/s':>9}")
+    for size in config.benchmark:
+        batch = [images[i % len(images)] for i in range(size)]
+        network = time_calls(partial(detector.network, detector.prepare(batch).images), detector.network.device)
+        whole = time_calls(lambda batch=batch: detector.find(detector.prepare(batch)), detector.network.device)
+        times = "  ".join(f"{median:9.2f}{slow:9.2f}" for median, slow in (network, whole))
+        print(f"{size:5}  {times}  {1000 * size / whole[0]:9.1f}")
+    return 0
+
+
+def time_calls(call: Callable[[], object], device: torch.device) -> tuple[float, float]:
+    """Median and 95th percentile, in milliseconds."""
+    times = []
+    for _ in range(WARMUP_CALLS + TIMED_CALLS):
+        wait_for(device)
+        started = time.perf_counter()
+        call()
+        wait_for(device)
+        times.append(1000 * (time.perf_counter() - started))
+    median, slow = np.percentile(times[WARMUP_CALLS:], [50, 95])
+    return float(median), float(slow)
 
 
 if __name__ == "__main__":

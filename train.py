@@ -35,7 +35,7 @@ from utils.checkpoint import (
     load_last,
     newest_run,
 )
-from utils.detector import EVALUATION_THRESHOLDS, Detector
+from utils.detector import Detector
 from utils.device import choose_compile, choose_device, choose_precision, keep_freed_memory
 from utils.distributed import Ranks, join_ranks
 from utils.errors import UserError, check_choice, check_range, make_folder, run_script
@@ -43,6 +43,7 @@ from utils.files import CACHE_FOLDER
 from utils.interrupt import Stopped, StopSignals
 from utils.loss import TERMS, LossSettings, YoloLoss
 from utils.metrics import evaluate
+from utils.nms import EVALUATION_THRESHOLDS
 from utils.optim import (
     accumulation_steps,
     build_ema,

@@ -2,7 +2,7 @@
 
 import torch
 
-from utils.nms import select_detections
+from utils.nms import Thresholds, select_detections
 
 BOXES = torch.tensor(
     [[[0.0, 0, 10, 10], [0, 0, 10, 9], [20, 20, 30, 30]], [[0.0, 0, 10, 10], [1, 1, 5, 5], [0, 0, 9, 9]]]
@@ -11,7 +11,7 @@ SCORES = torch.tensor([[[0.6, 0.1], [0.9, 0.2], [0.3, 0.8]], [[0.0, 0.0], [0.0, 
 
 
 def test_classes_and_images_are_apart():
-    first, second = select_detections(BOXES, SCORES, 0.15, 0.5, 100, 100)
+    first, second = select_detections(BOXES, SCORES, 0.15, Thresholds())
     torch.testing.assert_close(first[0], BOXES[0][[1, 2, 2, 1]])  # the first box of class 0 overlaps the second
     torch.testing.assert_close(first[1], torch.tensor([0.9, 0.8, 0.3, 0.2]))
     assert first[2].tolist() == [0, 1, 0, 1]
@@ -20,15 +20,15 @@ def test_classes_and_images_are_apart():
 
 
 def test_limits():
-    first, second = select_detections(BOXES, SCORES, 0.15, 0.5, 2, 1)
+    first, second = select_detections(BOXES, SCORES, 0.15, Thresholds(nms_iou=0.5, top_k=2, max_detections=1))
     assert first[1].tolist() == [SCORES[0, 1, 0].item()]
     assert len(second[1]) == 1
-    first, _ = select_detections(BOXES, SCORES, 0.0, 1.0, 2, 10)
+    first, _ = select_detections(BOXES, SCORES, 0.0, Thresholds(nms_iou=1.0, top_k=2, max_detections=10))
     assert len(first[1]) == 2
 
 
 def test_nothing_found():
-    for boxes, scores, labels in select_detections(BOXES, SCORES, 0.95, 0.5, 100, 100):
+    for boxes, scores, labels in select_detections(BOXES, SCORES, 0.95, Thresholds()):
         assert boxes.shape == (0, 4)
         assert len(scores) == len(labels) == 0
 
@@ -38,8 +38,19 @@ def test_a_batch_gives_what_its_images_give():
     corners = torch.rand(8, 300, 2, generator=generator) * 400
     boxes = torch.cat([corners, corners + 5 + 40 * torch.rand(8, 300, 2, generator=generator)], dim=-1)
     scores = torch.rand(8, 300, 20, generator=generator)
-    together = select_detections(boxes, scores, 0.3, 0.5, 3000, 300)
+    together = select_detections(boxes, scores, 0.3, Thresholds())
     for i, found in enumerate(together):
-        (alone,) = select_detections(boxes[i : i + 1], scores[i : i + 1], 0.3, 0.5, 3000, 300)
+        (alone,) = select_detections(boxes[i : i + 1], scores[i : i + 1], 0.3, Thresholds())
         for ours, theirs in zip(found, alone, strict=True):
             assert torch.equal(ours, theirs)
+
+
+def test_agnostic_suppression_keeps_one_class_per_object():
+    first, _ = select_detections(BOXES, SCORES, 0.15, Thresholds(agnostic=True))
+    torch.testing.assert_close(first[1], torch.tensor([0.9, 0.8]))
+    assert first[2].tolist() == [0, 1]
+
+
+def test_a_threshold_for_each_class():
+    first, _ = select_detections(BOXES, SCORES, torch.tensor([float("inf"), 0.15]), Thresholds())
+    assert first[2].tolist() == [1, 1]

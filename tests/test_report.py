@@ -16,9 +16,10 @@ import torch
 from nets.yolo import ModelSpec
 from tests.conftest import ANCHORS
 from utils.cache import build_cache
-from utils.detector import EVALUATION_THRESHOLDS, Detector
+from utils.detector import Detector
 from utils.images import read_image
 from utils.metrics import Curve, confusion_matrix, evaluate, voc_curves
+from utils.nms import EVALUATION_THRESHOLDS
 from utils.plots import draw_confidence, draw_confusion, draw_precision_recall
 from utils.report import Report, compare, metrics_table
 from utils.review import suspect_labels

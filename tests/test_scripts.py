@@ -19,8 +19,9 @@ from tests.conftest import ROOT, run, small_run
 from utils.cache import build_cache
 from utils.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from utils.coco import dataset_of
-from utils.detector import EVALUATION_THRESHOLDS, Detector, Thresholds
+from utils.detector import Detector
 from utils.images import draw_detections, read_image, write_image
+from utils.nms import EVALUATION_THRESHOLDS, Thresholds
 from utils.runtimes import TorchNetwork
 from utils.voc import load_samples
 
@@ -224,8 +225,7 @@ def test_predict_writes_pictures_lines_and_crops(config, run_dir, tmp_path, caps
         weights=str(run_dir / "last.safetensors"),
         out=str(out),
         confidence=0.01,
-        crops=True,
-        counts=True,
+        write=("pictures", "jsonl", "crops", "counts"),
         device="cpu",
     )
     found = predict.main(settings)
@@ -240,7 +240,7 @@ def test_predict_writes_pictures_lines_and_crops(config, run_dir, tmp_path, caps
     assert list((out / "crops").glob("*/one_*.png"))
     said = capsys.readouterr()
     assert "in all: " in said.out
-    assert "skipped 1 of 3 images" in said.err
+    assert said.err.startswith("1 problem: ") and "broken.jpg" in said.err
     assert "broken.jpg" in said.err
     single = predict.main(replace(settings, source=(str(images / "one.png"),), out=str(tmp_path / "b")))
     matched = predict.main(replace(settings, source=(str(images / "o*.png"),), out=str(tmp_path / "c")))

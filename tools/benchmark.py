@@ -45,7 +45,7 @@ from utils.batches import Batches
 from utils.cache import build_cache
 from utils.capacity import peak_memory
 from utils.checkpoint import LAST, find_checkpoint
-from utils.detector import EVALUATION_THRESHOLDS, Detector
+from utils.detector import Detector
 from utils.device import (
     autocast,
     choose_compile,
@@ -61,6 +61,7 @@ from utils.files import CACHE_FOLDER
 from utils.interrupt import StopSignals
 from utils.loss import LossSettings, YoloLoss
 from utils.metrics import evaluate
+from utils.nms import EVALUATION_THRESHOLDS
 from utils.optim import build_ema, build_optimizer, lr_factor
 from utils.report import Report
 from utils.runtimes import TorchNetwork

@@ -1,10 +1,10 @@
 """The only inference path: images in, detections in their own pixels out."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from math import inf
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import supervision as sv
@@ -17,31 +17,20 @@ from utils.boxes import Fit, clip_boxes
 from utils.cache import ImageCache
 from utils.checkpoint import load_checkpoint
 from utils.distributed import Ranks
-from utils.errors import UserError, check_range
+from utils.errors import UserError
 from utils.images import fit_image
-from utils.nms import FALLBACK_CONFIDENCE, select_detections
-from utils.runtimes import EXPORTED, Network, TorchNetwork, open_exported
+from utils.nms import FALLBACK_CONFIDENCE, Thresholds, select_detections
+from utils.runtimes import EXPORTED, FlippedNetwork, Network, TorchNetwork, open_exported
 
 NAMED = 8  # classes up to which their thresholds are said one by one
 
 
-@dataclass(frozen=True)
-class Thresholds:
-    """What of the network's output becomes a detection."""
+class Prepared(NamedTuple):
+    """Images at the network's input size."""
 
-    confidence: float | None = None  # least score; None: of each class what the checkpoint suggests
-    nms_iou: float = 0.5  # two boxes of a class that overlap more are one object
-    top_k: int = 3000  # candidates of an image that enter NMS
-    max_detections: int = 300  # of an image
-
-    def __post_init__(self) -> None:
-        if self.confidence is not None:
-            check_range(self, 0, 1, "confidence")
-        check_range(self, 0, 1, "nms_iou")
-        check_range(self, 1, inf, "top_k", "max_detections")
-
-
-EVALUATION_THRESHOLDS = Thresholds(confidence=0.001)  # low, so that the whole curve is seen
+    images: Tensor  # (B, 3, H, W) uint8 RGB, channels-last
+    fits: Sequence[Fit]  # how each lies there
+    sizes: Sequence[tuple[int, int]]  # height and width of each before
 
 
 class Detector:
@@ -62,10 +51,7 @@ class Detector:
         self.spec = spec
         self.thresholds = thresholds or Thresholds()
         self.suggested = suggested
-        confidences = suggested or [FALLBACK_CONFIDENCE] * spec.num_classes
-        if self.thresholds.confidence is not None:
-            confidences = [self.thresholds.confidence] * spec.num_classes
-        self.confidences = torch.tensor(confidences, device=network.device)  # (C,)
+        self.confidences = torch.tensor(self.least_confidences(), device=network.device)  # (C,)
 
     @classmethod
     def load(
@@ -75,29 +61,47 @@ class Detector:
         dtype: torch.dtype = torch.float32,
         thresholds: Thresholds | None = None,
         compiled: bool = False,
+        flip: bool = False,
     ) -> "Detector":
         """From a checkpoint of train.py or what tools/export.py made of one; raises UserError when the file is none.
 
-        `dtype` is the precision of the network; the rest is float32. `compiled` is for checkpoints.
+        `dtype` is the precision of the network; the rest is float32. `compiled` is for checkpoints. With
+        `flip` the mirrored image is looked at as well.
         """
         path, device = Path(path), torch.device(device)
         if path.suffix in EXPORTED:
             network, spec, suggested = open_exported(path, device, dtype)
-            return cls(network, spec, thresholds, suggested)
-        checkpoint = load_checkpoint(path)
-        network = TorchNetwork(checkpoint.build_model(path), checkpoint.spec, device, dtype, compiled)
-        return cls(network, checkpoint.spec, thresholds, checkpoint.info.get("thresholds", ()))
+        else:
+            checkpoint = load_checkpoint(path)
+            spec, suggested = checkpoint.spec, checkpoint.info.get("thresholds", ())
+            network = TorchNetwork(checkpoint.build_model(path), spec, device, dtype, compiled)
+        return cls(FlippedNetwork(network) if flip else network, spec, thresholds, suggested)
+
+    def least_confidences(self) -> list[float]:
+        """Of each class (C,); more than 1 for those not wanted. Raises UserError for a class that there is not."""
+        limits, names = self.thresholds, self.spec.class_names
+        for name in (*limits.per_class, *limits.only):
+            if name not in names:
+                raise UserError(f"there is no class {name!r}; the weights know {', '.join(names)}")
+        least = list(self.suggested) or [FALLBACK_CONFIDENCE] * len(names)
+        if limits.confidence is not None:
+            least = [limits.confidence] * len(names)
+        least = [limits.per_class.get(name, value) for name, value in zip(names, least, strict=True)]
+        return [value if name in (limits.only or names) else inf for name, value in zip(names, least, strict=True)]
 
     def describe_confidences(self) -> str:
         """The least confidence of a detection, and where it comes from, in words."""
-        if self.thresholds.confidence is not None:
-            return f"{self.thresholds.confidence:g}, as given"
+        limits, given = self.thresholds, self.least_confidences()
+        shown = {name: value for name, value in zip(self.spec.class_names, given, strict=True) if value <= 1}
+        words = f"{min(shown.values()):.2f} to {max(shown.values()):.2f}"
+        if len(set(shown.values())) == 1:
+            words = f"{min(shown.values()):g}"
+        elif len(shown) <= NAMED:
+            words = ", ".join(f"{name} {value:.2f}" for name, value in shown.items())
+        if limits.confidence is not None or shown.keys() <= limits.per_class.keys():
+            return f"{words}, as given"
         if not self.suggested:
-            return f"{FALLBACK_CONFIDENCE}, since the training had no validation that would suggest another"
-        words = f"{min(self.suggested):.2f} to {max(self.suggested):.2f}"
-        if len(self.suggested) <= NAMED:
-            named = zip(self.spec.class_names, self.suggested, strict=True)
-            words = ", ".join(f"{name} {value:.2f}" for name, value in named)
+            return f"{words}, since the training had no validation that would suggest another"
         return f"{words}, as the training's validation suggests"
 
     def expect_classes(self, class_names: Sequence[str], source: str | Path) -> None:
@@ -117,9 +121,17 @@ class Detector:
         """Detections of each image, in order; `batch_size` images go through the network at once."""
         remaining = iter(images)
         while batch := list(islice(remaining, batch_size)):
-            fitted, fits = zip(*(fit_image(im, self.spec.input_size, self.spec.letterbox) for im in batch), strict=True)
-            stacked = torch.from_numpy(np.stack(fitted)).permute(0, 3, 1, 2)  # (B, 3, H, W), channels-last already
-            yield from self.select(self.network(stacked), fits, [image.shape[:2] for image in batch])
+            yield from self.find(self.prepare(batch))
+
+    def prepare(self, images: Sequence[np.ndarray]) -> Prepared:
+        """uint8 RGB images (H, W, 3) -> a batch for the network."""
+        fitted, fits = zip(*(fit_image(im, self.spec.input_size, self.spec.letterbox) for im in images), strict=True)
+        stacked = torch.from_numpy(np.stack(fitted)).permute(0, 3, 1, 2)  # channels-last already
+        return Prepared(stacked, fits, [image.shape[:2] for image in images])
+
+    def find(self, batch: Prepared) -> list[sv.Detections]:
+        """Detections of each image of a batch."""
+        return self.select(self.network(batch.images), batch.fits, batch.sizes)
 
     def run_cached(
         self, cache: ImageCache, batch_size: int, ranks: Ranks | None = None
@@ -150,7 +162,7 @@ class Detector:
         """The network's outputs -> detections in the pixels of the originals, which are of (height, width)."""
         boxes, scores = self.network.decode(outputs)
         limits = self.thresholds
-        found = select_detections(boxes, scores, self.confidences, limits.nms_iou, limits.top_k, limits.max_detections)
+        found = select_detections(boxes, scores, self.confidences, limits)
         return [
             to_detections([values.cpu().numpy() for values in item], fit, size, self.spec.class_names)
             for fit, size, item in zip(fits, sizes, found, strict=True)

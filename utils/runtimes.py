@@ -68,6 +68,25 @@ class TorchNetwork:
         return decode(outputs, self.levels, self.scale_xy)
 
 
+class FlippedNetwork:
+    """Another network on each image and on its mirror image; the boxes of both are candidates."""
+
+    def __init__(self, network: Network) -> None:
+        self.network, self.device, self.width = network, network.device, 0
+
+    def __call__(self, images: Tensor) -> Sequence[Tensor]:
+        self.width = images.shape[-1]
+        outputs = self.network(torch.cat([images, images.flip(-1)]))
+        return [torch.stack(output.chunk(2)) for output in outputs]  # (2, B, ...)
+
+    def decode(self, outputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        boxes, scores = self.network.decode([output[0] for output in outputs])
+        others, other_scores = self.network.decode([output[1] for output in outputs])
+        x1, y1, x2, y2 = others.unbind(-1)
+        others = torch.stack([self.width - x2, y1, self.width - x1, y2], dim=-1)
+        return torch.cat([boxes, others], dim=1), torch.cat([scores, other_scores], dim=1)
+
+
 class ExportedNetwork:
     """What exported networks share: float input in 0..1 on the CPU, boxes and scores as outputs."""
 

@@ -1,108 +1,372 @@
-"""Where detections go: annotated pictures, JSON lines, crops, counts. Each sink takes every frame in turn."""
+"""Where detections go: pictures and videos, a window, tables, label files, crops, counts, heat maps.
+
+Each sink takes every frame in turn, with what was found on it; `new` is False where that was only carried on from an
+earlier frame of the video.
+"""
 
 import json
+import os
+import sys
+from abc import ABC, abstractmethod
 from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
+import av
+import cv2
+import numpy as np
 import supervision as sv
+from supervision.dataset.formats.pascal_voc import detections_to_pascal_voc
+from supervision.dataset.formats.yolo import detections_to_yolo_annotations
 
+from utils.errors import UserError
+from utils.files import replacing
 from utils.images import draw_detections, write_image
 from utils.sources import Frame
 from utils.voc import IMAGE_SUFFIXES
 
+VIDEO_SUFFIX = ".mp4"
+CLOCK = 90_000  # ticks a second, in which a video's times are written
+ENCODER = {"crf": "23", "preset": "veryfast"}  # of x264
+WINDOW = "detections; q or Esc closes"
+CLOSING_KEYS = (ord("q"), 27)
+HEAT_SIDE = 640  # pixels of a heat map's longer side, at most
+SHOWN_SIDE = 1280  # pixels of the window's longer side, at most
 
-class Sink(Protocol):
-    """Takes the detections of one frame after the other."""
 
-    def write(self, frame: Frame, detections: sv.Detections) -> None: ...
-
-    def close(self) -> None: ...
+class WindowClosed(Exception):
+    """The user has closed the window, and wants no more."""
 
 
-class Pictures:
-    """An annotated copy of each image, under its own name, or with a number where two have the same."""
+class Sink(ABC):
+    """Takes the detections of one frame after the other, and finishes its files in `close`."""
 
-    def __init__(self, folder: Path, class_names: tuple[str, ...]) -> None:
+    def __init__(self, folder: Path, class_names: Sequence[str]) -> None:
         self.folder = folder
-        self.class_names = class_names
+        self.class_names = tuple(class_names)
         self.written: Counter[str] = Counter()
-        folder.mkdir(parents=True, exist_ok=True)
 
-    def write(self, frame: Frame, detections: sv.Detections) -> None:
-        known = frame.path.suffix.lower() in IMAGE_SUFFIXES
-        name = numbered(frame.path.name if known else f"{frame.path.name}.png", self.written)
-        write_image(self.folder / name, draw_detections(frame.image, detections, self.class_names))
+    @abstractmethod
+    def write(self, frame: Frame, detections: sv.Detections, new: bool = True) -> None: ...
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027, most have nothing to finish
         pass
 
+    def unique(self, name: str) -> str:
+        """The name, with a number before its suffix where it was given before."""
+        self.written[name] += 1
+        path, number = Path(name), self.written[name]
+        return name if number == 1 else str(path.with_name(f"{path.stem}_{number}{path.suffix}"))
 
-class JsonLines:
-    """One line per detection: image, class, score, box (xyxy pixels)."""
+    def place(self, name: str) -> Path:
+        """Where a file of this name goes, whose folder is made."""
+        path = self.folder / self.unique(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
 
-    def __init__(self, path: Path, class_names: tuple[str, ...]) -> None:
-        self.class_names = class_names
-        self.file = path.open("w", encoding="utf-8")
+    def draw(self, frame: Frame, detections: sv.Detections) -> np.ndarray:
+        return draw_detections(frame.image, detections, self.class_names)
 
-    def write(self, frame: Frame, detections: sv.Detections) -> None:
-        for box, score, label in zip(detections.xyxy, detections.confidence, detections.class_id, strict=True):
-            line = {
-                "image": str(frame.path),
-                "class": self.class_names[label],
-                "score": round(float(score), 5),
-                "box": [round(float(edge), 2) for edge in box],
-            }
-            self.file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+class Pictures(Sink):
+    """An annotated copy of each image under its own name; of a video an MP4 of the same length and frame rate."""
+
+    def __init__(self, folder: Path, class_names: Sequence[str]) -> None:
+        super().__init__(folder, class_names)
+        self.video: VideoWriter | None = None
+        self.source: object = None
+
+    def write(self, frame: Frame, detections: sv.Detections, new: bool = True) -> None:
+        drawn = self.draw(frame, detections)
+        if frame.video is None:
+            known = frame.path.suffix.lower() in IMAGE_SUFFIXES
+            write_image(self.place(frame.path.name if known else f"{frame.path.name}.png"), drawn)
+            return
+        if frame.video is not self.source:
+            self.close()
+            path = self.place(frame.video.stem + VIDEO_SUFFIX)
+            self.video, self.source = VideoWriter(path, frame.video.rate, drawn.shape[:2]), frame.video
+        self.video.write(drawn, frame.time)
+
+    def close(self) -> None:
+        if self.video is not None:
+            self.video.close()
+            self.video = None
+
+
+class VideoWriter:
+    """An H.264 MP4, which browsers play, of frames (height, width)."""
+
+    def __init__(self, path: Path, rate: Fraction, size: tuple[int, int]) -> None:
+        self.path, self.last = path, -1
+        self.padding = [side % 2 for side in size]  # H.264 wants even sides
+        try:
+            self.container = av.open(str(path), "w", options={"movflags": "+faststart"})
+            self.stream = self.container.add_stream("libx264", rate=rate, options=ENCODER)
+        except (av.FFmpegError, OSError, ValueError) as error:
+            raise UserError(f"cannot write the video {path}: {error}") from None
+        self.stream.height, self.stream.width = (side + more for side, more in zip(size, self.padding, strict=True))
+        self.stream.pix_fmt = "yuv420p"
+        self.stream.codec_context.time_base = Fraction(1, CLOCK)
+
+    def write(self, image: np.ndarray, seconds: float) -> None:
+        """An RGB image at its time, or just behind the one before."""
+        if any(self.padding):
+            image = cv2.copyMakeBorder(image, 0, self.padding[0], 0, self.padding[1], cv2.BORDER_REPLICATE)
+        picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
+        self.last = picture.pts = max(self.last + 1, round(seconds * CLOCK))
+        picture.time_base = Fraction(1, CLOCK)
+        self.mux(picture)
+
+    def mux(self, picture: av.VideoFrame | None) -> None:
+        try:
+            self.container.mux(self.stream.encode(picture))
+        except (av.FFmpegError, OSError) as error:
+            raise UserError(f"cannot write the video {self.path}: {error.strerror or error}") from None
+
+    def close(self) -> None:
+        try:
+            self.mux(None)
+        finally:
+            self.container.close()
+
+
+class Window(Sink):
+    """Every frame on the screen, as it comes; raises WindowClosed when the user has enough."""
+
+    @staticmethod
+    def is_possible() -> bool:
+        """Whether OpenCV was built with windows, and there is a display."""
+        headless = sys.platform.startswith("linux") and not {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys()
+        gui = [line for line in cv2.getBuildInformation().splitlines() if line.strip().startswith("GUI:")]
+        return not headless and bool(gui) and "NONE" not in gui[0]
+
+    def write(self, frame: Frame, detections: sv.Detections, new: bool = True) -> None:
+        drawn = self.draw(frame, detections)
+        scale = min(1.0, SHOWN_SIDE / max(drawn.shape[:2]))
+        shown = cv2.resize(drawn, None, fx=scale, fy=scale) if scale < 1 else drawn
+        cv2.imshow(WINDOW, cv2.cvtColor(shown, cv2.COLOR_RGB2BGR))
+        if cv2.waitKey(1 if frame.video else 0) & 0xFF in CLOSING_KEYS:
+            raise WindowClosed
+
+    def close(self) -> None:
+        with suppress(cv2.error):  # when it never opened
+            cv2.destroyAllWindows()
+
+
+class JsonLines(Sink):
+    """detections.jsonl: a line per detection with image, class, score, box (xyxy pixels); of videos frame and time."""
+
+    def __init__(self, folder: Path, class_names: Sequence[str]) -> None:
+        super().__init__(folder, class_names)
+        self.file = (folder / "detections.jsonl").open("w", encoding="utf-8")
+
+    def write(self, frame: Frame, detections: sv.Detections, new: bool = True) -> None:
+        if new:
+            about = describe_frame(frame)
+            for item in describe_detections(detections, self.class_names):
+                self.file.write(json.dumps(about | item, ensure_ascii=False) + "\n")
 
     def close(self) -> None:
         self.file.close()
 
 
-class Crops:
-    """Each detection cut out, in a folder per class."""
+class Csv(Sink):
+    """detections.csv: a row per detection, as supervision writes it."""
 
-    def __init__(self, folder: Path, class_names: tuple[str, ...]) -> None:
-        self.folder = folder
-        self.class_names = class_names
-        self.written: Counter[str] = Counter()
+    def __init__(self, folder: Path, class_names: Sequence[str]) -> None:
+        super().__init__(folder, class_names)
+        self.sink = sv.CSVSink(str(folder / "detections.csv"))
+        self.sink.open()
 
-    def write(self, frame: Frame, detections: sv.Detections) -> None:
+    def write(self, frame: Frame, detections: sv.Detections, new: bool = True) -> None:
+        if new:
+            about = {"frame": frame.number, "time": round(frame.time, 3)} | describe_frame(frame)
+            self.sink.append(detections, custom_data=about)
+
+    def close(self) -> None:
+        self.sink.close()
+
+
+class Labels(Sink):
+    """Label files for new data. Frames of videos are written beside them, so that each label has its image."""
+
+    images = "images"  # folder of these
+
+    def write(self, frame: Frame, detections: sv.Detections, new: bool = True) -> None:
+        if new:
+            name = self.unique(frame.path.name)
+            if frame.video is not None:
+                target = self.folder / self.images / name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                write_image(target, frame.image)
+            self.label(name, frame, detections)
+
+    @abstractmethod
+    def label(self, name: str, frame: Frame, detections: sv.Detections) -> None:
+        """The labels of one image, which has this name."""
+
+
+class Voc(Labels):
+    """voc/Annotations: an XML for each image."""
+
+    images = "JPEGImages"
+
+    def __init__(self, folder: Path, class_names: Sequence[str]) -> None:
+        super().__init__(folder / "voc", class_names)
+        (self.folder / "Annotations").mkdir(parents=True, exist_ok=True)
+
+    def label(self, name: str, frame: Frame, detections: sv.Detections) -> None:
+        text = detections_to_pascal_voc(detections, list(self.class_names), name, frame.image.shape)
+        (self.folder / "Annotations" / name).with_suffix(".xml").write_text(text, encoding="utf-8")
+
+
+class Yolo(Labels):
+    """yolo/labels: a text file for each image, with class number, centre and sides in shares of the image."""
+
+    def __init__(self, folder: Path, class_names: Sequence[str]) -> None:
+        super().__init__(folder / "yolo", class_names)
+        (self.folder / "labels").mkdir(parents=True, exist_ok=True)
+        (self.folder / "classes.txt").write_text("\n".join(class_names) + "\n", encoding="utf-8")
+
+    def label(self, name: str, frame: Frame, detections: sv.Detections) -> None:
+        lines = detections_to_yolo_annotations(detections, frame.image.shape)
+        text = "".join(line + "\n" for line in lines)
+        (self.folder / "labels" / name).with_suffix(".txt").write_text(text, encoding="utf-8")
+
+
+class Coco(Labels):
+    """coco/annotations.json: one file for all images."""
+
+    def __init__(self, folder: Path, class_names: Sequence[str]) -> None:
+        super().__init__(folder / "coco", class_names)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.entries: list[dict[str, Any]] = []
+        self.annotations: list[dict[str, Any]] = []
+
+    def label(self, name: str, frame: Frame, detections: sv.Detections) -> None:
+        height, width = frame.image.shape[:2]
+        self.entries.append({"id": len(self.entries) + 1, "file_name": name, "width": width, "height": height})
+        for item, label in zip(describe_detections(detections, self.class_names), detections.class_id, strict=True):
+            x1, y1, x2, y2 = item["box"]
+            sides = [round(x2 - x1, 2), round(y2 - y1, 2)]
+            annotation = {"id": len(self.annotations) + 1, "image_id": len(self.entries), "category_id": int(label) + 1}
+            annotation |= {"bbox": [x1, y1, *sides], "area": round(sides[0] * sides[1], 2), "iscrowd": 0}
+            self.annotations.append(annotation | {"score": item["score"]})
+
+    def close(self) -> None:
+        categories = [{"id": number, "name": name} for number, name in enumerate(self.class_names, start=1)]
+        content = {"images": self.entries, "annotations": self.annotations, "categories": categories}
+        with replacing(self.folder / "annotations.json") as file:
+            file.write(json.dumps(content, ensure_ascii=False).encode())
+
+
+class Crops(Sink):
+    """crops: each detection cut out, in a folder per class."""
+
+    def write(self, frame: Frame, detections: sv.Detections, new: bool = True) -> None:
         for i, (box, label) in enumerate(zip(detections.xyxy, detections.class_id, strict=True)):
             crop = sv.crop_image(frame.image, box)
-            if crop.size:
+            if crop.size and new:
                 folder = "".join(
                     letter if letter.isalnum() or letter in " -" else "_" for letter in self.class_names[label]
                 )
-                target = self.folder / numbered(f"{folder}/{frame.path.stem}_{i}.png", self.written)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                write_image(target, crop)
-
-    def close(self) -> None:
-        pass
+                write_image(self.place(f"crops/{folder}/{frame.path.stem}_{i}.png"), crop)
 
 
-class Counts:
-    """How many objects of each class there were, printed per image and in all."""
+class Counts(Sink):
+    """How many objects of each class there were, printed per image, and in all; of videos only in all frames."""
 
-    def __init__(self, class_names: tuple[str, ...]) -> None:
-        self.class_names = class_names
+    def __init__(self, folder: Path, class_names: Sequence[str]) -> None:
+        super().__init__(folder, class_names)
         self.total: Counter[str] = Counter()
+        self.tracked: dict[str, set[tuple[str, int]]] = {}
 
-    def write(self, frame: Frame, detections: sv.Detections) -> None:
-        counts = Counter(self.class_names[label] for label in detections.class_id)
-        self.total += counts
-        print(f"{frame.path}: {describe(counts)}")
+    def write(self, frame: Frame, detections: sv.Detections, new: bool = True) -> None:
+        if not new:
+            return
+        names = [self.class_names[label] for label in detections.class_id]
+        self.total += Counter(names)
+        if frame.video is None:
+            print(f"{frame.path}: {describe(Counter(names))}")
+        for name, track in zip(names, track_ids(detections), strict=True):
+            if track is not None:
+                self.tracked.setdefault(name, set()).add((frame.video.name if frame.video else "", track))
 
     def close(self) -> None:
         print(f"in all: {describe(self.total)}")
+        if self.tracked:
+            print(f"tracks: {describe(Counter({name: len(ids) for name, ids in self.tracked.items()}))}")
 
 
-def numbered(name: str, written: Counter[str]) -> str:
-    """The name, with a number before its suffix where it was written before."""
-    written[name] += 1
-    path = Path(name)
-    return name if written[name] == 1 else str(path.with_name(f"{path.stem}_{written[name]}{path.suffix}"))
+class HeatMap(Sink):
+    """heat_NAME.jpg: how often objects were where, over the last frame of a video, or the last image of a size."""
+
+    def __init__(self, folder: Path, class_names: Sequence[str]) -> None:
+        super().__init__(folder, class_names)
+        self.maps: dict[str, tuple[sv.HeatMapAnnotator, np.ndarray]] = {}  # by name, with the picture so far
+
+    def write(self, frame: Frame, detections: sv.Detections, new: bool = True) -> None:
+        if not new:
+            return
+        height, width = frame.image.shape[:2]
+        name = frame.video.stem if frame.video else f"{width}x{height}"
+        scale = min(1.0, HEAT_SIDE / max(height, width))
+        small = cv2.resize(frame.image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+        radius = max(3, min(small.shape[:2]) // 20)
+        annotator, _ = self.maps.get(name, (sv.HeatMapAnnotator(sv.Position.CENTER, 0.5, radius), None))
+        centres = replace(detections, xyxy=detections.xyxy * scale)
+        self.maps[name] = annotator, annotator.annotate(np.ascontiguousarray(small[..., ::-1]), centres)
+
+    def close(self) -> None:
+        for name, (_, picture) in self.maps.items():
+            write_image(self.place(f"heat_{name}.jpg"), picture[..., ::-1])
+
+
+SINKS: dict[str, Callable[[Path, Sequence[str]], Sink]] = {
+    "pictures": Pictures,
+    "jsonl": JsonLines,
+    "csv": Csv,
+    "voc": Voc,
+    "yolo": Yolo,
+    "coco": Coco,
+    "crops": Crops,
+    "counts": Counts,
+    "heatmap": HeatMap,
+    "window": Window,
+}
+
+
+def describe_frame(frame: Frame) -> dict[str, Any]:
+    """Which image it is, or which frame of which video."""
+    if frame.video is None:
+        return {"image": str(frame.path)}
+    return {"image": frame.video.name, "frame": frame.number, "time": round(frame.time, 3)}
+
+
+def describe_detections(detections: sv.Detections, class_names: Sequence[str]) -> list[dict[str, Any]]:
+    """Class, score and box (xyxy pixels) of each, and its track where it has one."""
+    columns = zip(detections.xyxy, detections.confidence, detections.class_id, track_ids(detections), strict=True)
+    return [
+        {
+            "class": class_names[label],
+            "score": round(float(score), 5),
+            "box": [round(float(edge), 2) for edge in box],
+        }
+        | ({} if track is None else {"track": track})
+        for box, score, label, track in columns
+    ]
+
+
+def track_ids(detections: sv.Detections) -> list[int | None]:
+    """The track of each detection; None where there is none, or not yet."""
+    if detections.tracker_id is None:
+        return [None] * len(detections)
+    return [int(track) if track >= 0 else None for track in detections.tracker_id]
 
 
 def describe(counts: Counter[str]) -> str:

@@ -16,11 +16,12 @@ from torch.optim.lr_scheduler import LRScheduler
 from nets.yolo import ModelSpec, YoloBody
 from utils.batches import Batches
 from utils.checkpoint import LAST, Checkpoint
-from utils.detector import EVALUATION_THRESHOLDS, Detector
+from utils.detector import Detector
 from utils.device import autocast
 from utils.distributed import Ranks
 from utils.errors import UserError
 from utils.loss import TERMS, YoloLoss
+from utils.nms import EVALUATION_THRESHOLDS
 from utils.optim import WeightAverage, freeze_backbone
 from utils.runtimes import TorchNetwork
 
