@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from itertools import islice
 from math import inf
 from pathlib import Path
@@ -45,7 +45,7 @@ class Config:
 
     source: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="SOURCE", help=SOURCE_HELP)]
     weights: str = ""  # checkpoint, run folder, .onnx or .xml; empty: the newest run under logs/
-    out: str = "predictions"  # folder for the results
+    out: str = ""  # folder for the results; empty: predictions/ and the time
     write: tuple[str, ...] = ("pictures", "jsonl")  # pictures jsonl csv voc yolo coco crops counts heatmap window
     classes: str = ""  # class file to compare with the checkpoint's classes; empty: those of the checkpoint
 
@@ -81,6 +81,11 @@ class Config:
         if any(size < 1 for size in self.benchmark):
             raise UserError(f"benchmark is {self.benchmark}, but batch sizes are at least 1")
 
+    @cached_property
+    def folder(self) -> Path:
+        """Of the results."""
+        return Path(self.out or time.strftime("predictions/%Y-%m-%d_%H-%M-%S"))
+
     def thresholds(self) -> Thresholds:
         confidence = None if self.confidence == "auto" else self.confidence
         return Thresholds(confidence, self.class_confidence, self.only, self.nms_iou, self.agnostic)
@@ -88,15 +93,16 @@ class Config:
 
 def open_sinks(config: Config, class_names: tuple[str, ...], stack: ExitStack) -> list[Sink]:
     """Where the detections go; the stack closes them."""
-    folder = Path(config.out)
-    make_folder(folder)
+    make_folder(config.folder)
+    if any(config.folder.iterdir()):
+        print(f"{config.folder} has older files, which stay unless new ones have their names", file=sys.stderr)
     names = list(dict.fromkeys(config.write))
     if "window" in names and not Window.is_possible():
         print(
             "there is no display for a window, or OpenCV was installed without; going on without one", file=sys.stderr
         )
         names.remove("window")
-    return [stack.enter_context(closing(SINKS[name](folder, class_names))) for name in names]
+    return [stack.enter_context(closing(SINKS[name](config.folder, class_names))) for name in names]
 
 
 def load_detector(config: Config) -> Detector:
@@ -190,8 +196,8 @@ def main(config: Config) -> int:
     sources = [source for name in config.source for source in open_sources(name, config.patience)]
     if not sources:
         raise UserError("no source was given; name an image, a video, a folder or a glob")
-    if any(path.parent.resolve() == Path(config.out).resolve() for path in inputs(sources)):
-        raise UserError(f"out is {config.out}, where the results would replace their inputs; choose another folder")
+    if any(path.parent.resolve() == config.folder.resolve() for path in inputs(sources)):
+        raise UserError(f"out is {config.folder}, where the results would replace their inputs; choose another folder")
     detector = load_detector(config)
     if config.benchmark:
         return measure(config, detector, sources)
@@ -207,7 +213,7 @@ def main(config: Config) -> int:
         several = "s" if number > 1 else ""
         print(f"{number} problem{several}: {'; '.join(pipeline.problems[:SHOWN])}", file=sys.stderr)
     print(f"confidence {detector.describe_confidences()}")
-    print(f"{found} objects in {images} image(s); the results are in {config.out}")
+    print(f"{found} objects in {images} image(s); the results are in {config.folder}")
     if not found:
         print("nothing reached that confidence; a lower --confidence shows less certain detections")
     return found
