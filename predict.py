@@ -5,35 +5,32 @@ Change the constants of `Config`, or give them as flags.
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import islice
-from math import inf
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
-import supervision as sv
 import torch
 import tyro
 from tqdm import tqdm
 
 from utils.checkpoint import find_checkpoint
-from utils.detector import Detector, Prepared
+from utils.detector import Detector
 from utils.device import choose_compile, choose_device, choose_precision, keep_freed_memory, wait_for
 from utils.errors import UserError, check_choice, check_range, make_folder, run_script
 from utils.interrupt import StopSignals
 from utils.nms import Thresholds
-from utils.pipeline import ahead
+from utils.pipeline import Look, Pipeline
 from utils.sinks import SINKS, Sink, Window, WindowClosed
-from utils.sources import Frame, Source, Video, inputs, open_sources
+from utils.sources import inputs, open_sources
 from utils.voc import load_classes
 
 SHOWN = 3  # problems that are told
 WARMUP_CALLS, TIMED_CALLS = 10, 50  # of a benchmark
-WAITING = 4  # batches between two stages
 SOURCE_HELP = (
     'images, videos, folders, globs such as "photos/*.jpg", .txt lists, - for stdin, 0 for a camera, addresses'
 )
@@ -70,14 +67,11 @@ class Config:
 
     def __post_init__(self) -> None:
         """Raise UserError for a value that cannot work."""
-        check_range(self, 1, inf, "every", "batch_size")
         check_range(self, 0, 1e9, "patience")
         check_choice(self, "compile", ("auto", "on", "off"))
         unknown = [name for name in self.write if name not in SINKS]
         if unknown:
             raise UserError(f"write is {', '.join(unknown)}, but must be among {', '.join(SINKS)}")
-        if self.tile and self.tile < 32:
-            raise UserError(f"tile is {self.tile}, but must be 0, or at least 32 pixels")
         if any(size < 1 for size in self.benchmark):
             raise UserError(f"benchmark is {self.benchmark}, but batch sizes are at least 1")
 
@@ -85,6 +79,9 @@ class Config:
     def folder(self) -> Path:
         """Of the results."""
         return Path(self.out or time.strftime("predictions/%Y-%m-%d_%H-%M-%S"))
+
+    def look(self) -> Look:
+        return Look(self.batch_size, self.every, self.tile, self.track)
 
     def thresholds(self) -> Thresholds:
         confidence = None if self.confidence == "auto" else self.confidence
@@ -98,9 +95,7 @@ def open_sinks(config: Config, class_names: tuple[str, ...], stack: ExitStack) -
         print(f"{config.folder} has older files, which stay unless new ones have their names", file=sys.stderr)
     names = list(dict.fromkeys(config.write))
     if "window" in names and not Window.is_possible():
-        print(
-            "there is no display for a window, or OpenCV was installed without; going on without one", file=sys.stderr
-        )
+        print("there is no display, or OpenCV was installed without windows; going on without one", file=sys.stderr)
         names.remove("window")
     return [stack.enter_context(closing(SINKS[name](config.folder, class_names))) for name in names]
 
@@ -120,77 +115,6 @@ def load_detector(config: Config) -> Detector:
     return detector
 
 
-class Pipeline:
-    """The frames of all sources, with what was found on each.
-
-    Reading and fitting, the network, and the caller's drawing and writing overlap; what waits between them is bounded.
-    """
-
-    def __init__(self, config: Config, detector: Detector, sources: Sequence[Source]) -> None:
-        self.config, self.detector, self.sources = config, detector, sources
-        self.problems: list[str] = []  # what could not be read
-        self.tracked: Video | None = None
-        self.tracker: Any = None
-        self.slicer: sv.InferenceSlicer | None = None
-        if config.tile:
-            self.slicer = sv.InferenceSlicer(detector, config.tile, config.tile // 5, iou_threshold=config.nms_iou)
-
-    def __iter__(self) -> Iterator[tuple[Frame, sv.Detections, bool]]:
-        """Frame, detections, and whether these are its own or an earlier frame's."""
-        return ahead(self.find(ahead(self.prepare(), WAITING)), WAITING * self.config.batch_size)
-
-    def frames(self) -> Iterator[Frame]:
-        for source in self.sources:
-            yield from source.frames(self.problems)
-
-    def looks_at(self, frame: Frame) -> bool:
-        return frame.number % self.config.every == 0
-
-    def prepare(self) -> Iterator[tuple[list[Frame], Prepared | None]]:
-        """Frames up to the next full batch, and that batch."""
-        frames: list[Frame] = []
-        for frame in self.frames():
-            frames.append(frame)
-            if sum(map(self.looks_at, frames)) == self.config.batch_size:
-                yield frames, self.fit(frames)
-                frames = []
-        if frames:
-            yield frames, self.fit(frames)
-
-    def fit(self, frames: Sequence[Frame]) -> Prepared | None:
-        chosen = [frame.image for frame in frames if self.looks_at(frame)]
-        return self.detector.prepare(chosen) if chosen and not self.slicer else None
-
-    def find(
-        self, batches: Iterable[tuple[list[Frame], Prepared | None]]
-    ) -> Iterator[tuple[Frame, sv.Detections, bool]]:
-        """The network's part."""
-        detections = sv.Detections.empty()
-        for frames, prepared in batches:
-            found = iter(self.detector.find(prepared) if prepared else ())
-            for frame in frames:
-                new = self.looks_at(frame)
-                if new:
-                    detections = self.slicer(frame.image) if self.slicer else next(found)
-                    detections = self.follow(frame, detections) if self.config.track else detections
-                yield frame, detections, new
-
-    def follow(self, frame: Frame, detections: sv.Detections) -> sv.Detections:
-        """The detections of a video's frame with the ids of their tracks."""
-        if frame.video is None:
-            return detections
-        if frame.video is not self.tracked:
-            from trackers import ByteTrackTracker  # takes a second, which only those who want it wait for
-
-            least = min(self.detector.least_confidences())
-            rate = float(frame.video.rate) / self.config.every
-            self.tracker = ByteTrackTracker(
-                frame_rate=rate, track_activation_threshold=least, high_conf_det_threshold=least
-            )
-            self.tracked = frame.video
-        return self.tracker.update(detections)
-
-
 def main(config: Config) -> int:
     """Predict on every frame of the source; returns how many objects were found."""
     sources = [source for name in config.source for source in open_sources(name, config.patience)]
@@ -199,9 +123,9 @@ def main(config: Config) -> int:
     if any(path.parent.resolve() == config.folder.resolve() for path in inputs(sources)):
         raise UserError(f"out is {config.folder}, where the results would replace their inputs; choose another folder")
     detector = load_detector(config)
+    pipeline = Pipeline(detector, sources, config.look())
     if config.benchmark:
-        return measure(config, detector, sources)
-    pipeline = Pipeline(config, detector, sources)
+        return measure(config.benchmark, pipeline)
     with StopSignals(), ExitStack() as stack:
         sinks = open_sinks(config, detector.spec.class_names, stack)
         images, found = write_all(pipeline, sinks)
@@ -236,14 +160,15 @@ def write_all(pipeline: Pipeline, sinks: Sequence[Sink]) -> tuple[int, int]:
     return images, found
 
 
-def measure(config: Config, detector: Detector, sources: Sequence[Source]) -> int:
-    """Print the time of the network alone, and from an image in memory to its detections, for batches of each size."""
-    images = [frame.image for frame in islice(Pipeline(config, detector, sources).frames(), max(config.benchmark))]
+def measure(batch_sizes: Sequence[int], pipeline: Pipeline) -> int:
+    """Print the time of the network alone, and from images in memory to their detections, for batches of each size."""
+    detector = pipeline.detector
+    images = [frame.image for frame in islice(pipeline.frames(), max(batch_sizes))]
     if not images:
         raise UserError("none of the images can be read")
     print(f"{'':5}  {'network, ms':>18}  {'end to end, ms':>18}")
     print(f"{'batch':5}  {'median':>9}{'95 %':>9}  {'median':>9}{'95 %':>9}  {'images/s':>9}")
-    for size in config.benchmark:
+    for size in batch_sizes:
         batch = [images[i % len(images)] for i in range(size)]
         network = time_calls(partial(detector.network, detector.prepare(batch).images), detector.network.device)
         whole = time_calls(lambda batch=batch: detector.find(detector.prepare(batch)), detector.network.device)

@@ -23,11 +23,12 @@ from pycocotools.coco import COCO
 import predict
 from nets.yolo import ModelSpec
 from tests.conftest import ANCHORS, ROOT
+from tools import benchmark_predict
+from utils.ahead import ahead, map_ahead
 from utils.checkpoint import Checkpoint, save_checkpoint
 from utils.detector import Detector
-from utils.errors import UserError
+from utils.errors import UserError, run_script
 from utils.images import encode_image, read_image, write_image
-from utils.pipeline import ahead, map_ahead
 from utils.sinks import VideoWriter
 from utils.sources import Camera, Stream, open_sources
 from utils.voc import read_annotation
@@ -308,6 +309,32 @@ def test_the_benchmark_prints_a_row_per_batch_size(config, video, capsys):
     assert [row[0] for row in rows] == ["1", "3"]
     assert all(0 < float(row[1]) < float(row[3]) for row in rows)  # the network takes a part of the whole
     assert not Path(config.out).exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["network", "--rounds", 1, "--no-compile"], {"torch fp32"}),
+        (["folder", "--rounds", 1], {"ratio", "decoding", "network", "whole", "images"}),
+        (["video", "--frames", 3], {"share", "frames", "seconds"}),
+        (["memory", "--frames", 700], {"mb_per_10000_frames", "mb"}),
+    ],
+)
+def test_benchmarks_of_prediction(arguments, expected, weights, devkit, tmp_path, monkeypatch, capsys):
+    if arguments[0] == "folder":
+        arguments = [*arguments, "--source", devkit / "Demo" / "JPEGImages" / "test_*.jpg"]
+    if arguments[0] == "memory" and sys.platform != "linux":
+        pytest.skip("memory is read from /proc")
+    arguments = [*arguments, "--weights", weights, "--device", "cpu", "--json", tmp_path / "figures"]
+    monkeypatch.setattr(sys, "argv", ["benchmark_predict.py", *map(str, arguments)])
+    run_script(benchmark_predict.main, benchmark_predict.Config)
+    figures = json.loads((tmp_path / "figures").read_text())
+    assert json.loads(capsys.readouterr().out) == figures
+    assert expected <= figures.keys()
+    if arguments[0] == "video":
+        assert figures["frames"] == 3 and 0 < figures["share"] < 1
+    if arguments[0] == "folder":
+        assert figures["images"] == 6
 
 
 def test_ahead_keeps_order_and_raises_in_turn():

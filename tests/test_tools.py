@@ -87,12 +87,6 @@ def test_benchmark_train(tmp_path):
     assert figures["step_memory_gb"] > 0.1
 
 
-def test_benchmark_infer(tmp_path):
-    figures = figures_of(tmp_path, "infer", *SMALL, "--rounds", 1)
-    assert "eager_fp32_channels_first" in figures["network_ms"]
-    assert all(value > 0 for group in figures.values() for value in group.values())
-
-
 def test_benchmark_gpu_keeps_what_it_has(expect_mistake, monkeypatch, tmp_path):
     """A run that fails takes nothing from the others; here the runs themselves are made up."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

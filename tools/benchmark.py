@@ -1,9 +1,8 @@
-"""Measure speed and memory: python tools/benchmark.py train, or gpu, infer, evaluation, memory, annotations
+"""Measure training and evaluation: python tools/benchmark.py train, or gpu, evaluation, memory, annotations
 
 `train` runs train.py on drawn images and compares its whole loop with the full step (forward, loss, backward,
 optimizer, weight average) on one fixed batch in memory, in turns, since machines drift; `gpu` does so for several
-networks and batch sizes. `infer` times the network alone and from image to detections, for one image in several modes.
-`evaluation` times the parts of what eval.py does.
+networks and batch sizes. `evaluation` times the parts of what eval.py does.
 `memory` runs train.py with a disk cache on a small and on a large data set, and compares the peaks of its memory.
 `annotations` times reading the annotations of a large set, at first and again from their index. All print their
 figures, and write JSON with --json.
@@ -20,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
@@ -51,7 +50,6 @@ from utils.device import (
     choose_compile,
     choose_device,
     choose_precision,
-    cpu_has_bf16,
     keep_freed_memory,
     wait_for,
 )
@@ -64,7 +62,6 @@ from utils.metrics import evaluate
 from utils.nms import EVALUATION_THRESHOLDS
 from utils.optim import build_ema, build_optimizer, lr_factor
 from utils.report import Report
-from utils.runtimes import TorchNetwork
 from utils.training import Progress, TrainingState
 from utils.voc import load_classes, load_samples
 
@@ -79,7 +76,6 @@ STRENGTHS |= {"hue": 0.015, "saturation": 0.5, "value": 0.3}
 PARTS = ("augmentation", "forward", "backward", "optimizer")  # of a step, in their order
 KINDS = ("RssAnon", "RssFile", "VmRSS")  # of /proc/PID/status: its own memory, that of mapped files, and all
 LOOK_SECONDS = 0.2  # between two looks at a process's memory
-PHOTO = (480, 640)  # height, width of the image that end-to-end times start from
 
 
 @dataclass(frozen=True)
@@ -109,17 +105,6 @@ class Gpu:
     mixup: float = 0.15  # the same
     steps: int = 0  # as of `train`
     rounds: int = 1  # as of `train`
-
-
-@dataclass(frozen=True)
-class Infer:
-    """Time one image through the network alone and from image to detections."""
-
-    json: str = ""  # file for the figures
-    phi: int = 0  # attention block
-    input_size: tuple[int, int] = (416, 416)  # height and width
-    rounds: int = 60  # timed runs of each mode, in turns
-    device: str = "auto"  # auto, cpu or cuda
 
 
 @dataclass(frozen=True)
@@ -158,7 +143,6 @@ class Annotations:
 Config = (
     Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Gpu, tyro.conf.subcommand("gpu")]
-    | Annotated[Infer, tyro.conf.subcommand("infer")]
     | Annotated[Evaluation, tyro.conf.subcommand("evaluation")]
     | Annotated[Memory, tyro.conf.subcommand("memory")]
     | Annotated[Annotations, tyro.conf.subcommand("annotations")]
@@ -339,69 +323,24 @@ def gpu_table(found: Sequence[dict]) -> str:
     return "\n".join(lines)
 
 
-def benchmark_infer(config: Infer) -> dict[str, dict[str, float]]:
-    """Median milliseconds per mode, the modes in turns."""
-    device = choose_device(config.device)
-    spec = make_spec(config.phi, config.input_size, [f"class{i}" for i in range(20)])
-    model = spec.build().to(device).eval()
-    precisions = ["fp32"]
-    precisions += ["bf16"] if device.type == "cuda" or cpu_has_bf16() else []
-    precisions += ["fp16"] if device.type == "cuda" else []
-    detectors = {
-        f"folded_{name}_channels_last": Detector(
-            TorchNetwork(model, spec, device, choose_precision(name, device)), spec
-        )
-        for name in precisions
-    }
-    batch = torch.randint(256, (1, 3, *config.input_size), dtype=torch.uint8, device=device)
-    image = np.random.default_rng(0).integers(0, 256, (*PHOTO, 3), dtype=np.uint8)
-    plain = batch.float() / 255
-
-    @torch.inference_mode()
-    def eager() -> None:
-        model(plain)
-
-    modes: dict[str, Callable[[], object]] = {"eager_fp32_channels_first": eager}
-    modes |= {name: lambda detector=detector: detector.network(batch) for name, detector in detectors.items()}
-    ends = {name: lambda detector=detector: detector(image) for name, detector in detectors.items()}
-    return {
-        "network_ms": time_in_turns(modes, config.rounds, device),
-        "end_to_end_ms": time_in_turns(ends, config.rounds, device),
-    }
-
-
-def time_in_turns(modes: dict[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, float]:
-    """Median milliseconds of each."""
-    times: dict[str, list[float]] = {name: [] for name in modes}
-    for turn in range(WARMUP_STEPS + rounds):
-        for name, call in modes.items():
-            wait_for(device)
-            started = time.perf_counter()
-            call()
-            wait_for(device)
-            if turn >= WARMUP_STEPS:
-                times[name].append(1000 * (time.perf_counter() - started))
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
 def time_evaluation(config: Evaluation, detector: Detector) -> dict[str, float]:
     """Seconds of each part."""
     names, times = detector.spec.class_names, [time.perf_counter()]
 
     def lap() -> None:
-        wait_for(detector.device)
+        wait_for(detector.network.device)
         times.append(time.perf_counter())
 
     samples = load_samples(config.devkit, config.sets, names)
     lap()
-    cache = build_cache(samples, detector.spec, detector.device)
+    cache = build_cache(samples, detector.spec, detector.network.device)
     lap()
     network, found = 0.0, []
     batches = detector.run_cached(cache, config.batch_size)
     for _ in range(math.ceil(len(cache) / config.batch_size)):
         started = time.perf_counter()
         part, heads = next(batches)
-        wait_for(detector.device)
+        wait_for(detector.network.device)
         network += time.perf_counter() - started
         found += detector.select(heads, cache.fits[part], cache.sizes[part])
     lap()
@@ -531,16 +470,15 @@ def benchmark_annotations(config: Annotations) -> dict[str, float]:
 MEASURES = {
     Train: benchmark_train,
     Gpu: benchmark_gpu,
-    Infer: benchmark_infer,
     Evaluation: benchmark_evaluation,
     Memory: benchmark_memory,
     Annotations: benchmark_annotations,
 }
 
 
-def main(config: Train | Gpu | Infer | Evaluation | Memory | Annotations) -> None:
+def main(config: Train | Gpu | Evaluation | Memory | Annotations) -> None:
     with StopSignals():  # so that the temporary folders go, whatever ends it
-        if isinstance(config, Train | Infer | Evaluation) and choose_device(config.device).type == "cpu":
+        if isinstance(config, Train | Evaluation) and choose_device(config.device).type == "cpu":
             keep_freed_memory()
         figures = MEASURES[type(config)](config)
     write_json(config.json, figures)

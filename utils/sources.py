@@ -16,9 +16,9 @@ import av
 import cv2
 import numpy as np
 
+from utils.ahead import map_ahead
 from utils.errors import UserError
 from utils.images import decode_image, read_image
-from utils.pipeline import map_ahead
 from utils.voc import IMAGE_SUFFIXES
 
 VIDEO_SUFFIXES = frozenset(
