@@ -1,13 +1,14 @@
 """Augmentation: boxes follow their pixels, and randomness is a function of position alone."""
 
 from dataclasses import replace
+from itertools import pairwise
 from math import tau
 
 import numpy as np
 import pytest
 import torch
 
-from utils.augment import FILL, AugmentSettings, colour_matrices, draw, epoch_order, prepare
+from utils.augment import FILL, AugmentSettings, colour_matrices, draw, draw_image, draw_tiles, epoch_order, prepare
 from utils.boxes import Fit
 from utils.cache import ImageCache
 
@@ -157,3 +158,14 @@ def test_colours():
     assert not torch.allclose(turned @ torch.tensor([1.0, 0, 0]), torch.tensor([1.0, 0, 0]), atol=0.2)
     washed = colour_matrices(0 * one, 0 * one, 0.5 * one)[0] @ torch.tensor([1.0, 0, 0])
     torch.testing.assert_close(washed, torch.full((3,), 0.299 / 2), atol=1e-3, rtol=0)
+
+
+def test_drawing_tile_by_tile_gives_what_drawing_all_at_once_does(cache):
+    """The CPU's way and the GPU's."""
+    order, random = epoch_order(3, 1, len(cache))
+    for mosaic, mixup in ((0.0, 0.0), (0.5, 0.5), (1.0, 0.0)):
+        settings = replace(GEOMETRY, mosaic=mosaic, mixup=mixup)
+        planned = prepare(cache, order, random, settings, SIZE)
+        ends = torch.searchsorted(planned.rows, torch.arange(len(order) + 1)).tolist()
+        alone = torch.stack([draw_image(planned, range(start, stop)) for start, stop in pairwise(ends)])
+        torch.testing.assert_close(alone, draw_tiles(planned), atol=1e-3, rtol=0)

@@ -7,6 +7,7 @@ ordinary sample fills the whole output, a mosaic is four samples in four rectang
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 from math import tau
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ from utils.cache import ImageCache
 FILL = 114.0  # the gray level, of 255, where no image lies
 MIN_SIDE = 2.0  # pixels that a box must keep on each side
 MIN_VISIBLE = 0.25  # share of its area that a box must keep
-CPU_IMAGES = 2  # drawn at a time, which a core's cache holds
+OUTSIDE = 3.0  # in -1..1: where a pixel takes nothing of a tile
 MOSAIC_SPLIT = (0.3, 0.7)  # where the four tiles of a mosaic meet, as a share of the side
 
 # Columns of the random table. A tile takes TILE_COLUMNS: which image, scale, aspect, x, y, flip.
@@ -102,33 +103,48 @@ def gather_images(images: Tensor, sources: Tensor) -> Tensor:
 def draw(batch: Prepared) -> Tensor:
     """The images (B, 3, H, W) float in 0..1 and channels-last, on the device that the batch is on; H, W of the output.
 
-    The CPU draws a few at a time, so that what is between the steps stays in its cache.
+    A GPU draws all tiles at once, each on the whole output, the CPU one after the other and only where it lies.
     """
     count, width, height = len(batch.colours), batch.x.shape[1], batch.y.shape[1]
-    at_a_time = count if batch.images.is_cuda else CPU_IMAGES
+    fill = FILL / 255 * batch.colours.sum(dim=2, keepdim=True)  # (B, 3, 1)
+    colours = batch.colours / 255
     form = {"device": batch.x.device, "memory_format": torch.channels_last}
     images = torch.empty(count, 3, height, width, **form)
-    for start in range(0, count, at_a_time):
-        stop = min(start + at_a_time, count)
-        tiles = slice(None)
-        if at_a_time < count:
-            tiles = slice(*torch.searchsorted(batch.rows, torch.tensor([start, stop])).tolist())
-        images[start:stop] = draw_tiles(batch, tiles, slice(start, stop))
+    if batch.images.is_cuda:
+        drawn = draw_tiles(batch)
+        return images.copy_(torch.baddbmm(fill, colours, drawn.flatten(2)).clamp_(0, 1).view_as(drawn))
+    ends = torch.searchsorted(batch.rows, torch.arange(count + 1)).tolist()
+    for row, (start, stop) in enumerate(pairwise(ends)):
+        drawn = draw_image(batch, range(start, stop))
+        images[row] = torch.addmm(fill[row], colours[row], drawn.flatten(1)).clamp_(0, 1).view_as(drawn)
     return images
 
 
-def draw_tiles(batch: Prepared, tiles: slice, rows: slice) -> Tensor:
-    """Some images of a batch, with the tiles that belong to them."""
-    images = torch.sub(batch.images[tiles], FILL)  # float from here on; the zeros outside an image are the fill
-    x, y, colours = batch.x[tiles, None, :], batch.y[tiles, :, None], batch.colours[rows]
-    grid = torch.stack(torch.broadcast_tensors(x, y), dim=-1)  # (tiles, H, W, 2)
+def draw_tiles(batch: Prepared) -> Tensor:
+    """All images (B, 3, H, W) without colours, as differences from the fill."""
+    images = torch.sub(batch.images, FILL)  # float from here on; the zeros outside an image are the fill
+    x, y = batch.x[:, None, :], batch.y[:, :, None]
+    grid = torch.stack(torch.broadcast_tensors(x, y), dim=-1)  # (T, H, W, 2)
     drawn = F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
-    if len(drawn) > len(colours):  # else one tile each, in order
-        drawn *= batch.weights[tiles, None, None, None]
-        places = batch.rows[tiles] - rows.start
-        drawn = drawn.new_zeros(len(colours), *drawn.shape[1:]).index_add_(0, places, drawn)
-    fill = FILL / 255 * colours.sum(dim=2, keepdim=True)  # (rows, 3, 1)
-    return torch.baddbmm(fill, colours / 255, drawn.flatten(2)).clamp_(0, 1).view_as(drawn)
+    if len(drawn) == len(batch.colours):  # one tile each, in order
+        return drawn
+    drawn *= batch.weights[:, None, None, None]
+    return drawn.new_zeros(len(batch.colours), *drawn.shape[1:]).index_add_(0, batch.rows, drawn)
+
+
+def draw_image(batch: Prepared, tiles: range) -> Tensor:
+    """One image (3, H, W) of these tiles, as `draw_tiles` does it."""
+    canvas = torch.zeros(3, batch.y.shape[1], batch.x.shape[1])
+    for tile in tiles:
+        columns, rows = ((line != OUTSIDE).nonzero() for line in (batch.x[tile], batch.y[tile]))
+        if len(columns) and len(rows):
+            part = slice(rows[0].item(), rows[-1].item() + 1), slice(columns[0].item(), columns[-1].item() + 1)
+            x, y = torch.broadcast_tensors(batch.x[tile, None, part[1]], batch.y[tile, part[0], None])
+            grid = torch.stack([x, y], dim=-1)[None]
+            image = torch.sub(batch.images[tile, None], FILL)
+            drawn = F.grid_sample(image, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+            canvas[:, *part].add_(drawn[0], alpha=batch.weights[tile].item())
+    return canvas
 
 
 @dataclass(frozen=True)
@@ -195,12 +211,12 @@ def place(numbers: Tensor, rects: Tensor, size: tuple[int, int], settings: Augme
 def source_coordinates(tiles: Tiles, axis: int, length: int, output: int) -> Tensor:
     """For each of `output` pixels along an axis, where in the source of `length` it lies: (T, output) in -1..1.
 
-    Pixels beyond the tile's rectangle get 3, which lies outside every image.
+    Pixels beyond the tile's rectangle get OUTSIDE.
     """
     pixel = (torch.arange(output) + 0.5) * (length / output)
     source = (pixel - tiles.offsets[:, axis, None]) / tiles.scales[:, axis, None]
     inside = (pixel > tiles.rects[:, axis, None]) & (pixel < tiles.rects[:, axis + 2, None])
-    return torch.where(inside, 2 * source / length - 1, 3.0)
+    return torch.where(inside, 2 * source / length - 1, OUTSIDE)
 
 
 def move_boxes(cache: ImageCache, tiles: Tiles, batch: int) -> tuple[Tensor, Tensor]:
