@@ -22,7 +22,7 @@ from pycocotools.coco import COCO
 
 import predict
 from nets.yolo import ModelSpec
-from tests.conftest import ANCHORS, ROOT
+from tests.conftest import ANCHORS, ROOT, run
 from tools import benchmark_predict
 from utils.ahead import ahead, map_ahead
 from utils.checkpoint import Checkpoint, save_checkpoint
@@ -357,3 +357,13 @@ def test_ahead_keeps_order_and_raises_in_turn():
     iterator.close()
     assert len(started) <= 5  # and no more than it may be ahead
     assert list(map_ahead(lambda n: n * n, range(20), 3)) == [n * n for n in range(20)]
+
+
+def test_the_example_of_the_readme(weights, devkit):
+    code = (ROOT / "README.md").read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
+    assert len(code.splitlines()) <= 10
+    code = code.replace("logs/demo/best.safetensors", weights.as_posix()).replace("confidence=0.4", "confidence=0.1")
+    code = code.replace("VOCdevkit/", f"{devkit.as_posix()}/")
+    result = run("-c", code)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split()[0] in ("disc", "square")
