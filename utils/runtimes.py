@@ -2,6 +2,7 @@
 
 import copy
 import json
+import sys
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
@@ -176,6 +177,7 @@ def open_exported(path: Path, device: torch.device, dtype: torch.dtype) -> tuple
 
 def import_runtime(name: str) -> ModuleType:
     """An optional package; raises UserError that says how to get it."""
+    sys.modules["openvino_telemetry"] = None  # with it, OpenVINO and NNCF tell Intel when they are used
     try:
         return import_module(name)
     except ImportError:
