@@ -85,8 +85,8 @@ class Train:
     json: str = ""  # file for the figures
     phi: int = 0  # attention block
     input_size: tuple[int, int] = (416, 416)  # height and width
-    batch_size: int = 16  # images of a step
-    mosaic: float = 0.3  # probability, in all epochs
+    batch_size: int = 8  # images of a step
+    mosaic: float = 1.0  # probability, in all epochs
     mixup: float = 0.0  # the same
     steps: int = 0  # of an epoch, and of a turn of the fixed batch; 0: 60 on the CPU, 200 on a GPU
     rounds: int = 3  # runs of train.py, with turns of the fixed batch before and after each
@@ -101,7 +101,7 @@ class Gpu:
 
     json: str = ""  # file for the figures, written after each
     runs: tuple[tuple[int, int], ...] = ((0, 64), (0, 128), (1, 64), (2, 64), (3, 64), (4, 64))  # phi, batch size
-    mosaic: float = 0.3  # probability
+    mosaic: float = 1.0  # probability
     mixup: float = 0.15  # the same
     steps: int = 0  # as of `train`
     rounds: int = 1  # as of `train`
@@ -127,7 +127,7 @@ class Memory:
     json: str = ""  # file for the figures
     images: tuple[int, ...] = (2000, 20_000)  # sizes of the data sets; 20,000 take 11 GB of disk
     input_size: tuple[int, int] = (416, 416)  # height and width
-    batch_size: int = 16  # images of a step
+    batch_size: int = 8  # images of a step
     steps: int = 100  # after which a run is stopped
     device: str = "auto"  # auto, cpu or cuda
 
