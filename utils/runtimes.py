@@ -180,8 +180,8 @@ def import_runtime(name: str) -> ModuleType:
     sys.modules["openvino_telemetry"] = None  # with it, OpenVINO and NNCF tell Intel when they are used
     try:
         return import_module(name)
-    except ImportError:
-        raise UserError(f"{name} is not installed; install it with pip install -r {REQUIREMENTS}") from None
+    except ImportError as error:
+        raise UserError(f"{name} cannot be used ({error}); install it with pip install -r {REQUIREMENTS}") from None
 
 
 def first_line(error: Exception) -> str:
