@@ -37,7 +37,7 @@ from utils.errors import UserError, run_script
 from utils.images import read_image
 from utils.interrupt import StopSignals
 from utils.pipeline import Look, Pipeline
-from utils.runtimes import EXPORTED, Network, TorchNetwork, open_exported
+from utils.runtimes import EXPORTED, CompiledNetwork, Network, TorchNetwork, open_exported
 from utils.sinks import JsonLines, Pictures, Sink, VideoWriter
 from utils.sources import Frame, Images, Source, VideoFile, open_sources
 
@@ -47,6 +47,7 @@ WARMUP = 5  # calls of each mode that do not count
 FILM_SIZE, FILM_RATE = (1080, 1920), Fraction(30)  # height, width; frames a second
 SMALL_FILM, SMALL_FRAMES = (96, 128), 300  # of the film for memory
 LOOKS = 50  # at memory
+PAUSE = 0.1  # seconds, in which the threads of the mode before stop to wait for work, which takes a core
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ def torch_modes(config: NetworkTimes, device: torch.device) -> tuple[dict[str, N
         dtype = choose_precision(name, device)
         modes[f"torch {name}"] = TorchNetwork(model, spec, device, dtype)
         if config.compile:
-            modes[f"torch {name} compiled"] = TorchNetwork(model, spec, device, dtype, compiled=True)
+            modes[f"torch {name} compiled"] = CompiledNetwork(model, spec, device, dtype)
     return modes, spec
 
 
@@ -180,6 +181,7 @@ def time_in_turns(calls: dict[str, Callable[[], object]], rounds: int, device: t
     times: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(WARMUP + rounds):
         for name, call in calls.items():
+            time.sleep(PAUSE)
             call()
             wait_for(device)
             started = time.perf_counter()

@@ -20,7 +20,7 @@ from utils.distributed import Ranks
 from utils.errors import UserError
 from utils.images import fit_image
 from utils.nms import FALLBACK_CONFIDENCE, Thresholds, select_detections
-from utils.runtimes import EXPORTED, FlippedNetwork, Network, TorchNetwork, open_exported
+from utils.runtimes import EXPORTED, CompiledNetwork, FlippedNetwork, Network, TorchNetwork, open_exported
 
 NAMED = 8  # classes up to which their thresholds are said one by one
 
@@ -74,7 +74,8 @@ class Detector:
         else:
             checkpoint = load_checkpoint(path)
             spec, suggested = checkpoint.spec, checkpoint.info.get("thresholds", ())
-            network = TorchNetwork(checkpoint.build_model(path), spec, device, dtype, compiled)
+            kind = CompiledNetwork if compiled else TorchNetwork
+            network = kind(checkpoint.build_model(path), spec, device, dtype)
         return cls(FlippedNetwork(network) if flip else network, spec, thresholds, suggested)
 
     def least_confidences(self) -> list[float]:

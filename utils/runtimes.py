@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -40,33 +41,56 @@ class Network(Protocol):
 class TorchNetwork:
     """A copy of a model whose batch norms are folded into the convolutions, channels-last, in precision `dtype`.
 
-    Its outputs are the raw heads. With `compiled` it goes through torch.compile at the first images, which takes some
-    seconds, again for each other batch size; on a GPU that includes CUDA graphs.
+    Its outputs are the raw heads.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        spec: ModelSpec,
-        device: torch.device,
-        dtype: torch.dtype = torch.float32,
-        compiled: bool = False,
+        self, model: nn.Module, spec: ModelSpec, device: torch.device, dtype: torch.dtype = torch.float32
     ) -> None:
         self.device, self.dtype = device, dtype
         self.levels, self.scale_xy = levels_of(spec, device), spec.scale_xy
         model = fold_batch_norms(copy.deepcopy(model).eval()).requires_grad_(False)
         self.model = model.to(device, dtype).to(memory_format=torch.channels_last)
-        if compiled:
-            torch._inductor.config.freezing = True  # of the weights, into the layout that the convolutions want
-            self.model.compile(mode="reduce-overhead" if device.type == "cuda" else "default", dynamic=False)
 
+    @torch.no_grad()  # torch.compile's freezing does not know inference_mode
     def __call__(self, images: Tensor) -> Sequence[Tensor]:
         images = images.to(self.device)
-        with torch.no_grad():  # freezing does not know inference_mode
-            return self.model(images.to(self.dtype, memory_format=torch.channels_last) / 255)
+        return self.model(images.to(self.dtype, memory_format=torch.channels_last) / 255)
 
     def decode(self, outputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         return decode(outputs, self.levels, self.scale_xy)
+
+
+class CompiledNetwork(TorchNetwork):
+    """The same through torch.compile, from pixels to boxes and scores.
+
+    It is compiled at the first images, which takes some seconds; smaller batches later are filled up to that size.
+    Without CUDA graphs, which work in one thread only.
+    """
+
+    def __init__(
+        self, model: nn.Module, spec: ModelSpec, device: torch.device, dtype: torch.dtype = torch.float32
+    ) -> None:
+        super().__init__(model, spec, device, dtype)
+        self.batch_size = 0
+        torch._inductor.config.freezing = True  # of the weights, into the layout that the convolutions want
+        self.compiled = torch.compile(self.run, dynamic=False)
+
+    def run(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        return super().decode(super().__call__(images))
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Sequence[Tensor]:
+        count = len(images)
+        self.batch_size = max(self.batch_size, count)
+        if count < self.batch_size:
+            images = torch.cat([images, images[:1].expand(self.batch_size - count, -1, -1, -1)])
+        images = images.to(self.device).contiguous(memory_format=torch.channels_last)
+        return [values[:count] for values in self.compiled(images)]
+
+    def decode(self, outputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        boxes, scores = outputs
+        return boxes, scores
 
 
 class FlippedNetwork:
@@ -92,6 +116,11 @@ class ExportedNetwork:
     """What exported networks share: float input in 0..1 on the CPU, boxes and scores as outputs."""
 
     device = torch.device("cpu")
+
+    @staticmethod
+    def to_input(images: Tensor) -> np.ndarray:
+        """By NumPy, since torch's threads would keep the cores for a while."""
+        return np.multiply(images.numpy(), np.float32(1 / 255), order="C")
 
     def decode(self, outputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         boxes, scores = outputs
@@ -120,7 +149,7 @@ class OnnxNetwork(ExportedNetwork):
         self.outputs = tuple(output.name for output in self.session.get_outputs())
 
     def __call__(self, images: Tensor) -> Sequence[Tensor]:
-        found = self.session.run(OUTPUTS, {"images": (images.float() / 255).contiguous().numpy()})
+        found = self.session.run(OUTPUTS, {"images": self.to_input(images)})
         return [torch.from_numpy(values) for values in found]
 
 
@@ -151,7 +180,7 @@ class OpenVinoNetwork(ExportedNetwork):
                 "INFERENCE_PRECISION_HINT": "bf16" if self.dtype == torch.bfloat16 else "f32",
             }
             self.requests[shape] = self.core.compile_model(model, "CPU", settings).create_infer_request()
-        found = self.requests[shape].infer([(images.float() / 255).contiguous().numpy()], share_inputs=True)
+        found = self.requests[shape].infer([self.to_input(images)], share_inputs=True)
         return [torch.from_numpy(found[name]) for name in OUTPUTS]
 
 
