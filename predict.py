@@ -6,7 +6,7 @@ Change the constants of `Config`, or give them as flags.
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import islice
@@ -24,7 +24,7 @@ from utils.device import choose_compile, choose_device, choose_precision, keep_f
 from utils.errors import UserError, check_choice, check_range, make_folder, run_script
 from utils.interrupt import StopSignals
 from utils.nms import Thresholds
-from utils.pipeline import Look, Pipeline
+from utils.pipeline import Look, Pipeline, write_behind
 from utils.sinks import SINKS, Sink, Window, WindowClosed
 from utils.sources import inputs, open_sources
 from utils.voc import load_classes
@@ -59,7 +59,7 @@ class Config:
     # how
     every: int = 1  # of videos, look only at every Nth frame; the boxes stay until the next
     patience: float = 30.0  # seconds to wait for a camera or stream that went away
-    batch_size: int = 1  # images that go through the network at once
+    batch_size: int = 0  # images that go through the network at once; 0: 1 of cameras and streams, else 4, on a GPU 16
     device: str = "auto"  # auto, cpu or cuda
     precision: str = "auto"  # of the network: auto, bf16, fp16 or fp32
     compile: str = "auto"  # torch.compile: on, off, or auto: on a GPU
@@ -148,14 +148,13 @@ def write_all(pipeline: Pipeline, sinks: Sequence[Sink]) -> tuple[int, int]:
     totals = [source.total for source in pipeline.sources]
     total = None if None in totals else sum(totals)
     images = found = 0
-    with closing(iter(pipeline)) as results, tqdm(total=total, desc="predicting", unit=" images", disable=None) as bar:
-        for frame, detections, new in results:
+    with (
+        suppress(WindowClosed),
+        closing(write_behind(pipeline, sinks)) as results,
+        tqdm(total=total, desc="predicting", unit=" images", disable=None) as bar,
+    ):
+        for _, detections, new in results:
             images, found = images + 1, found + len(detections) * new
-            try:
-                for sink in sinks:
-                    sink.write(frame, detections, new)
-            except WindowClosed:
-                break
             bar.update()
     return images, found
 

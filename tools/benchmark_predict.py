@@ -36,7 +36,7 @@ from utils.device import choose_device, choose_precision, cpu_has_bf16, keep_fre
 from utils.errors import UserError, run_script
 from utils.images import read_image
 from utils.interrupt import StopSignals
-from utils.pipeline import Look, Pipeline
+from utils.pipeline import Look, Pipeline, write_behind
 from utils.runtimes import EXPORTED, CompiledNetwork, Network, TorchNetwork, open_exported
 from utils.sinks import JsonLines, Pictures, Sink, VideoWriter
 from utils.sources import Frame, Images, Source, VideoFile, open_sources
@@ -199,13 +199,11 @@ def load_detector(config: Folder | Video | Memory, precision: str) -> Detector:
 
 def run(detector: Detector, sources: Sequence[Source], sinks: Sequence[Sink]) -> Iterator[Frame]:
     """Predict as predict.py does, frame by frame."""
-    with closing(iter(Pipeline(detector, sources, Look()))) as results, ExitStack() as stack:
+    with ExitStack() as stack:
         for sink in sinks:
             stack.enter_context(closing(sink))
-        for frame, detections, new in results:
-            for sink in sinks:
-                sink.write(frame, detections, new)
-            yield frame
+        results = stack.enter_context(closing(write_behind(Pipeline(detector, sources, Look()), sinks)))
+        yield from (frame for frame, _, _ in results)
 
 
 def benchmark_folder(config: Folder) -> dict[str, float]:

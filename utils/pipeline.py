@@ -1,6 +1,9 @@
 """Prediction as a pipeline: frames from sources, through the network, to whoever draws and writes."""
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from math import inf
 from typing import Any
@@ -10,23 +13,28 @@ import supervision as sv
 from utils.ahead import ahead
 from utils.detector import Detector, Prepared
 from utils.errors import UserError, check_range
-from utils.sources import Frame, Source, Video
+from utils.sinks import Sink, Window
+from utils.sources import Camera, Frame, Source, Stream, Video
 
-WAITING = 4  # batches between two stages
+BATCH_SIZES = {"cpu": 4, "cuda": 16}
+WAITING = 4  # batches, and frames to be written, between two stages
+
+Result = tuple[Frame, sv.Detections, bool]  # whether the detections are the frame's own, or an earlier one's
 
 
 @dataclass(frozen=True)
 class Look:
     """How to look at frames."""
 
-    batch_size: int = 1  # images that go through the network at once
+    batch_size: int = 0  # images that go through the network at once; 0: 1 of live sources, else BATCH_SIZES
     every: int = 1  # of videos, look only at every Nth frame; the boxes stay until the next
     tile: int = 0  # pixels of the side of tiles that large images are looked at in; 0: the whole image at once
     track: bool = False  # give objects in videos a number that stays
 
     def __post_init__(self) -> None:
         """Raise UserError for a value that cannot work."""
-        check_range(self, 1, inf, "batch_size", "every")
+        check_range(self, 0, inf, "batch_size")
+        check_range(self, 1, inf, "every")
         if self.tile and self.tile < 32:
             raise UserError(f"tile is {self.tile}, but must be 0, or at least 32 pixels")
 
@@ -34,11 +42,14 @@ class Look:
 class Pipeline:
     """The frames of all sources, with what was found on each.
 
-    Reading and fitting, the network, and the caller's drawing and writing overlap; what waits between them is bounded.
+    Reading and fitting go on in a thread that is a few batches ahead. The network runs in the thread that asks: each
+    thread that uses torch gets workers of its own, and with more of them than cores all would often go to sleep.
     """
 
     def __init__(self, detector: Detector, sources: Sequence[Source], look: Look) -> None:
         self.detector, self.sources, self.look = detector, sources, look
+        live = any(isinstance(source, Camera | Stream) for source in sources)
+        self.batch_size = look.batch_size or (1 if live else BATCH_SIZES[detector.network.device.type])
         self.problems: list[str] = []  # what could not be read
         self.tracked: Video | None = None
         self.tracker: Any = None
@@ -47,9 +58,9 @@ class Pipeline:
             overlap = detector.thresholds.nms_iou
             self.slicer = sv.InferenceSlicer(detector, look.tile, look.tile // 5, iou_threshold=overlap)
 
-    def __iter__(self) -> Iterator[tuple[Frame, sv.Detections, bool]]:
-        """Frame, detections, and whether these are its own or an earlier frame's."""
-        return ahead(self.find(ahead(self.prepare(), WAITING)), WAITING * self.look.batch_size)
+    def __iter__(self) -> Iterator[Result]:
+        with closing(ahead(self.prepare(), WAITING)) as batches:
+            yield from self.find(batches)
 
     def frames(self) -> Iterator[Frame]:
         for source in self.sources:
@@ -63,7 +74,7 @@ class Pipeline:
         frames: list[Frame] = []
         for frame in self.frames():
             frames.append(frame)
-            if sum(map(self.looks_at, frames)) == self.look.batch_size:
+            if sum(map(self.looks_at, frames)) == self.batch_size:
                 yield frames, self.fit(frames)
                 frames = []
         if frames:
@@ -73,9 +84,7 @@ class Pipeline:
         chosen = [frame.image for frame in frames if self.looks_at(frame)]
         return self.detector.prepare(chosen) if chosen and not self.slicer else None
 
-    def find(
-        self, batches: Iterable[tuple[list[Frame], Prepared | None]]
-    ) -> Iterator[tuple[Frame, sv.Detections, bool]]:
+    def find(self, batches: Iterable[tuple[list[Frame], Prepared | None]]) -> Iterator[Result]:
         """The network's part."""
         detections = sv.Detections.empty()
         for frames, prepared in batches:
@@ -101,3 +110,27 @@ class Pipeline:
             )
             self.tracked = frame.video
         return self.tracker.update(detections)
+
+
+def write_behind(results: Iterable[Result], sinks: Sequence[Sink]) -> Iterator[Result]:
+    """The results, each handed to the sinks by a thread that is a few frames behind; a window needs this one.
+
+    What came is written to the end, also when `results` raises. What a sink raises is raised a few frames later.
+    """
+
+    def write(result: Result) -> None:
+        for sink in sinks:
+            sink.write(*result)
+
+    waiting: deque[Future[None]] = deque()
+    with ThreadPoolExecutor(1) as pool:
+        for result in results:
+            if any(isinstance(sink, Window) for sink in sinks):
+                write(result)
+            else:
+                waiting.append(pool.submit(write, result))
+            yield result
+            if len(waiting) > WAITING:
+                waiting.popleft().result()
+        for future in waiting:
+            future.result()
