@@ -27,7 +27,7 @@ faults: $(READY)
 	$(BIN) tests/faults.py
 
 # OpenCV's usual package needs libGL; where a machine has none, the one without windows takes its place
-$(READY): requirements.txt requirements-dev.txt constraints.txt
+$(READY): requirements.txt requirements-export.txt requirements-dev.txt constraints.txt
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed')"
 	test -x $(BIN) || $(PYTHON) -m venv $(VENV)
 	$(BIN) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt -c constraints.txt

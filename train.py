@@ -82,7 +82,7 @@ class Config:
     input_size: tuple[int, int] = (416, 416)  # height and width of the network's input, multiples of 32
     multi_scale: tuple[float, ...] = ()  # train at these multiples of input_size, such as 0.8 1 1.2; empty: at 1
     letterbox: bool = False  # keep the aspect ratio of images with gray bars instead of stretching them
-    weights: str = ""  # start from a checkpoint or a published .pth; empty: from nothing
+    weights: str = ""  # start from a checkpoint, a published .pth or Darknet's .weights; empty: from nothing
 
     # run
     run_dir: str = ""  # folder of the run; empty: logs/ and the time

@@ -292,7 +292,7 @@ def benchmark_memory(config: Memory) -> dict[str, object]:
             if number % max(1, config.frames // LOOKS) == 0:
                 seen.append((number, resident_mb()))
             if frame.number == 0:  # films that are done, so that the disk does not fill
-                for path in sorted(out.glob("*.mp4"))[:-2]:
+                for path in sorted(out.glob("*.mp4"), key=lambda path: path.stat().st_mtime)[:-3]:
                     path.unlink()
         shutil.rmtree(out)
     numbers, sizes = np.array(seen[len(seen) // 2 :]).T

@@ -73,7 +73,8 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118, it is no mapping
     except SafetensorError:
-        hint = "; a .pth can only start a training, with train.py --weights" if path.suffix in (".pth", ".pt") else ""
+        foreign = path.suffix in (".pth", ".pt", ".weights") or ".conv." in path.name
+        hint = f"; {path.name} can only start a training, with train.py --weights" if foreign else ""
         raise UserError(f"{path} is no checkpoint of train.py (.safetensors), or it is damaged{hint}") from None
     if metadata.get("format") != FORMAT:
         raise UserError(f"{path} is a safetensors file, but no checkpoint of train.py")
