@@ -229,6 +229,8 @@ def test_broken_videos(config, video, tmp_path, expect_mistake, capsys):
     expect_mistake(predict, [tmp_path / "cut.mp4", *arguments], "cut.mp4")
     expect_mistake(predict, ["7", *arguments], "camera 7")
     expect_mistake(predict, [video, "--weights", config.weights, "--out", video.parent], "replace their inputs")
+    (tmp_path / "taken" / video.name).mkdir(parents=True)
+    expect_mistake(predict, [video, "--weights", config.weights, "--out", tmp_path / "taken"], "cannot write the video")
 
 
 def test_a_change_of_size_ends_the_video(config, tmp_path, expect_mistake):
