@@ -129,7 +129,7 @@ def main(config: Config) -> int:
     with StopSignals(), ExitStack() as stack:
         sinks = open_sinks(config, detector.spec.class_names, stack)
         images, found = write_all(pipeline, sinks)
-    if not images:
+    if pipeline.problems and not images:
         more = f", nor are the other {len(pipeline.problems) - 1}" if len(pipeline.problems) > 1 else ""
         raise UserError(pipeline.problems[0] + more)
     if pipeline.problems:

@@ -17,7 +17,8 @@ from utils.sinks import Sink, Window
 from utils.sources import Camera, Frame, Source, Stream, Video
 
 BATCH_SIZES = {"cpu": 4, "cuda": 16}
-WAITING = 4  # batches, and frames to be written, between two stages
+BATCHES_AHEAD, FRAMES_BEHIND = 2, 4  # that wait for the network, and to be written
+MOST_FRAMES = 16  # of a video in a batch, with those that are not looked at
 
 Result = tuple[Frame, sv.Detections, bool]  # whether the detections are the frame's own, or an earlier one's
 
@@ -59,7 +60,7 @@ class Pipeline:
             self.slicer = sv.InferenceSlicer(detector, look.tile, look.tile // 5, iou_threshold=overlap)
 
     def __iter__(self) -> Iterator[Result]:
-        with closing(ahead(self.prepare(), WAITING)) as batches:
+        with closing(ahead(self.prepare(), BATCHES_AHEAD)) as batches:
             yield from self.find(batches)
 
     def frames(self) -> Iterator[Frame]:
@@ -70,15 +71,22 @@ class Pipeline:
         return frame.number % self.look.every == 0
 
     def prepare(self) -> Iterator[tuple[list[Frame], Prepared | None]]:
-        """Frames up to the next full batch, and that batch."""
+        """Frames up to the next full batch, or as many as may wait, and that batch."""
         frames: list[Frame] = []
-        for frame in self.frames():
-            frames.append(frame)
-            if sum(map(self.looks_at, frames)) == self.batch_size:
-                yield frames, self.fit(frames)
-                frames = []
+        failure: UserError | None = None
+        try:
+            for frame in self.frames():
+                frames.append(frame)
+                full = sum(map(self.looks_at, frames)) == self.batch_size
+                if full or len(frames) >= max(self.batch_size, MOST_FRAMES):
+                    yield frames, self.fit(frames)
+                    frames = []
+        except UserError as error:
+            failure = error  # what came before it counts
         if frames:
             yield frames, self.fit(frames)
+        if failure is not None:
+            raise failure
 
     def fit(self, frames: Sequence[Frame]) -> Prepared | None:
         chosen = [frame.image for frame in frames if self.looks_at(frame)]
@@ -130,7 +138,7 @@ def write_behind(results: Iterable[Result], sinks: Sequence[Sink]) -> Iterator[R
             else:
                 waiting.append(pool.submit(write, result))
             yield result
-            if len(waiting) > WAITING:
+            if len(waiting) > FRAMES_BEHIND:
                 waiting.popleft().result()
         for future in waiting:
             future.result()
