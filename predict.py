@@ -5,6 +5,7 @@ Change the constants of `Config`, or give them as flags.
 
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field
@@ -97,7 +98,10 @@ def open_sinks(config: Config, class_names: tuple[str, ...], stack: ExitStack) -
     if "window" in names and not Window.is_possible():
         print("there is no display, or OpenCV was installed without windows; going on without one", file=sys.stderr)
         names.remove("window")
-    return [stack.enter_context(closing(SINKS[name](config.folder, class_names))) for name in names]
+    try:
+        return [stack.enter_context(closing(SINKS[name](config.folder, class_names))) for name in names]
+    except OSError as error:
+        raise UserError(f"cannot write {error.filename}: {error.strerror}") from None
 
 
 def load_detector(config: Config) -> Detector:
@@ -126,37 +130,44 @@ def main(config: Config) -> int:
     pipeline = Pipeline(detector, sources, config.look())
     if config.benchmark:
         return measure(config.benchmark, pipeline)
-    with StopSignals(), ExitStack() as stack:
-        sinks = open_sinks(config, detector.spec.class_names, stack)
-        images, found = write_all(pipeline, sinks)
-    if pipeline.problems and not images:
+    done: Counter[str] = Counter()
+    try:
+        with StopSignals(), ExitStack() as stack:
+            sinks = open_sinks(config, detector.spec.class_names, stack)
+            write_all(pipeline, sinks, done)
+    finally:
+        report(config, pipeline, done)
+    if pipeline.problems and not done["images"]:
         more = f", nor are the other {len(pipeline.problems) - 1}" if len(pipeline.problems) > 1 else ""
         raise UserError(pipeline.problems[0] + more)
-    if pipeline.problems:
+    return done["objects"]
+
+
+def report(config: Config, pipeline: Pipeline, done: Counter[str]) -> None:
+    """Say what could not be read, and what was found, also of a run that was stopped."""
+    if pipeline.problems and done["images"]:
         number = len(pipeline.problems)
         several = "s" if number > 1 else ""
         print(f"{number} problem{several}: {'; '.join(pipeline.problems[:SHOWN])}", file=sys.stderr)
-    print(f"confidence {detector.describe_confidences()}")
-    print(f"{found} objects in {images} image(s); the results are in {config.folder}")
-    if not found:
-        print("nothing reached that confidence; a lower --confidence shows less certain detections")
-    return found
+    if done["images"]:
+        print(f"confidence {pipeline.detector.describe_confidences()}")
+        print(f"{done['objects']} objects in {done['images']} image(s); the results are in {config.folder}")
+        if not done["objects"]:
+            print("nothing reached that confidence; a lower --confidence shows less certain detections")
 
 
-def write_all(pipeline: Pipeline, sinks: Sequence[Sink]) -> tuple[int, int]:
-    """Hand everything to the sinks: how many images there were, and how many objects on those looked at."""
+def write_all(pipeline: Pipeline, sinks: Sequence[Sink], done: Counter[str]) -> None:
+    """Hand everything to the sinks, and count the images, and the objects on those looked at."""
     totals = [source.total for source in pipeline.sources]
     total = None if None in totals else sum(totals)
-    images = found = 0
     with (
         suppress(WindowClosed),
         closing(write_behind(pipeline, sinks)) as results,
         tqdm(total=total, desc="predicting", unit=" images", disable=None) as bar,
     ):
         for _, detections, new in results:
-            images, found = images + 1, found + len(detections) * new
+            done.update(images=1, objects=len(detections) * new)
             bar.update()
-    return images, found
 
 
 def measure(batch_sizes: Sequence[int], pipeline: Pipeline) -> int:

@@ -30,7 +30,7 @@ from utils.detector import Detector
 from utils.errors import UserError, run_script
 from utils.images import encode_image, read_image, write_image
 from utils.sinks import VideoWriter
-from utils.sources import Camera, Stream, open_sources
+from utils.sources import Camera, Stream, open_sources, public
 from utils.voc import read_annotation
 
 RATE, FRAMES, SIZE = Fraction(25, 2), 23, (71, 110)  # of the video: odd sides and an odd rate
@@ -152,6 +152,22 @@ def test_label_files_are_read_back(config, devkit, tmp_path):
     assert list(out.glob("heat_*.jpg"))
 
 
+def test_files_of_one_name_keep_their_labels(config, tmp_path):
+    names = ["1/a.jpg", "1/a.png", "2/A.jpg", "2/a_2.jpg"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write_image(tmp_path / name, drawn_frame(0))
+    source = tuple(str(tmp_path / name) for name in names)
+    predict.main(replace(config, source=source, write=("voc", "yolo", "coco", "pictures", "crops")))
+    out = Path(config.out)
+    for folder, suffix in (("voc/Annotations", "xml"), ("yolo/labels", "txt")):
+        assert {path.name for path in (out / folder).iterdir()} == {
+            f"{s}.{suffix}" for s in ("a", "a_2", "A_3", "a_2_2")
+        }
+    assert {path.name for path in (out / "voc" / "JPEGImages").iterdir()} == {"a_2.png", "A_3.jpg", "a_2_2.jpg"}
+    assert len([path for path in out.iterdir() if path.is_file()]) == 4
+
+
 def test_labels_of_a_video_have_their_frames(config, video):
     predict.main(replace(config, source=(str(video),), write=("voc",), every=10))
     folder = Path(config.out) / "voc"
@@ -218,7 +234,7 @@ def test_lists_and_stdin(config, video, tmp_path, monkeypatch):
 def test_broken_videos(config, video, tmp_path, expect_mistake, capsys):
     content = bytearray(video.read_bytes())
     start = content.index(b"mdat") + len(content) // 3
-    content[start : start + 400] = os.urandom(400)
+    content[start : start + 400] = np.random.default_rng(0).bytes(400)
     (tmp_path / "damaged.mp4").write_bytes(content)
     predict.main(replace(config, source=(str(tmp_path / "damaged.mp4"),)))
     assert len(frames_of(Path(config.out) / "damaged.mp4")) > 2  # and no black ones in between
@@ -226,7 +242,9 @@ def test_broken_videos(config, video, tmp_path, expect_mistake, capsys):
     (tmp_path / "text.mp4").write_text("no video")
     (tmp_path / "cut.mp4").write_bytes(video.read_bytes()[:100])
     arguments = ["--weights", config.weights, "--out", config.out]
-    expect_mistake(predict, [tmp_path / "text.mp4", *arguments], "text.mp4")
+    write_image(tmp_path / "good.png", drawn_frame(0))
+    expect_mistake(predict, [tmp_path / "text.mp4", tmp_path / "good.png", *arguments], "text.mp4")
+    assert (Path(config.out) / "good.png").exists()  # one source's failure takes nothing from the others
     expect_mistake(predict, [tmp_path / "cut.mp4", *arguments], "cut.mp4")
     expect_mistake(predict, ["7", *arguments], "camera 7")
     expect_mistake(predict, [video, "--weights", config.weights, "--out", video.parent], "replace their inputs")
@@ -287,9 +305,9 @@ def test_a_stream_that_goes_away_is_opened_again_and_then_given_up(config, addre
 
 def test_a_stream_that_was_never_there_is_a_mistake():
     with pytest.raises(UserError, match="cannot read the video"):
-        next(Stream("http://127.0.0.1:9/none", patience=60).frames([]))
+        next(Stream("http://127.0.0.1:9/none", patience=60).frames([], threading.Event()))
     with pytest.raises(UserError, match="there is no camera 9"):
-        next(Camera(9, patience=60).frames([]))
+        next(Camera(9, patience=60).frames([], threading.Event()))
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
@@ -308,6 +326,22 @@ def test_ctrl_c_leaves_a_whole_video(config, tmp_path):
     assert process.returncode == 130
     assert "stopped by SIGINT" in errors and "Traceback" not in errors
     assert 5 < len(frames_of(Path(config.out) / "long.mp4")) < 3000
+
+
+def test_stopping_does_not_wait_for_a_stream(address):
+    """Which is being opened again and again, and has its own times."""
+    stop, started = threading.Event(), time.monotonic()
+    threading.Timer(3, stop.set).start()
+    frames = list(ahead(Stream(address, patience=1000).frames([], stop), 2))
+    assert time.monotonic() - started < 20
+    assert [frame.number for frame in frames] == list(range(len(frames)))
+    assert len(frames) >= 8
+    assert sorted(frame.time for frame in frames) == [frame.time for frame in frames]
+
+
+def test_addresses_do_not_show_passwords():
+    assert public("rtsp://admin:secret@10.0.0.1:554/live?token=a") == "rtsp://10.0.0.1:554/live"
+    assert public("a:b@c.mp4") == "a:b@c.mp4"
 
 
 def test_the_benchmark_prints_a_row_per_batch_size(config, video, capsys):

@@ -5,8 +5,10 @@ import logging
 import os
 import signal
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
+from multiprocessing import get_context
 
 import pytest
 import torch
@@ -124,6 +126,12 @@ def test_early_stopping(config, tmp_path, monkeypatch, capsys):
 
 
 def test_signals_wait_where_they_are_put_off():
+    """In a process of its own, since signals reach whatever libraries other tests have loaded."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        pool.submit(send_signals).result(timeout=120)
+
+
+def send_signals() -> None:
     def send(signum):
         os.kill(os.getpid(), signum)
         time.sleep(0.01)  # the handler runs between two instructions of this thread

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, suppress
 from importlib.util import find_spec
 from math import inf
 from pathlib import Path
+from shutil import which
 
 import torch
 
@@ -42,8 +43,17 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
 
 
 def choose_compile(name: str, device: torch.device) -> bool:
-    """ "auto", "on" or "off" -> whether to compile; auto does on a GPU where Triton, which that needs, is there."""
-    return name == "on" or (name == "auto" and device.type == "cuda" and find_spec("triton") is not None)
+    """ "auto", "on" or "off" -> whether to compile; auto does on a GPU where what that needs is there.
+
+    That is a C compiler, and Triton, which knows GPUs since Volta. Raises UserError where "on" lacks the compiler.
+    """
+    compilers = (os.environ.get("CC", "cc"), os.environ.get("CXX", "c++"), "gcc", "g++", "clang", "clang++", "cl")
+    ready = any(map(which, compilers))
+    if name == "on" and not ready:
+        raise UserError("compile is on, but there is no C compiler; install one (gcc, clang), or use --compile off")
+    if name != "auto" or device.type != "cuda":
+        return name == "on"
+    return ready and find_spec("triton") is not None and torch.cuda.get_device_capability(device) >= (7, 0)
 
 
 def cpu_has_bf16() -> bool:

@@ -81,7 +81,7 @@ class Muon(AdamW):
 
 
 def orthogonalize(matrix: Tensor) -> Tensor:
-    """A matrix (R, C) with its singular values brought near 1, in the precision of training.
+    """A matrix (R, C) with its singular values brought near 1; in half precision where the hardware has it.
 
     By the polynomials of Polar Express (arXiv 2505.16932), each the best for what those before it leave. After the
     first has lifted the small singular values, the others only need the Gram matrix (R, R), which is faster.

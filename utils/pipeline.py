@@ -6,8 +6,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from math import inf
+from threading import Event
 from typing import Any
 
+import numpy as np
 import supervision as sv
 
 from utils.ahead import ahead
@@ -51,21 +53,33 @@ class Pipeline:
         self.detector, self.sources, self.look = detector, sources, look
         live = any(isinstance(source, Camera | Stream) for source in sources)
         self.batch_size = look.batch_size or (1 if live else BATCH_SIZES[detector.network.device.type])
+        self.stop = Event()  # waiting for sources that went away
         self.problems: list[str] = []  # what could not be read
         self.tracked: Video | None = None
         self.tracker: Any = None
         self.slicer: sv.InferenceSlicer | None = None
         if look.tile:
-            overlap = detector.thresholds.nms_iou
-            self.slicer = sv.InferenceSlicer(detector, look.tile, look.tile // 5, iou_threshold=overlap)
+            self.slicer = sv.InferenceSlicer(detector, look.tile, look.tile // 5, sv.OverlapFilter.NONE)
 
     def __iter__(self) -> Iterator[Result]:
         with closing(ahead(self.prepare(), BATCHES_AHEAD)) as batches:
-            yield from self.find(batches)
+            try:
+                yield from self.find(batches)
+            finally:
+                self.stop.set()
 
     def frames(self) -> Iterator[Frame]:
+        """Of all sources; a UserError of one is raised when the others are done, those of further ones are problems."""
+        failure: UserError | None = None
         for source in self.sources:
-            yield from source.frames(self.problems)
+            try:
+                yield from source.frames(self.problems, self.stop)
+            except UserError as error:
+                if failure is not None:
+                    self.problems.append(str(error))
+                failure = failure or error
+        if failure is not None:
+            raise failure
 
     def looks_at(self, frame: Frame) -> bool:
         return frame.number % self.look.every == 0
@@ -100,9 +114,14 @@ class Pipeline:
             for frame in frames:
                 new = self.looks_at(frame)
                 if new:
-                    detections = self.slicer(frame.image) if self.slicer else next(found)
+                    detections = self.in_tiles(frame.image) if self.slicer else next(found)
                     detections = self.follow(frame, detections) if self.look.track else detections
                 yield frame, detections, new
+
+    def in_tiles(self, image: np.ndarray) -> sv.Detections:
+        """The detections of all tiles, of which those of one object become one."""
+        limits = self.detector.thresholds
+        return self.slicer(image).with_nms(limits.nms_iou, class_agnostic=limits.agnostic)
 
     def follow(self, frame: Frame, detections: sv.Detections) -> sv.Detections:
         """The detections of a video's frame with the ids of their tracks."""
@@ -128,7 +147,10 @@ def write_behind(results: Iterable[Result], sinks: Sequence[Sink]) -> Iterator[R
 
     def write(result: Result) -> None:
         for sink in sinks:
-            sink.write(*result)
+            try:
+                sink.write(*result)
+            except OSError as error:
+                raise UserError(f"cannot write {error.filename or sink.folder}: {error.strerror}") from None
 
     waiting: deque[Future[None]] = deque()
     with ThreadPoolExecutor(1) as pool:

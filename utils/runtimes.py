@@ -73,8 +73,8 @@ class CompiledNetwork(TorchNetwork):
     ) -> None:
         super().__init__(model, spec, device, dtype)
         self.batch_size = 0
-        torch._inductor.config.freezing = True  # of the weights, into the layout that the convolutions want
-        self.compiled = torch.compile(self.run, dynamic=False)
+        # the weights become constants, in the layout that the convolutions want
+        self.compiled = torch.compile(self.run, dynamic=False, options={"freezing": True})
 
     def run(self, images: Tensor) -> tuple[Tensor, Tensor]:
         return super().decode(super().__call__(images))

@@ -26,14 +26,14 @@ from supervision.dataset.formats.yolo import detections_to_yolo_annotations
 from utils.errors import UserError
 from utils.files import replacing
 from utils.images import draw_detections, write_image
-from utils.sources import Frame
+from utils.sources import Frame, Video
 from utils.voc import IMAGE_SUFFIXES
 
 VIDEO_SUFFIX = ".mp4"
 CLOCK = 90_000  # ticks a second, in which a video's times are written
 ENCODER = {"crf": "23", "preset": "veryfast"}  # of x264
 WINDOW = "detections; q or Esc closes"
-CLOSING_KEYS = (ord("q"), 27)
+CLOSING_KEYS, NO_KEY = (ord("q"), 27), 255
 HEAT_SIDE = 640  # pixels of a heat map's longer side, at most
 SHOWN_SIDE = 1280  # pixels of the window's longer side, at most
 
@@ -48,7 +48,7 @@ class Sink(ABC):
     def __init__(self, folder: Path, class_names: Sequence[str]) -> None:
         self.folder = folder
         self.class_names = tuple(class_names)
-        self.written: Counter[str] = Counter()
+        self.given: set[str] = set()  # names of files, in small letters
 
     @abstractmethod
     def write(self, frame: Frame, detections: sv.Detections, new: bool = True) -> None: ...
@@ -57,10 +57,13 @@ class Sink(ABC):
         pass
 
     def unique(self, name: str) -> str:
-        """The name, with a number before its suffix where it was given before."""
-        self.written[name] += 1
-        path, number = Path(name), self.written[name]
-        return name if number == 1 else str(path.with_name(f"{path.stem}_{number}{path.suffix}"))
+        """The name, with a number before its suffix where it was given before; capitals make no difference."""
+        path, number, free = Path(name), 1, name
+        while free.casefold() in self.given:
+            number += 1
+            free = str(path.with_name(f"{path.stem}_{number}{path.suffix}"))
+        self.given.add(free.casefold())
+        return free
 
     def place(self, name: str) -> Path:
         """Where a file of this name goes, whose folder is made."""
@@ -148,9 +151,12 @@ class Window(Sink):
     def write(self, frame: Frame, detections: sv.Detections, new: bool = True) -> None:
         drawn = self.draw(frame, detections)
         scale = min(1.0, SHOWN_SIDE / max(drawn.shape[:2]))
-        shown = cv2.resize(drawn, None, fx=scale, fy=scale) if scale < 1 else drawn
-        cv2.imshow(WINDOW, cv2.cvtColor(shown, cv2.COLOR_RGB2BGR))
-        if cv2.waitKey(1 if frame.video else 0) & 0xFF in CLOSING_KEYS:
+        sides = max(1, round(drawn.shape[1] * scale)), max(1, round(drawn.shape[0] * scale))
+        cv2.imshow(WINDOW, cv2.cvtColor(cv2.resize(drawn, sides), cv2.COLOR_RGB2BGR))
+        key = cv2.waitKey(1) & 0xFF
+        while frame.video is None and key == NO_KEY and cv2.getWindowProperty(WINDOW, cv2.WND_PROP_VISIBLE) > 0:
+            key = cv2.waitKey(50) & 0xFF
+        if key in CLOSING_KEYS or cv2.getWindowProperty(WINDOW, cv2.WND_PROP_VISIBLE) < 1:
             raise WindowClosed
 
     def close(self) -> None:
@@ -193,14 +199,18 @@ class Csv(Sink):
 
 
 class Labels(Sink):
-    """Label files for new data. Frames of videos are written beside them, so that each label has its image."""
+    """Label files for new data, each with the name of its image.
+
+    Frames of videos are written beside them, and images that share their name with another under a new one.
+    """
 
     images = "images"  # folder of these
 
     def write(self, frame: Frame, detections: sv.Detections, new: bool = True) -> None:
         if new:
-            name = self.unique(frame.path.name)
-            if frame.video is not None:
+            stem = frame.path.stem if frame.path.suffix.lower() in IMAGE_SUFFIXES else frame.path.name
+            name = self.unique(f"{stem}.xml").removesuffix(".xml") + (frame.path.suffix.lower() or ".png")
+            if frame.video is not None or Path(name).stem != frame.path.stem:
                 target = self.folder / self.images / name
                 target.parent.mkdir(parents=True, exist_ok=True)
                 write_image(target, frame.image)
@@ -308,22 +318,24 @@ class HeatMap(Sink):
 
     def __init__(self, folder: Path, class_names: Sequence[str]) -> None:
         super().__init__(folder, class_names)
-        self.maps: dict[str, tuple[sv.HeatMapAnnotator, np.ndarray]] = {}  # by name, with the picture so far
+        self.maps: dict[Any, tuple[sv.HeatMapAnnotator, np.ndarray]] = {}  # by video, or size, with the picture so far
 
     def write(self, frame: Frame, detections: sv.Detections, new: bool = True) -> None:
         if not new:
             return
         height, width = frame.image.shape[:2]
-        name = frame.video.stem if frame.video else f"{width}x{height}"
+        key = frame.video or (width, height)
         scale = min(1.0, HEAT_SIDE / max(height, width))
-        small = cv2.resize(frame.image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+        sides = max(1, round(width * scale)), max(1, round(height * scale))
+        small = cv2.resize(frame.image, sides, interpolation=cv2.INTER_AREA)
         radius = max(3, min(small.shape[:2]) // 20)
-        annotator, _ = self.maps.get(name, (sv.HeatMapAnnotator(sv.Position.CENTER, 0.5, radius), None))
+        annotator, _ = self.maps.get(key, (sv.HeatMapAnnotator(sv.Position.CENTER, 0.5, radius), None))
         centres = replace(detections, xyxy=detections.xyxy * scale)
-        self.maps[name] = annotator, annotator.annotate(np.ascontiguousarray(small[..., ::-1]), centres)
+        self.maps[key] = annotator, annotator.annotate(np.ascontiguousarray(small[..., ::-1]), centres)
 
     def close(self) -> None:
-        for name, (_, picture) in self.maps.items():
+        for key, (_, picture) in self.maps.items():
+            name = key.stem if isinstance(key, Video) else f"{key[0]}x{key[1]}"
             write_image(self.place(f"heat_{name}.jpg"), picture[..., ::-1])
 
 

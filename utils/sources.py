@@ -3,14 +3,18 @@
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
 from glob import glob
 from itertools import count
+from math import isfinite
 from os import cpu_count
 from pathlib import Path
+from threading import Event
 from typing import Protocol
+from urllib.parse import urlsplit
 
 import av
 import cv2
@@ -19,12 +23,14 @@ import numpy as np
 from utils.ahead import map_ahead
 from utils.errors import UserError
 from utils.images import decode_image, read_image
-from utils.voc import IMAGE_SUFFIXES
+from utils.voc import IMAGE_SUFFIXES, read_lines
 
 VIDEO_SUFFIXES = frozenset(
     (".avi", ".flv", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ts", ".webm", ".wmv")
 )
 STDIN = "-"
+MOST_READERS = 8  # threads that read images; each has up to two waiting
+LONGEST_STEM = 100  # letters of a name for results
 DEFAULT_RATE = Fraction(30)  # frames a second, of a camera or stream that does not say
 LIVE_TIMEOUT = 10.0  # seconds that opening a stream, or waiting for its next packet, may take
 FIRST_WAIT, LONGEST_WAIT = 0.5, 8.0  # seconds before the first and between later attempts to open it again
@@ -40,7 +46,8 @@ class Video:
     @property
     def stem(self) -> str:
         """For the names of results."""
-        return "".join(letter if letter.isalnum() or letter in "-_ ." else "_" for letter in Path(self.name).stem)
+        stem = Path(self.name).stem[:LONGEST_STEM]
+        return "".join(letter if letter.isalnum() or letter in "-_ ." else "_" for letter in stem)
 
 
 @dataclass(frozen=True)
@@ -55,11 +62,16 @@ class Frame:
 
 
 class Source(Protocol):
-    """Some frames. What cannot be read is skipped and said in `problems`; UserError ends the source."""
+    """Some frames. What cannot be read is skipped and said in `problems`; UserError ends the source.
 
-    total: int | None  # frames, about; None: unknown
+    `stop` ends the waiting for one that went away.
+    """
 
-    def frames(self, problems: list[str]) -> Iterator[Frame]: ...
+    @property
+    def total(self) -> int | None:
+        """Frames, about; None: unknown."""
+
+    def frames(self, problems: list[str], stop: Event) -> Iterator[Frame]: ...
 
 
 @dataclass(frozen=True)
@@ -72,8 +84,8 @@ class Images:
     def total(self) -> int:
         return len(self.paths)
 
-    def frames(self, problems: list[str]) -> Iterator[Frame]:
-        for path, image in map_ahead(try_to_read, self.paths, cpu_count() or 1):
+    def frames(self, problems: list[str], stop: Event) -> Iterator[Frame]:
+        for path, image in map_ahead(try_to_read, self.paths, min(MOST_READERS, cpu_count() or 1)):
             if isinstance(image, UserError):
                 problems.append(str(image))
             else:
@@ -94,22 +106,26 @@ class Encoded:
     content: bytes
     total = 1
 
-    def frames(self, problems: list[str]) -> Iterator[Frame]:
+    def frames(self, problems: list[str], stop: Event) -> Iterator[Frame]:
         yield Frame(Path("stdin.png"), decode_image(np.frombuffer(self.content, np.uint8), "stdin"))
 
 
+@dataclass(frozen=True)
 class VideoFile:
     """A video file. Frames that cannot be decoded are left out, and the others keep their times."""
 
-    def __init__(self, path: str) -> None:
-        self.path = path
-        with open_video(path) as container:
-            stream = container.streams.video[0]
-            self.total = stream.frames or None
-            if not self.total and container.duration and stream.average_rate:
-                self.total = round(container.duration / av.time_base * stream.average_rate)
+    path: str
 
-    def frames(self, problems: list[str]) -> Iterator[Frame]:
+    @property
+    def total(self) -> int | None:
+        with suppress(UserError), open_video(self.path) as container:
+            stream = container.streams.video[0]
+            if not stream.frames and container.duration and stream.average_rate:
+                return round(container.duration / av.time_base * stream.average_rate)
+            return stream.frames or None
+        return None
+
+    def frames(self, problems: list[str], stop: Event) -> Iterator[Frame]:
         with open_video(self.path) as container:
             yield from decode_video(self.path, container, problems)
 
@@ -122,19 +138,20 @@ class Stream:
     def __init__(self, address: str, patience: float) -> None:
         self.address, self.patience = address, patience
 
-    def frames(self, problems: list[str]) -> Iterator[Frame]:
-        yield from keep_open(self.address, partial(self.read, problems), self.patience)
+    def frames(self, problems: list[str], stop: Event) -> Iterator[Frame]:
+        yield from keep_open(public(self.address), partial(self.read, problems), self.patience, stop)
 
     def read(self, problems: list[str]) -> Iterator[Frame]:
         """Until it ends; returns normally only where an image, or a video of known length, came to its end."""
         with open_video(self.address, timeout=(LIVE_TIMEOUT, LIVE_TIMEOUT)) as container:
             length, last = container.duration, 0.0
             is_image = container.format.name.endswith("_pipe")
-            for frame in decode_video(self.address, container, problems):
+            timeless, started = container.format.name == "mpjpeg", time.monotonic()
+            for frame in decode_video(public(self.address), container, problems):
                 last = frame.time + 1 / float(frame.video.rate)
-                yield frame
+                yield replace(frame, time=time.monotonic() - started) if timeless else frame
             if not is_image and (not length or last < length / av.time_base - 1):
-                raise UserError(f"{self.address} ended")
+                raise UserError(f"{public(self.address)} ended")
 
 
 class Camera:
@@ -145,16 +162,17 @@ class Camera:
     def __init__(self, number: int, patience: float) -> None:
         self.number, self.patience = number, patience
 
-    def frames(self, problems: list[str]) -> Iterator[Frame]:
-        yield from keep_open(f"camera {self.number}", self.read, self.patience)
+    def frames(self, problems: list[str], stop: Event) -> Iterator[Frame]:
+        yield from keep_open(f"camera {self.number}", self.read, self.patience, stop)
 
     def read(self) -> Iterator[Frame]:
         capture = cv2.VideoCapture(self.number)
         try:
             if not capture.isOpened():
                 raise UserError(f"there is no camera {self.number}, or another program has it")
-            rate = Fraction(capture.get(cv2.CAP_PROP_FPS) or 0).limit_denominator(1000) or DEFAULT_RATE
-            video = Video(f"camera {self.number}", rate)
+            rate = capture.get(cv2.CAP_PROP_FPS)
+            known = isfinite(rate) and rate > 0
+            video = Video(f"camera {self.number}", Fraction(rate).limit_denominator(1000) if known else DEFAULT_RATE)
             started = time.monotonic()
             for number in count():
                 found, image = capture.read()
@@ -166,45 +184,70 @@ class Camera:
             capture.release()
 
 
-def keep_open(name: str, read: Callable[[], Iterator[Frame]], patience: float) -> Iterator[Frame]:
+def keep_open(name: str, read: Callable[[], Iterator[Frame]], patience: float, stop: Event) -> Iterator[Frame]:
     """The frames of a live source as one video, opened again with growing pauses where it breaks off.
 
-    Raises UserError after `patience` seconds without a frame, and at once where it never gave one.
+    What it missed meanwhile is missing in the times too. Raises UserError after `patience` seconds without a frame, at
+    once where it never gave one, and where its pictures change their size.
     """
-    number, wait, lost_at = 0, FIRST_WAIT, None
-    started = time.monotonic()
-    video: Video | None = None
-    while True:
+    last: Frame | None = None
+    wait, seen, number = FIRST_WAIT, 0.0, 0
+    while not stop.is_set():
+        missed: float | None = None if last else 0.0  # seconds of the video before this visit
         try:
             for frame in read():
-                video = video or frame.video
-                wait, lost_at = FIRST_WAIT, None
+                if missed is None:
+                    missed = last.time + time.monotonic() - seen
+                if last and frame.image.shape != last.image.shape:
+                    raise SizeChanged(name, number, last.image, frame.image)
+                video = last.video if last else frame.video
                 path = Path(f"{video.stem}_{number:06d}.jpg")
-                yield Frame(path, frame.image, video, number, time.monotonic() - started)
-                number += 1
+                last = Frame(path, frame.image, video, number, missed + frame.time)
+                wait, seen, number = FIRST_WAIT, time.monotonic(), number + 1
+                yield last
             return
+        except SizeChanged:
+            raise
         except UserError as error:
-            if video is None:
+            if last is None:
                 raise
-            lost_at = lost_at or time.monotonic()
-            if time.monotonic() - lost_at + wait > patience:
+            if time.monotonic() - seen + wait > patience:
                 raise UserError(
                     f"{name} went away after {number} frames and did not come back in {patience:g} s ({error}); what "
                     "came before is in the results"
                 ) from None
-            time.sleep(wait)
+            stop.wait(wait)
             wait = min(2 * wait, LONGEST_WAIT)
+
+
+class SizeChanged(UserError):
+    """A video's pictures become larger or smaller."""
+
+    def __init__(self, name: str, number: int, before: np.ndarray, after: np.ndarray) -> None:
+        sizes = [f"{image.shape[1]}x{image.shape[0]}" for image in (before, after)]
+        super().__init__(
+            f"{name} changes its size at frame {number}, from {sizes[0]} to {sizes[1]}; the results end there"
+        )
+
+
+def public(address: str) -> str:
+    """An address without password and query, for messages and names of files; a path as it is."""
+    if "://" not in address:
+        return address
+    parts = urlsplit(address)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
 def open_video(path: str, timeout: tuple[float, float] | None = None) -> av.container.InputContainer:
     """A file or address with a video stream; raises UserError."""
     try:
-        container = av.open(path, timeout=timeout)
+        options = {"rtsp_transport": "tcp"} if path.startswith("rtsp") else {}  # UDP is lost behind many routers
+        container = av.open(path, timeout=timeout, options=options)
     except (av.FFmpegError, OSError) as error:
-        raise UserError(f"cannot read the video {path}: {error.strerror or error}") from None
+        raise UserError(f"cannot read the video {public(path)}: {error.strerror or error}") from None
     if not container.streams.video:
         container.close()
-        raise UserError(f"{path} has no video in it")
+        raise UserError(f"{public(path)} has no video in it")
     return container
 
 
@@ -213,7 +256,7 @@ def decode_video(name: str, container: av.container.InputContainer, problems: li
     stream = container.streams.video[0]
     stream.thread_type = "AUTO"
     video = Video(name, stream.average_rate or stream.guessed_rate or DEFAULT_RATE)
-    number, broken, first, shape = 0, 0, None, None
+    number, broken, first, previous = 0, 0, None, None
     try:
         for packet in container.demux(stream):
             try:
@@ -224,12 +267,9 @@ def decode_video(name: str, container: av.container.InputContainer, problems: li
             for picture in decoded:
                 image = picture.to_ndarray(format="rgb24")
                 image = np.ascontiguousarray(np.rot90(image, picture.rotation // 90)) if picture.rotation else image
-                shape = shape or image.shape
-                if image.shape != shape:
-                    raise UserError(
-                        f"{name} changes its size at frame {number}, from {shape[1]}x{shape[0]} to {image.shape[1]}x"
-                        f"{image.shape[0]}; the results end there"
-                    )
+                if previous is not None and image.shape != previous.shape:
+                    raise SizeChanged(name, number, previous, image)
+                previous = image
                 when = number / float(video.rate) if picture.time is None else picture.time
                 first = when if first is None else first
                 yield Frame(Path(f"{video.stem}_{number:06d}.jpg"), image, video, number, when - first)
@@ -255,7 +295,7 @@ def open_sources(name: str, patience: float) -> list[Source]:
     if "://" in name:
         return [Stream(name, patience)]
     if path.suffix.lower() == ".txt" and path.is_file():
-        return read_list(path.read_text(encoding="utf-8-sig"), str(path), patience)
+        return read_list(read_lines(path), str(path), patience)
     if path.is_file():
         return open_files([path])
     if path.is_dir():
@@ -278,9 +318,9 @@ def open_files(paths: Sequence[Path]) -> list[Source]:
     return [*([Images(images)] if images else []), *(VideoFile(str(path)) for path in videos)]
 
 
-def read_list(text: str, source: str, patience: float) -> list[Source]:
+def read_list(lines: Sequence[str], source: str, patience: float) -> list[Source]:
     """A path, address or glob on each line, seen from the current folder."""
-    names = [line.strip() for line in text.splitlines() if line.strip()]
+    names = [line.strip() for line in lines if line.strip()]
     if not names:
         raise UserError(f"{source} names nothing; it should have a path on each line")
     files = [Path(name) for name in names if Path(name).is_file() and Path(name).suffix.lower() != ".txt"]
@@ -297,7 +337,7 @@ def read_stdin(patience: float) -> list[Source]:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError:
         return [Encoded(content)]
-    return read_list(text, "stdin", patience)
+    return read_list(text.splitlines(), "stdin", patience)
 
 
 def inputs(sources: Sequence[Source]) -> list[Path]:
