@@ -169,11 +169,8 @@ def cfg_of(spec: ModelSpec) -> str:
         ]
     sections += [convolution(512, 3), convolution(256, 1), convolution(512, 3), *head(spec, 0)]
     sections += [section("route", layers=-4), convolution(128, 1), section("upsample", stride=2)]
-    sections += [
-        section("route", layers="-1,23"),
-        convolution(256, 3),
-        *head(spec, 1),
-    ]  # 23: the third block's inner feature
+    inner = 23  # number of the third block's inner feature
+    sections += [section("route", layers=f"-1,{inner}"), convolution(256, 3), *head(spec, 1)]
     return "\n".join(sections)
 
 

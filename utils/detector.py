@@ -101,6 +101,8 @@ class Detector:
             words = ", ".join(f"{name} {value:.2f}" for name, value in shown.items())
         if limits.confidence is not None or shown.keys() <= limits.per_class.keys():
             return f"{words}, as given"
+        if limits.per_class:
+            words += f", of which {', '.join(limits.per_class)} as given, the others"
         if not self.suggested:
             return f"{words}, since the training had no validation that would suggest another"
         return f"{words}, as the training's validation suggests"
