@@ -111,7 +111,7 @@ class Config:
     # augmentation
     mosaic: float = 1.0  # probability of four images in one
     mixup: float = 0.0  # probability of a second image on top
-    mosaic_until: float = 0.6  # share of the run after which mosaic and mixup stop
+    mosaic_until: float = 0.5  # share of the run after which mosaic and mixup stop
     scale: float = 0.3  # size times 1 - scale to 1 + scale
     aspect: float = 0.1  # width / height times 1 / (1 + aspect) to 1 + aspect
     translate: float = 0.1  # shift as a share of the side
