@@ -60,7 +60,7 @@ class Config:
     # how
     every: int = 1  # of videos, look only at every Nth frame; the boxes stay until the next
     patience: float = 30.0  # seconds to wait for a camera or stream that went away
-    batch_size: int = 0  # images that go through the network at once; 0: 1 of cameras and streams, else 4, on a GPU 16
+    batch_size: int = 0  # images, or tiles, in the network at once; 0: 1 of cameras and streams, else 4, on a GPU 16
     device: str = "auto"  # auto, cpu or cuda
     precision: str = "auto"  # of the network: auto, bf16, fp16 or fp32
     compile: str = "auto"  # torch.compile: on, off, or auto: on a GPU

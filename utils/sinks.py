@@ -26,7 +26,7 @@ from supervision.dataset.formats.yolo import detections_to_yolo_annotations
 from utils.errors import UserError
 from utils.files import replacing
 from utils.images import draw_detections, write_image
-from utils.sources import Frame, Video
+from utils.video import Frame, Video
 from utils.voc import IMAGE_SUFFIXES
 
 VIDEO_SUFFIX = ".mp4"
