@@ -5,11 +5,13 @@ import json
 import os
 import re
 import signal
+import struct
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from fractions import Fraction
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -19,6 +21,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from pycocotools.coco import COCO
 
 import predict
@@ -266,24 +269,118 @@ def test_lists_and_stdin(config, video, tmp_path, monkeypatch):
 
 
 def test_broken_videos(config, video, tmp_path, expect_mistake, capsys):
-    content = bytearray(video.read_bytes())
-    start = content.index(b"mdat") + len(content) // 3
-    content[start : start + 400] = np.random.default_rng(0).bytes(400)
-    (tmp_path / "damaged.mp4").write_bytes(content)
-    predict.main(replace(config, source=(str(tmp_path / "damaged.mp4"),)))
-    assert len(frames_of(Path(config.out) / "damaged.mp4")) > 2  # and no black ones in between
-    assert all(image.mean() > 40 for _, image in frames_of(Path(config.out) / "damaged.mp4"))
+    start = video.read_bytes().index(b"mdat") + video.stat().st_size // 3
+    for length, words in ((400, r"1 frames of \S+damaged.mp4 are damaged"), (1500, r"broken parts of \S+damaged.mp4")):
+        content = bytearray(video.read_bytes())
+        content[start : start + length] = np.random.default_rng(0).bytes(length)
+        (tmp_path / "damaged.mp4").write_bytes(content)
+        predict.main(replace(config, source=(str(tmp_path / "damaged.mp4"),)))
+        assert re.search(words, capsys.readouterr().err)
+        frames = frames_of(Path(config.out) / "damaged.mp4")
+        assert len(frames) > 2  # and no black ones in between
+        assert all(image.mean() > 40 for _, image in frames)
     (tmp_path / "text.mp4").write_text("no video")
     (tmp_path / "cut.mp4").write_bytes(video.read_bytes()[:100])
     arguments = ["--weights", config.weights, "--out", config.out]
     write_image(tmp_path / "good.png", drawn_frame(0))
-    expect_mistake(predict, [tmp_path / "text.mp4", tmp_path / "good.png", *arguments], "text.mp4")
+    expect_mistake(predict, [tmp_path / "text.mp4", tmp_path / "good.png", *arguments], "text.mp4: Invalid data")
     assert (Path(config.out) / "good.png").exists()  # one source's failure takes nothing from the others
-    expect_mistake(predict, [tmp_path / "cut.mp4", *arguments], "cut.mp4")
+    expect_mistake(predict, [tmp_path / "cut.mp4", *arguments], "cut.mp4 has no video in it")
     expect_mistake(predict, ["7", *arguments], "camera 7")
     expect_mistake(predict, [video, "--weights", config.weights, "--out", video.parent], "replace their inputs")
     (tmp_path / "taken" / video.name).mkdir(parents=True)
     expect_mistake(predict, [video, "--weights", config.weights, "--out", tmp_path / "taken"], "cannot write the video")
+
+
+@pytest.mark.parametrize(("matrix", "turns"), [((0, 1, -1, 0), -1), ((-1, 0, 0, -1), 2), ((0, -1, 1, 0), 1)])
+def test_a_rotated_video_comes_out_upright(config, video, tmp_path, matrix, turns):
+    """As telephones write them: QuickTime's matrix in the track header says how to turn the pictures."""
+    content = bytearray(video.read_bytes())
+    start = content.index(b"tkhd") + 44
+    a, b, c, d = (number << 16 for number in matrix)
+    content[start : start + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    (tmp_path / "phone.mov").write_bytes(content)
+    predict.main(replace(config, source=(str(tmp_path / "phone.mov"),), confidence=1.0))
+    written, stored = frames_of(Path(config.out) / "phone.mp4"), frames_of(video)
+    assert len(written) == FRAMES
+    upright = np.rot90(stored[0][1], turns).astype(int)
+    assert np.abs(written[0][1] - upright).mean() < 5
+
+
+def test_an_animated_gif_is_a_video(config, tmp_path):
+    pictures = [Image.fromarray(drawn_frame(number)) for number in range(7)]
+    pictures[0].save(tmp_path / "disc.gif", save_all=True, append_images=pictures[1:], duration=80)
+    predict.main(replace(config, source=(str(tmp_path / "disc.gif"),)))
+    assert {line["frame"] for line in lines_of(config)} == set(range(7))
+    times = [when for when, _ in frames_of(Path(config.out) / "disc.mp4")]
+    assert times == pytest.approx([number * 0.08 for number in range(7)], abs=1e-3)
+
+
+def test_the_progress_bar_shows_rate_and_time_left(config, video):
+    termios = pytest.importorskip("termios", reason="terminals of POSIX")
+    long = write_video(Path(config.weights).parent / "long.mp4", 400)
+    arguments = [long, "--weights", config.weights, "--out", config.out, "--device", "cpu"]
+    ours, theirs = os.openpty()
+    termios.tcsetwinsize(theirs, (25, 120))
+    process = subprocess.Popen(
+        [sys.executable, "predict.py", *map(str, arguments)], cwd=ROOT, stderr=theirs, stdout=subprocess.DEVNULL
+    )
+    os.close(theirs)
+    shown = b""
+    with suppress(OSError):  # of a terminal whose other side is closed
+        while part := os.read(ours, 4096):
+            shown += part
+    os.close(ours)
+    assert process.wait() == 0, shown
+    assert re.search(rb"predicting: +\d+%.* [1-9]\d*/400 \[\d+:\d+<\d+:\d+, +\d+\.\d+ images/s\]", shown), shown
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+@pytest.mark.parametrize(("write", "name"), [("pictures", "a disc.mp4"), ("jsonl", "detections.jsonl")])
+def test_a_full_disk_is_said(config, video, expect_mistake, write, name):
+    Path(config.out).mkdir()
+    (Path(config.out) / name).symlink_to("/dev/full")
+    arguments = [video, "--weights", config.weights, "--out", config.out, "--confidence", 0.1, "--write", write]
+    expect_mistake(predict, arguments, "cannot write", config.out, "No space left on device")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["missing.jpg"], ["no image, video, folder or match 'missing.jpg'"]),
+        ([""], ["no image, video, folder or match ''"]),
+        (["a" * 300], ["cannot read aaa", "File name too long"]),
+        (["99999999999"], ["match '99999999999'"]),
+        (["empty"], ["empty has no image and no video"]),
+        (["broken"], ["broken/a.jpg is not an image", "(and 1 more like this)"]),
+        (["good.png", "--write"], ["write is empty"]),
+        (["good.png", "--confidence", "2"], ["confidence is 2"]),
+        (["good.png", "--class-confidence", "cat", "0.5"], ["no class 'cat'"]),
+        (["good.png", "--out", "good.png"], ["cannot write to good.png"]),
+        (["good.png", "--weights", "weights.pth"], ["weights.pth is no checkpoint"]),
+        (["good.png", "--weights", "empty"], ["empty is a folder without a checkpoint"]),
+        (["good.png", "--weights", "none.onnx"], ["there is no network none.onnx"]),
+    ],
+)
+def test_mistakes(weights, tmp_path, monkeypatch, expect_mistake, arguments, words):
+    for folder in ("empty", "broken"):
+        (tmp_path / folder).mkdir()
+    for name in ("broken/a.jpg", "broken/b.png", "weights.pth"):
+        (tmp_path / name).write_text("hello")
+    write_image(tmp_path / "good.png", drawn_frame(0))
+    monkeypatch.chdir(tmp_path)
+    given = [*arguments, *([] if "--weights" in arguments else ["--weights", weights]), "--device", "cpu"]
+    expect_mistake(predict, given, *words)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 10_000), (10_000, 1)])
+def test_images_of_odd_shapes(config, tmp_path, size):
+    write_image(tmp_path / "写真 #1?.png", np.zeros((*size, 3), np.uint8))
+    written = ("pictures", "jsonl", "csv", "voc", "yolo", "coco", "crops", "counts", "heatmap")
+    assert predict.main(replace(config, source=(str(tmp_path / "写真 #1?.png"),), write=written)) > 0
+    assert read_image(Path(config.out) / "写真 #1?.png").shape == (*size, 3)
+    for line in lines_of(config):
+        assert 0 <= line["box"][0] <= line["box"][2] <= size[1] and 0 <= line["box"][1] <= line["box"][3] <= size[0]
 
 
 def test_a_change_of_size_ends_the_video(config, tmp_path, expect_mistake):

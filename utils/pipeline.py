@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from math import inf
 from threading import Event
@@ -175,10 +175,8 @@ def write_behind(results: Iterable[Result], sinks: Sequence[Sink]) -> Iterator[R
 
     def write(result: Result) -> None:
         for sink in sinks:
-            try:
+            with refusals_of(sink):
                 sink.write(*result)
-            except OSError as error:
-                raise UserError(f"cannot write {error.filename or sink.folder}: {error.strerror}") from None
 
     waiting: deque[Future[None]] = deque()
     with ThreadPoolExecutor(1) as pool:
@@ -192,3 +190,22 @@ def write_behind(results: Iterable[Result], sinks: Sequence[Sink]) -> Iterator[R
                 waiting.popleft().result()
         for future in waiting:
             future.result()
+
+
+@contextmanager
+def finishing(sink: Sink) -> Iterator[Sink]:
+    """A sink that is closed at the end; raises UserError where its last part cannot be written."""
+    try:
+        yield sink
+    finally:
+        with refusals_of(sink):
+            sink.close()
+
+
+@contextmanager
+def refusals_of(sink: Sink) -> Iterator[None]:
+    """What the system refuses to write as a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {error.filename or sink.folder}: {error.strerror}") from None

@@ -22,6 +22,7 @@ VIDEO_SUFFIXES = frozenset(
     (".avi", ".flv", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ts", ".webm", ".wmv")
 )
 STDIN = "-"
+CAMERA_DIGITS = 4  # of a number that can be a camera's
 MOST_READERS = 8  # threads that read images; each has up to two waiting
 
 
@@ -83,28 +84,35 @@ def open_sources(name: str, patience: float) -> list[Source]:
     path = Path(name)
     if name == STDIN:
         return read_stdin(patience)
-    if name.isdecimal() and not path.exists():
-        return [Camera(int(name), patience)]
     if "://" in name:
         return [Stream(name, patience)]
-    if path.suffix.lower() == ".txt" and path.is_file():
-        return read_list(read_lines(path), str(path), patience)
-    if path.is_file():
-        return open_files([path])
-    if path.is_dir():
+    try:
+        if name.isdecimal() and len(name) <= CAMERA_DIGITS and not path.exists():
+            return [Camera(int(name), patience)]
+        if path.suffix.lower() == ".txt" and path.is_file():
+            return read_list(read_lines(path), str(path), patience)
+        return open_files([path] if path.is_file() else find_files(name))
+    except OSError as error:  # such as a folder that others may not look into
+        raise UserError(f"cannot read {name}: {error.strerror}") from None
+
+
+def find_files(name: str) -> list[Path]:
+    """The images and videos of a folder, or those that a glob matches."""
+    path = Path(name)
+    if name and path.is_dir():
         candidates = sorted(path.iterdir())
-    elif path.exists():
-        raise UserError(f"{path} is a pipe or a device, which may have no end; give a file, - or 0 for a camera")
+    elif name and path.exists():
+        raise UserError(f"{name} is a pipe or a device, which may have no end; give a file, or - to read from stdin")
     else:
         candidates = sorted(Path(match) for match in glob(name, recursive=True))
         if not candidates:
-            raise UserError(f"there is no image, video, folder or match {name}")
+            raise UserError(f"there is no image, video, folder or match {name!r}")
     known = [path for path in candidates if path.suffix.lower() in IMAGE_SUFFIXES | VIDEO_SUFFIXES]
     known = [path for path in known if path.is_file() or not path.exists()]  # which is said when it is read
     if not known:
         suffixes = ", ".join(sorted(IMAGE_SUFFIXES | VIDEO_SUFFIXES))
         raise UserError(f"{name} has no image and no video ({suffixes})")
-    return open_files(known)
+    return known
 
 
 def open_files(paths: Sequence[Path]) -> list[Source]:

@@ -104,7 +104,7 @@ def decode_video(name: str, container: av.container.InputContainer, problems: li
     stream = container.streams.video[0]
     stream.thread_type = "AUTO"
     video = Video(name, stream.average_rate or stream.guessed_rate or DEFAULT_RATE)
-    number, broken, first, previous = 0, 0, None, None
+    number, broken, damaged, first, previous = 0, 0, 0, None, None
     try:
         for packet in container.demux(stream):
             try:
@@ -113,6 +113,7 @@ def decode_video(name: str, container: av.container.InputContainer, problems: li
                 broken += 1
                 continue
             for picture in decoded:
+                damaged += picture.is_corrupt
                 image = picture.to_ndarray(format="rgb24")
                 image = np.ascontiguousarray(np.rot90(image, picture.rotation // 90)) if picture.rotation else image
                 if previous is not None and image.shape != previous.shape:
@@ -126,5 +127,7 @@ def decode_video(name: str, container: av.container.InputContainer, problems: li
         problems.append(f"{name} breaks off after {number} frames: {reason(error)}")
     if broken:
         problems.append(f"{broken} broken parts of {name} were left out")
+    if damaged:
+        problems.append(f"{damaged} frames of {name} are damaged, and shown as far as they could be decoded")
     if not number:
         raise UserError(f"{name} has no frame that can be decoded")
