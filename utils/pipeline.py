@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import inf
 from threading import Event
 from typing import Any
@@ -78,6 +78,13 @@ class Pipeline:
         self.problems: list[str] = []  # what could not be read
         self.tracked: Video | None = None
         self.tracker: Any = None
+        self.slicer: sv.InferenceSlicer | None = None
+        if look.tile:
+            one_by_one = self.batch_size == 1  # which the slicer then gives by itself, not in a list
+            find = detector if one_by_one else lambda tiles: detector.find(detector.prepare(tiles))
+            overlap = look.tile // OVERLAP
+            no_filter = sv.OverlapFilter.NONE
+            self.slicer = sv.InferenceSlicer(find, look.tile, overlap, no_filter, batch_size=self.batch_size)
 
     def __iter__(self) -> Iterator[Result]:
         with closing(ahead(self.prepare(), self.batches_ahead)) as batches:
@@ -137,13 +144,8 @@ class Pipeline:
 
     def in_tiles(self, image: np.ndarray) -> sv.Detections:
         """The detections of all tiles, of which those of one object become one."""
-        height, width = image.shape[:2]
-        tile, limits = self.look.tile, self.detector.thresholds
-        corners = [(left, top) for top in tile_starts(height, tile) for left in tile_starts(width, tile)]
-        tiles = (image[top : top + tile, left : left + tile] for left, top in corners)
-        found = zip(self.detector.detect(tiles, self.batch_size), corners, strict=True)
-        moved = [replace(item, xyxy=item.xyxy + np.float32(corner * 2)) for item, corner in found]
-        return sv.Detections.merge(moved).with_nms(limits.nms_iou, class_agnostic=limits.agnostic)
+        limits = self.detector.thresholds
+        return self.slicer(image).with_nms(limits.nms_iou, class_agnostic=limits.agnostic)
 
     def follow(self, frame: Frame, detections: sv.Detections) -> sv.Detections:
         """The detections of a video's frame with the ids of their tracks."""
@@ -159,12 +161,6 @@ class Pipeline:
             )
             self.tracked = frame.video
         return self.tracker.update(detections)
-
-
-def tile_starts(side: int, tile: int) -> list[int]:
-    """Where tiles begin along a side of an image; the last one ends with it, unless it is larger."""
-    last = max(side - tile, 0)
-    return [*range(0, last, tile - tile // OVERLAP), last]
 
 
 def write_behind(results: Iterable[Result], sinks: Sequence[Sink]) -> Iterator[Result]:
