@@ -76,8 +76,9 @@ class Config:
     train_difficult: bool = False  # train on objects marked difficult too
 
     # network
-    phi: int = 0  # attention: 0 none, 1 SE, 2 CBAM, 3 ECA, 4 CA
-    attention_args: dict[str, int] = field(default_factory=dict)  # the block's arguments, such as: ratio 8
+    phi: int = 0  # attention: 0 none, 1 SE, 2 CBAM, 3 ECA, 4 CA, 5 SimAM, 6 EMA, 7 ELA, 8 MLCA, 9 Triplet
+    attention_args: dict[str, int | float] = field(default_factory=dict)  # the block's arguments, such as: ratio 8
+    attention_places: tuple[str, ...] = ModelSpec.places  # where it stands: feat1, feat2, upsample
     identity_start: bool = True  # let attention begin as the identity, so that it cannot harm the first steps
     input_size: tuple[int, int] = (416, 416)  # height and width of the network's input, multiples of 32
     multi_scale: tuple[float, ...] = ()  # train at these multiples of input_size, such as 0.8 1 1.2; empty: at 1
@@ -337,6 +338,7 @@ def new_spec(config: Config, weights: dict[str, Tensor]) -> ModelSpec:
         anchors=load_anchors(config.anchors),
         phi=config.phi,
         attention_args=config.attention_args,
+        places=config.attention_places,
         identity_start=config.identity_start and config.phi > 0,
         input_size=config.input_size,
         letterbox=config.letterbox,

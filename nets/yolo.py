@@ -54,8 +54,8 @@ class YoloBody(nn.Module):
     ) -> None:
         super().__init__()
         unknown = [place for place in places if place not in PLACES]
-        if unknown:
-            raise ValueError(f"attention places are {', '.join(PLACES)}, not {', '.join(unknown)}")
+        if unknown or (phi and not places):
+            raise ValueError(f"attention places are {', '.join(PLACES)}, not {', '.join(unknown) or 'none of them'}")
         self.backbone = darknet53_tiny(pretrained)
         self.conv_for_P5 = BasicConv(512, 256, 1)
         self.yolo_headP5 = yolo_head(256, 512, len(anchors_mask[0]) * (5 + num_classes))
