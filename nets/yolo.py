@@ -62,7 +62,7 @@ class YoloBody(nn.Module):
         self.upsample = Upsample(256, 128)
         self.yolo_headP4 = yolo_head(384, 256, len(anchors_mask[1]) * (5 + num_classes))
         self.attention_gain = nn.ParameterDict()
-        for place, channels in PLACES.items():
+        for place, channels in PLACES.items():  # last: for one seed every phi then draws the same for all other layers
             block = build_attention(phi, channels, attention_args or {})
             if block is not None and place in places:
                 self.add_module(f"{place}_att", block)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from nets.attention import ATTENTION
 from nets.yolo import ModelSpec, YoloBody, summary
 from tests.conftest import ANCHORS, MASKS, REFERENCE, needs_shared, reference_value
 
@@ -53,6 +54,19 @@ def test_spec_survives_json_and_rebuilds_the_network():
     assert names == {name: value.shape for name, value in again.build().state_dict().items()}
     assert "feat1_att.spatialattention.conv1.weight" in names
     assert not any(name.startswith("feat2_att") for name in names)
+
+
+@pytest.mark.parametrize("changes", [{}, {"identity_start": False}, {"places": ("feat2",)}])
+def test_one_seed_gives_every_phi_the_same_shared_weights(changes):
+    def weights(phi: int) -> dict[str, torch.Tensor]:
+        torch.manual_seed(5)
+        return ModelSpec(("a", "b"), ANCHORS, phi=phi, **changes).build().state_dict()
+
+    plain = weights(0)
+    for phi in ATTENTION:
+        own = weights(phi)
+        assert all("_att." in name or name.startswith("attention_gain.") for name in own.keys() - plain.keys())
+        assert [name for name, value in plain.items() if not torch.equal(value, own[name])] == [], phi
 
 
 def test_summary_counts_parameters_and_flop():
