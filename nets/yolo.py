@@ -138,10 +138,14 @@ class ModelSpec:
         return cls(**{name: freeze(value) for name, value in values.items()})
 
 
-def summary(model: nn.Module, input_size: tuple[int, int]) -> str:
-    """One line: parameters, and GFLOP (two per multiply-add) for one image of (height, width)."""
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+def count_cost(model: nn.Module, input_size: tuple[int, int]) -> tuple[int, float]:
+    """Parameters, and GFLOP (two per multiply-add) for one image of (height, width)."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         copy.deepcopy(model).to("meta").eval()(torch.empty(1, 3, *input_size, device="meta"))
-    gflop = counter.get_total_flops() / 1e9
+    return sum(parameter.numel() for parameter in model.parameters()), counter.get_total_flops() / 1e9
+
+
+def summary(model: nn.Module, input_size: tuple[int, int]) -> str:
+    """The cost in one line."""
+    parameters, gflop = count_cost(model, input_size)
     return f"{parameters:,} parameters, {gflop:.2f} GFLOP at {input_size[0]}x{input_size[1]}"
