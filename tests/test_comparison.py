@@ -48,6 +48,7 @@ def test_the_seeds_that_a_difference_needs():
     assert seeds_needed([0.01, 0.02, 0.03]) == 4  # 0.02 is twice the deviation, but 2.484 times at 3 would be more
     assert seeds_needed([-0.005, 0.0, 0.005]) == 7  # no difference: for 0.005, which would be worth knowing
     assert seeds_needed([-10.0, 10.0]) == 1000
+    assert seeds_needed([0.0, 0.01, 0.02], comparisons=9) > 7
 
 
 def results_of(*values):
@@ -67,7 +68,7 @@ def test_differences_are_paired_by_seed(tmp_path):
     assert (plain.seconds, plain.AP50.value) == (61, pytest.approx(0.7))
     said = conclude(rows)
     assert len(said) == 2
-    assert "phi 3 (eca_block) is perhaps better" in said[0]
+    assert "phi 3 (eca_block) is perhaps better than phi 0" in said[0]
     assert "More seeds are needed" in said[1]
     text = write_comparison(tmp_path, rows, ["On drawn numbers."])
     assert [path.name for path in sorted(tmp_path.iterdir())] == [
@@ -84,6 +85,14 @@ def test_differences_are_paired_by_seed(tmp_path):
     assert "+0.0300 ± 0.0248" in page
     assert "data:image/png;base64," in page
     assert read_image(tmp_path / "comparison.png").std() > 5
+
+
+def test_blocks_that_are_alike_are_said_to_be():
+    """Differences of 0.001 at most over five seeds: 0.005 would have shown."""
+    results = {0: results_of(*[0.4] * 5), 5: results_of(0.401, 0.4, 0.399, 0.4, 0.4)}
+    (sentence,) = conclude(compare_phis(results, dict.fromkeys(results, Cost(1, 1.0))))
+    assert "phi 5 (SimAM) is not distinguishable from phi 0" in sentence
+    assert "A difference of 0.0050 would have shown" in sentence
 
 
 def test_too_few_seeds_are_said_plainly(tmp_path):

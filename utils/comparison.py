@@ -118,12 +118,13 @@ def conclude(rows: Sequence[Row]) -> list[str]:
         if row.verdict in ("better", "worse"):
             said.append(f"{who} is {row.verdict} than phi 0: {show(row.difference, '+')} AP.")
         elif row.verdict != "unknown":
-            alone = ", since one of so many comparisons may come out by chance" if "perhaps" in row.verdict else ""
-            enough = max(seeds_needed(row.differences), len(row.differences) + 1)
-            said.append(
-                f"{who} is {row.verdict}{alone}: {show(row.difference, '+')} AP. More seeds are needed: about {enough} "
-                f"in all for a difference of that size, or of {RESOLUTION}."
-            )
+            chance = ", but one of so many comparisons may come out so by chance" if "perhaps" in row.verdict else ""
+            enough, wanted = seeds_needed(row.differences, len(others)), max(abs(row.difference.value), RESOLUTION)
+            more = f"More seeds are needed: about {enough} in all would show a difference of {wanted:.4f}."
+            if enough <= len(row.differences):
+                more = f"A difference of {wanted:.4f} would have shown."
+            word = "from" if "not" in row.verdict else "than"
+            said.append(f"{who} is {row.verdict} {word} phi 0{chance}: {show(row.difference, '+')} AP. {more}")
     return said
 
 
@@ -137,7 +138,7 @@ def write_comparison(folder: Path, rows: Sequence[Row], about: Sequence[str]) ->
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in cells]
     text = "\n".join([*lines, "", *said, "", *about])
-    names = {row.phi: f"{row.phi}\n{row.name}" for row in rows}
+    names = {row.phi: f"{row.phi} {row.name}" for row in rows}
     panels = {
         "AP": [(names[row.phi], row.AP_by_seed, row.AP) for row in rows],
         "AP more than phi 0": [(names[row.phi], row.differences, row.difference) for row in rows if row.difference],

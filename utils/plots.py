@@ -187,7 +187,7 @@ def draw_means(panels: Mapping[str, Sequence[tuple[str, Sequence[float], Mean]]]
         for place, (_, values, mean) in enumerate(entries):
             axes.plot([place] * len(values), values, "o", color="tab:gray", alpha=0.6, markersize=4)
             axes.errorbar(place, mean.value, mean.margin, marker="_", markersize=14, color="tab:blue", capsize=5)
-        axes.set_xticks(range(len(entries)), [name for name, *_ in entries], fontsize="x-small")
+        axes.set_xticks(range(len(entries)), [name for name, *_ in entries], rotation=30, ha="right", fontsize="small")
         axes.set(title=title)
         axes.grid(alpha=0.3, axis="y")
     figure.suptitle("bar: mean and its interval; dots: seeds", fontsize="small")

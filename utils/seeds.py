@@ -41,14 +41,19 @@ def judge(differences: Sequence[float], comparisons: int = 1) -> str:
         return "unknown"
     value, margin = mean_of(differences)
     word = "better" if value > 0 else "worse"
-    if abs(value) > mean_of(differences, 1 - (1 - CONFIDENCE) / comparisons).margin:
+    if abs(value) > mean_of(differences, among(comparisons)).margin:
         return word
     return f"perhaps {word}" if abs(value) > margin else "not distinguishable"
 
 
-def seeds_needed(differences: Sequence[float]) -> int:
+def among(comparisons: int) -> float:
+    """The confidence that each of so many comparisons needs, so that all together have CONFIDENCE."""
+    return 1 - (1 - CONFIDENCE) / comparisons
+
+
+def seeds_needed(differences: Sequence[float], comparisons: int = 1) -> int:
     """How many seeds would tell a difference of this mean, at least RESOLUTION, from chance at this scatter."""
     counts = np.arange(2, MOST_SEEDS + 1)
     wanted = max(abs(float(np.mean(differences))), RESOLUTION)
-    enough = margins(np.std(differences, ddof=1), counts) < wanted
+    enough = margins(np.std(differences, ddof=1), counts, among(comparisons)) < wanted
     return int(counts[enough.argmax()]) if enough.any() else MOST_SEEDS
