@@ -1,6 +1,7 @@
 """The attention blocks against reference values, and against the formulas of their papers written plainly."""
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from math import ceil, exp, floor
@@ -13,6 +14,8 @@ from torch.autograd import gradcheck
 from torch.export import Dim
 from torchvision.ops import SqueezeExcitation
 
+import train
+from nets import attention as attention_module
 from nets.attention import (
     ATTENTION,
     ELA,
@@ -26,8 +29,12 @@ from nets.attention import (
     eca_block,
     se_block,
 )
-from nets.yolo import PLACES, ModelSpec, YoloBody
-from tests.conftest import ANCHORS, MASKS, REFERENCE, needs_shared, reference_value
+from nets.yolo import PLACES, ModelSpec, YoloBody, count_cost
+from tests.conftest import ANCHORS, MASKS, REFERENCE, ROOT, needs_shared, reference_value, small_run
+from tools import draw_attention
+from utils.detector import Detector
+from utils.explain import Explainer
+from utils.images import read_image
 
 NAMES = {
     "se": se_block,
@@ -334,3 +341,37 @@ def test_identity_start_equals_phi_0(phi):
     gated.load_state_dict(plain.state_dict(), strict=False)
     with torch.no_grad():
         assert not torch.allclose(gated(x)[0], plain(x)[0])
+
+
+def code_blocks_of_the_docs() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "attention.md").read_text(encoding="utf-8"), re.DOTALL)
+
+
+def test_the_block_of_the_docs_needs_a_class_and_a_line(devkit, tmp_path, monkeypatch):
+    """The example of docs/attention.md as a user would add it, trained, measured and explained."""
+    code, line = code_blocks_of_the_docs()
+    names = vars(attention_module).copy()
+    exec(code, names)
+    monkeypatch.setitem(ATTENTION, *eval(f"{{{line}}}", names).popitem())
+    settings = {"phi": 10, "attention_args": {"kernel_size": 5}, "epochs": 1, "val_sets": (), "batch_size": 24}
+    folder = train.main(small_run(devkit, run_dir=str(tmp_path / "run"), **settings))
+    detector = Detector.load(folder / "last.safetensors")
+    assert detector.network.model.feat2_att.conv.kernel_size == (5, 5)
+    explanation = Explainer(detector)(np.zeros((64, 64, 3), np.uint8), detector(np.zeros((64, 64, 3), np.uint8)))
+    assert explanation.attention["feat1"].has_spatial
+    assert explanation.attention["feat1"].gain is not None
+
+
+def test_the_docs_have_every_block_with_its_drawing_and_cost(tmp_path):
+    text = (ROOT / "docs" / "attention.md").read_text(encoding="utf-8")
+    draw_attention.main(draw_attention.Config(str(tmp_path)))
+    for name, (phi, block) in zip(NAMES, [item for item in ATTENTION.items() if item[1]], strict=True):
+        section = text.split(f"### phi {phi}: ")[1].split("###")[0]
+        picture = f"attention_{block.__name__}.png"
+        assert f"(images/{picture})" in section
+        drawn, committed = (read_image(folder / picture) for folder in (tmp_path, ROOT / "docs" / "images"))
+        np.testing.assert_allclose(drawn.shape, committed.shape, rtol=0.1)  # fonts differ between machines
+        assert (drawn < 128).mean() > 0.005
+        _, gflop = count_cost(YoloBody(MASKS, 20, phi), (416, 416))
+        assert f"{PARAMETERS[name]:,} parameters" in section
+        assert f"{gflop:.3f} GFLOP" in section
