@@ -25,7 +25,7 @@ from utils.device import choose_compile, choose_device, choose_precision, keep_f
 from utils.errors import UserError, check_choice, check_range, make_folder, run_script
 from utils.interrupt import StopSignals
 from utils.nms import Thresholds
-from utils.pipeline import Look, Pipeline, write_behind
+from utils.pipeline import Look, Pipeline, finishing, write_behind
 from utils.sinks import SINKS, Sink, Window, WindowClosed
 from utils.sources import inputs, open_sources
 from utils.voc import load_classes
@@ -61,7 +61,7 @@ class Config:
     # how
     every: int = 1  # of videos, look only at every Nth frame; the boxes stay until the next
     patience: float = 30.0  # seconds to wait for a camera or stream that went away
-    batch_size: int = 0  # images that go through the network at once; 0: 1 of cameras and streams, else 4, on a GPU 16
+    batch_size: int = 0  # images, or tiles, in the network at once; 0: 1 of cameras and streams, else 4, on a GPU 16
     device: str = "auto"  # auto, cpu or cuda
     precision: str = "auto"  # of the network: auto, bf16, fp16 or fp32
     compile: str = "auto"  # torch.compile: on, off, or auto: on a GPU
@@ -72,8 +72,8 @@ class Config:
         check_range(self, 0, 1e9, "patience")
         check_choice(self, "compile", ("auto", "on", "off"))
         unknown = [name for name in self.write if name not in SINKS]
-        if unknown:
-            raise UserError(f"write is {', '.join(unknown)}, but must be among {', '.join(SINKS)}")
+        if unknown or not self.write:
+            raise UserError(f"write is {', '.join(unknown) or 'empty'}, but must be among {', '.join(SINKS)}")
         if any(size < 1 for size in self.benchmark):
             raise UserError(f"benchmark is {self.benchmark}, but batch sizes are at least 1")
         if self.explain and self.tile:
@@ -108,7 +108,7 @@ def open_sinks(config: Config, detector: Detector, stack: ExitStack) -> list[Sin
         sinks.append(Panels(config.folder, detector))
     class_names = detector.spec.class_names
     try:
-        return sinks + [stack.enter_context(closing(SINKS[name](config.folder, class_names))) for name in names]
+        return sinks + [stack.enter_context(finishing(SINKS[name](config.folder, class_names))) for name in names]
     except OSError as error:
         raise UserError(f"cannot write {error.filename}: {error.strerror}") from None
 
@@ -147,8 +147,8 @@ def main(config: Config) -> int:
     finally:
         report(config, pipeline, done)
     if pipeline.problems and not done["images"]:
-        more = f", nor are the other {len(pipeline.problems) - 1}" if len(pipeline.problems) > 1 else ""
-        raise UserError(pipeline.problems[0] + more)
+        others = len(pipeline.problems) - 1
+        raise UserError(pipeline.problems[0] + (f" (and {others} more like this)" if others else ""))
     return done["objects"]
 
 

@@ -1,6 +1,7 @@
 """Exports: each finds what the checkpoint finds, one that does not is refused, and the documents' programs run."""
 
 import json
+import os
 import re
 import sys
 import zipfile
@@ -173,6 +174,31 @@ def test_nothing_is_reported_to_anyone(exported):
     assert type(openvino.telemetry).__module__ == "openvino.tools.ovc.telemetry_stub"
     assert nncf.telemetry is nncf.NNCFTelemetryStub or isinstance(nncf.telemetry, nncf.NNCFTelemetryStub)
     assert sys.modules["openvino_telemetry"] is None
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+def test_signals_after_networks_of_openvino(exported):
+    """Each of its cores leaves a stack for signals behind, which is gone if they go in the order they came."""
+    _, folder, _ = exported
+    program = f"""
+import os, signal, torch
+from utils.detector import Detector
+from utils.interrupt import Stopped, StopSignals
+
+networks = [Detector.load({str(folder / "best.xml")!r}).network for _ in range(2)]
+for network in networks:
+    network(torch.zeros(1, 3, 64, 96, dtype=torch.uint8))
+del network
+networks.pop(0)
+networks.pop(0)
+try:
+    with StopSignals():
+        os.kill(os.getpid(), signal.SIGTERM)
+except Stopped as stop:
+    print(stop)
+"""
+    result = run("-c", program)
+    assert (result.returncode, result.stdout) == (0, "SIGTERM\n"), result.stderr
 
 
 @pytest.mark.parametrize("factor", [1.01, float("nan")])

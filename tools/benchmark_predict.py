@@ -39,8 +39,9 @@ from utils.interrupt import StopSignals
 from utils.pipeline import Look, Pipeline, write_behind
 from utils.runtimes import EXPORTED, CompiledNetwork, Network, TorchNetwork, open_exported
 from utils.sinks import JsonLines, Pictures, Sink, VideoWriter
-from utils.sources import Frame, Images, Source, VideoFile, open_sources
+from utils.sources import Images, Source, open_sources
 from utils.timing import time_in_turns
+from utils.video import Frame, VideoFile
 
 ROOT = Path(__file__).resolve().parent.parent
 ANCHORS = ROOT / "model_data" / "yolo_anchors.txt"

@@ -47,6 +47,7 @@ from utils.runtimes import (
     fold_batch_norms,
     import_runtime,
     open_exported,
+    openvino_core,
 )
 from utils.sources import Images, open_sources
 from utils.voc import load_samples
@@ -162,7 +163,7 @@ class Job:
 
     def open_ir(self) -> Any:
         """The network as openvino.Model."""
-        return import_runtime("openvino").Core().read_model(self.onnx.SerializeToString())
+        return openvino_core().read_model(self.onnx.SerializeToString())
 
 
 def name_axes(value: Any, names: Sequence[str]) -> None:

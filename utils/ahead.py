@@ -3,7 +3,10 @@
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from itertools import islice
+from queue import Empty, Queue
+from threading import Event
 from typing import Any, TypeVar
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
@@ -26,6 +29,38 @@ def ahead(items: Iterable[Item], size: int) -> Iterator[Item]:
         pool.shutdown(cancel_futures=True)
         if hasattr(iterator, "close"):
             iterator.close()
+
+
+def newest(items: Iterator[Item], drop: Callable[[], object]) -> Iterator[Item]:
+    """The items, made by a thread that waits for nobody: an item that is still there when the next comes is dropped.
+
+    `drop` is called for each of these. What making them raises is raised behind the last one. Closing ends the thread,
+    as soon as the next item is there, and closes `items`.
+    """
+    waiting: Queue[Any] = Queue()  # at most one item, and END
+    closed = Event()
+
+    def read() -> None:
+        try:
+            for item in items:
+                with suppress(Empty):
+                    waiting.get_nowait()
+                    drop()
+                waiting.put(item)
+                if closed.is_set():
+                    return
+        finally:
+            items.close()
+            waiting.put(END)
+
+    with ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(read)
+        try:
+            while (item := waiting.get()) is not END:
+                yield item
+            reading.result()
+        finally:
+            closed.set()
 
 
 def map_ahead(function: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:

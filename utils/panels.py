@@ -25,7 +25,7 @@ from utils.files import replacing
 from utils.images import draw_detections
 from utils.plots import plain, save
 from utils.sinks import Sink
-from utils.sources import Frame
+from utils.video import Frame
 
 VIEW_SIDE = 480  # pixels of the longer side of the image in a panel
 WIDTH, TITLES = 12.0, 0.6  # inches: of a panel, and of the titles of a row

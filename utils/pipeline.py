@@ -3,8 +3,8 @@
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
-from dataclasses import dataclass
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
 from math import inf
 from threading import Event
 from typing import Any
@@ -15,12 +15,16 @@ import supervision as sv
 from utils.ahead import ahead
 from utils.detector import Detector, Prepared
 from utils.errors import UserError, check_range
+from utils.live import Live
 from utils.sinks import Sink, Window
-from utils.sources import Camera, Frame, Source, Stream, Video
+from utils.sources import Source
+from utils.video import Frame, Video
 
 BATCH_SIZES = {"cpu": 4, "cuda": 16}
 BATCHES_AHEAD, FRAMES_BEHIND = 2, 4  # that wait for the network, and to be written
-MOST_FRAMES = 16  # of a video in a batch, with those that are not looked at
+FRAMES = 16  # of a video in a batch, with those that are not looked at
+MOST_FRAMES = 64  # where a larger batch is asked for
+OVERLAP = 5  # tiles share the fifth part of their sides
 
 Result = tuple[Frame, sv.Detections, bool]  # whether the detections are the frame's own, or an earlier one's
 
@@ -29,7 +33,7 @@ Result = tuple[Frame, sv.Detections, bool]  # whether the detections are the fra
 class Look:
     """How to look at frames."""
 
-    batch_size: int = 0  # images that go through the network at once; 0: 1 of live sources, else BATCH_SIZES
+    batch_size: int = 0  # images, or tiles of one, that go through the network at once; 0: what fits the source
     every: int = 1  # of videos, look only at every Nth frame; the boxes stay until the next
     tile: int = 0  # pixels of the side of tiles that large images are looked at in; 0: the whole image at once
     track: bool = False  # give objects in videos a number that stays
@@ -40,6 +44,18 @@ class Look:
         check_range(self, 1, inf, "every")
         if self.tile and self.tile < 32:
             raise UserError(f"tile is {self.tile}, but must be 0, or at least 32 pixels")
+        most = max(1, MOST_FRAMES // self.every)
+        if self.batch_size > most and self.every > 1 and not self.tile:
+            raise UserError(
+                f"batch_size is {self.batch_size}, but must be at most {most} with every {self.every}, since all "
+                "frames between wait in memory"
+            )
+
+    def at_once(self, live: bool, device: str) -> int:
+        """Images that go through the network at once, unless that is given."""
+        if self.tile:
+            return BATCH_SIZES[device]
+        return 1 if live else max(1, min(BATCH_SIZES[device], FRAMES // self.every))
 
 
 class Pipeline:
@@ -51,18 +67,20 @@ class Pipeline:
 
     def __init__(self, detector: Detector, sources: Sequence[Source], look: Look) -> None:
         self.detector, self.sources, self.look = detector, sources, look
-        live = any(isinstance(source, Camera | Stream) for source in sources)
-        self.batch_size = look.batch_size or (1 if live else BATCH_SIZES[detector.network.device.type])
+        live = any(isinstance(source, Live) for source in sources)
+        self.batch_size = look.batch_size or look.at_once(live, detector.network.device.type)
+        self.most_looked_at = 1 if look.tile else self.batch_size  # frames of a batch, at most
+        self.most_frames = 1 if live else FRAMES
+        if self.most_looked_at > 1:
+            self.most_frames = max(self.most_frames, self.most_looked_at * look.every)
+        self.batches_ahead = 1 if live else BATCHES_AHEAD
         self.stop = Event()  # waiting for sources that went away
         self.problems: list[str] = []  # what could not be read
         self.tracked: Video | None = None
         self.tracker: Any = None
-        self.slicer: sv.InferenceSlicer | None = None
-        if look.tile:
-            self.slicer = sv.InferenceSlicer(detector, look.tile, look.tile // 5, sv.OverlapFilter.NONE)
 
     def __iter__(self) -> Iterator[Result]:
-        with closing(ahead(self.prepare(), BATCHES_AHEAD)) as batches:
+        with closing(ahead(self.prepare(), self.batches_ahead)) as batches:
             try:
                 yield from self.find(batches)
             finally:
@@ -91,8 +109,7 @@ class Pipeline:
         try:
             for frame in self.frames():
                 frames.append(frame)
-                full = sum(map(self.looks_at, frames)) == self.batch_size
-                if full or len(frames) >= max(self.batch_size, MOST_FRAMES):
+                if sum(map(self.looks_at, frames)) == self.most_looked_at or len(frames) == self.most_frames:
                     yield frames, self.fit(frames)
                     frames = []
         except UserError as error:
@@ -104,7 +121,7 @@ class Pipeline:
 
     def fit(self, frames: Sequence[Frame]) -> Prepared | None:
         chosen = [frame.image for frame in frames if self.looks_at(frame)]
-        return self.detector.prepare(chosen) if chosen and not self.slicer else None
+        return self.detector.prepare(chosen) if chosen and not self.look.tile else None
 
     def find(self, batches: Iterable[tuple[list[Frame], Prepared | None]]) -> Iterator[Result]:
         """The network's part."""
@@ -114,14 +131,19 @@ class Pipeline:
             for frame in frames:
                 new = self.looks_at(frame)
                 if new:
-                    detections = self.in_tiles(frame.image) if self.slicer else next(found)
+                    detections = self.in_tiles(frame.image) if self.look.tile else next(found)
                     detections = self.follow(frame, detections) if self.look.track else detections
                 yield frame, detections, new
 
     def in_tiles(self, image: np.ndarray) -> sv.Detections:
         """The detections of all tiles, of which those of one object become one."""
-        limits = self.detector.thresholds
-        return self.slicer(image).with_nms(limits.nms_iou, class_agnostic=limits.agnostic)
+        height, width = image.shape[:2]
+        tile, limits = self.look.tile, self.detector.thresholds
+        corners = [(left, top) for top in tile_starts(height, tile) for left in tile_starts(width, tile)]
+        tiles = (image[top : top + tile, left : left + tile] for left, top in corners)
+        found = zip(self.detector.detect(tiles, self.batch_size), corners, strict=True)
+        moved = [replace(item, xyxy=item.xyxy + np.float32(corner * 2)) for item, corner in found]
+        return sv.Detections.merge(moved).with_nms(limits.nms_iou, class_agnostic=limits.agnostic)
 
     def follow(self, frame: Frame, detections: sv.Detections) -> sv.Detections:
         """The detections of a video's frame with the ids of their tracks."""
@@ -139,6 +161,12 @@ class Pipeline:
         return self.tracker.update(detections)
 
 
+def tile_starts(side: int, tile: int) -> list[int]:
+    """Where tiles begin along a side of an image; the last one ends with it, unless it is larger."""
+    last = max(side - tile, 0)
+    return [*range(0, last, tile - tile // OVERLAP), last]
+
+
 def write_behind(results: Iterable[Result], sinks: Sequence[Sink]) -> Iterator[Result]:
     """The results, each handed to the sinks by a thread that is a few frames behind; a window needs this one.
 
@@ -147,10 +175,8 @@ def write_behind(results: Iterable[Result], sinks: Sequence[Sink]) -> Iterator[R
 
     def write(result: Result) -> None:
         for sink in sinks:
-            try:
+            with refusals_of(sink):
                 sink.write(*result)
-            except OSError as error:
-                raise UserError(f"cannot write {error.filename or sink.folder}: {error.strerror}") from None
 
     waiting: deque[Future[None]] = deque()
     with ThreadPoolExecutor(1) as pool:
@@ -164,3 +190,22 @@ def write_behind(results: Iterable[Result], sinks: Sequence[Sink]) -> Iterator[R
                 waiting.popleft().result()
         for future in waiting:
             future.result()
+
+
+@contextmanager
+def finishing(sink: Sink) -> Iterator[Sink]:
+    """A sink that is closed at the end; raises UserError where its last part cannot be written."""
+    try:
+        yield sink
+    finally:
+        with refusals_of(sink):
+            sink.close()
+
+
+@contextmanager
+def refusals_of(sink: Sink) -> Iterator[None]:
+    """What the system refuses to write as a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {error.filename or sink.folder}: {error.strerror}") from None

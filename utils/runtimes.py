@@ -4,6 +4,7 @@ import copy
 import json
 import sys
 from collections.abc import Sequence
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -159,8 +160,7 @@ class OpenVinoNetwork(ExportedNetwork):
     def __init__(self, path: Path, device: torch.device, dtype: torch.dtype) -> None:
         if device.type != "cpu":
             raise UserError(f"{path} is for OpenVINO, which runs on the CPU here; use --device cpu")
-        ov = import_runtime("openvino")
-        self.core, self.dtype = ov.Core(), dtype
+        self.core, self.dtype = openvino_core(), dtype
         try:
             self.model = self.core.read_model(path)
         except RuntimeError as error:
@@ -202,6 +202,15 @@ def open_exported(path: Path, device: torch.device, dtype: torch.dtype) -> tuple
     if set(network.outputs) != set(OUTPUTS):
         raise UserError(f"{path} has NMS within, for other programs; give the one without")
     return network, ModelSpec.from_dict(about["spec"]), about["thresholds"]
+
+
+@cache
+def openvino_core() -> Any:
+    """The one openvino.Core of this process.
+
+    Each leaves a stack for signals behind: where a second one outlives the first, the next signal ends the process.
+    """
+    return import_runtime("openvino").Core()
 
 
 def import_runtime(name: str) -> ModuleType:

@@ -26,7 +26,7 @@ from supervision.dataset.formats.yolo import detections_to_yolo_annotations
 from utils.errors import UserError
 from utils.files import replacing
 from utils.images import draw_detections, write_image
-from utils.sources import Frame, Video
+from utils.video import Frame, Video, reason
 from utils.voc import IMAGE_SUFFIXES
 
 VIDEO_SUFFIX = ".mp4"
@@ -106,6 +106,7 @@ class VideoWriter:
 
     def __init__(self, path: Path, rate: Fraction, size: tuple[int, int]) -> None:
         self.path, self.last = path, -1
+        self.failure: UserError | None = None  # after which FFmpeg may not write on, since that can end the process
         self.padding = [side % 2 for side in size]  # H.264 wants even sides
         try:
             self.container = av.open(str(path), "w", options={"movflags": "+faststart"})
@@ -126,10 +127,13 @@ class VideoWriter:
         self.mux(picture)
 
     def mux(self, picture: av.VideoFrame | None) -> None:
+        if self.failure is not None:
+            raise self.failure
         try:
             self.container.mux(self.stream.encode(picture))
         except (av.FFmpegError, OSError) as error:
-            raise UserError(f"cannot write the video {self.path}: {error.strerror or error}") from None
+            self.failure = UserError(f"cannot write the video {self.path}: {reason(error)}")
+            raise self.failure from None
 
     def close(self) -> None:
         try:

@@ -1,0 +1,133 @@
+"""Video files, and what they share with cameras and streams: frames with their times, opening and decoding."""
+
+import re
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from threading import Event
+
+import av
+import numpy as np
+
+from utils.errors import UserError
+
+LONGEST_STEM = 100  # letters of a name for results
+DEFAULT_RATE = Fraction(30)  # frames a second, of a video that does not say
+
+
+@dataclass(frozen=True)
+class Video:
+    """What the frames of a file, camera or stream have in common."""
+
+    name: str  # path, address, or "camera 0"
+    rate: Fraction  # frames a second
+
+    @property
+    def stem(self) -> str:
+        """For the names of results."""
+        stem = Path(self.name).stem[:LONGEST_STEM]
+        return "".join(letter if letter.isalnum() or letter in "-_ ." else "_" for letter in stem)
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One image to predict on."""
+
+    path: Path  # its file, or of a video a name for the frame
+    image: np.ndarray  # (H, W, 3) uint8 RGB
+    video: Video | None = None
+    number: int = 0  # within the video
+    time: float = 0.0  # seconds from the video's start
+
+
+@dataclass(frozen=True)
+class VideoFile:
+    """A video file. Frames that cannot be decoded are left out, and the others keep their times."""
+
+    path: str
+
+    @property
+    def total(self) -> int | None:
+        with suppress(UserError), open_video(self.path) as container:
+            stream = container.streams.video[0]
+            if not stream.frames and container.duration and stream.average_rate:
+                return round(container.duration / av.time_base * stream.average_rate)
+            return stream.frames or None
+        return None
+
+    def frames(self, problems: list[str], stop: Event) -> Iterator[Frame]:
+        with open_video(self.path) as container:
+            yield from decode_video(self.path, container, problems)
+
+
+class SizeChanged(UserError):
+    """A video's pictures become larger or smaller."""
+
+    def __init__(self, name: str, number: int, before: np.ndarray, after: np.ndarray) -> None:
+        sizes = [f"{image.shape[1]}x{image.shape[0]}" for image in (before, after)]
+        super().__init__(
+            f"{name} changes its size at frame {number}, from {sizes[0]} to {sizes[1]}; the results end there"
+        )
+
+
+def public(address: str) -> str:
+    """An address without password and query, for messages and names of files; a path as it is.
+
+    Passwords may have any letters, so all up to the last @ goes.
+    """
+    scheme, separator, rest = address.partition("://")
+    return scheme + separator + re.split("[?#]", rest.rpartition("@")[2])[0] if separator else address
+
+
+def reason(error: OSError) -> str:
+    """Why a video cannot be read or written, without its address, which may have a password."""
+    return error.strerror or type(error).__name__
+
+
+def open_video(path: str, timeout: tuple[float, float] | None = None) -> av.container.InputContainer:
+    """A file or address with a video stream; raises UserError."""
+    try:
+        options = {"rtsp_transport": "tcp"} if path.startswith("rtsp") else {}  # UDP is lost behind many routers
+        container = av.open(path, timeout=timeout, options=options)
+    except (av.FFmpegError, OSError) as error:
+        raise UserError(f"cannot read the video {public(path)}: {reason(error)}") from None
+    if not container.streams.video:
+        container.close()
+        raise UserError(f"{public(path)} has no video in it")
+    return container
+
+
+def decode_video(name: str, container: av.container.InputContainer, problems: list[str]) -> Iterator[Frame]:
+    """The frames of a container, turned upright; raises UserError where their size changes."""
+    stream = container.streams.video[0]
+    stream.thread_type = "AUTO"
+    video = Video(name, stream.average_rate or stream.guessed_rate or DEFAULT_RATE)
+    number, broken, damaged, first, previous = 0, 0, 0, None, None
+    try:
+        for packet in container.demux(stream):
+            try:
+                decoded = packet.decode()
+            except av.InvalidDataError:
+                broken += 1
+                continue
+            for picture in decoded:
+                damaged += picture.is_corrupt
+                image = picture.to_ndarray(format="rgb24")
+                image = np.ascontiguousarray(np.rot90(image, picture.rotation // 90)) if picture.rotation else image
+                if previous is not None and image.shape != previous.shape:
+                    raise SizeChanged(name, number, previous, image)
+                previous = image
+                when = number / float(video.rate) if picture.time is None else picture.time
+                first = when if first is None else first
+                yield Frame(Path(f"{video.stem}_{number:06d}.jpg"), image, video, number, when - first)
+                number += 1
+    except (av.FFmpegError, OSError) as error:  # of the file's end, or of a connection
+        problems.append(f"{name} breaks off after {number} frames: {reason(error)}")
+    if broken:
+        problems.append(f"{broken} broken parts of {name} were left out")
+    if damaged:
+        problems.append(f"{damaged} frames of {name} are damaged, and shown as far as they could be decoded")
+    if not number:
+        raise UserError(f"{name} has no frame that can be decoded")
