@@ -45,6 +45,7 @@ class Config:
     weights: str = ""  # checkpoint, run folder, .onnx or .xml; empty: the newest run under logs/
     out: str = ""  # folder for the results; empty: predictions/ and the time
     write: tuple[str, ...] = ("pictures", "jsonl")  # pictures jsonl csv voc yolo coco crops counts heatmap window
+    explain: bool = False  # of each image also a panel of what the network looked at, and its arrays
     classes: str = ""  # class file to compare with the checkpoint's classes; empty: those of the checkpoint
 
     # what is an object
@@ -75,6 +76,8 @@ class Config:
             raise UserError(f"write is {', '.join(unknown) or 'empty'}, but must be among {', '.join(SINKS)}")
         if any(size < 1 for size in self.benchmark):
             raise UserError(f"benchmark is {self.benchmark}, but batch sizes are at least 1")
+        if self.explain and self.tile:
+            raise UserError("explain shows one look at the whole image; leave out --tile")
 
     @cached_property
     def folder(self) -> Path:
@@ -89,7 +92,7 @@ class Config:
         return Thresholds(confidence, self.class_confidence, self.only, self.nms_iou, self.agnostic)
 
 
-def open_sinks(config: Config, class_names: tuple[str, ...], stack: ExitStack) -> list[Sink]:
+def open_sinks(config: Config, detector: Detector, stack: ExitStack) -> list[Sink]:
     """Where the detections go; the stack closes them."""
     make_folder(config.folder)
     if any(config.folder.iterdir()):
@@ -98,8 +101,14 @@ def open_sinks(config: Config, class_names: tuple[str, ...], stack: ExitStack) -
     if "window" in names and not Window.is_possible():
         print("there is no display, or OpenCV was installed without windows; going on without one", file=sys.stderr)
         names.remove("window")
+    sinks: list[Sink] = []
+    if config.explain:
+        from utils.panels import Panels  # takes a second, which only those who want it wait for
+
+        sinks.append(Panels(config.folder, detector))
+    class_names = detector.spec.class_names
     try:
-        return [stack.enter_context(finishing(SINKS[name](config.folder, class_names))) for name in names]
+        return sinks + [stack.enter_context(finishing(SINKS[name](config.folder, class_names))) for name in names]
     except OSError as error:
         raise UserError(f"cannot write {error.filename}: {error.strerror}") from None
 
@@ -112,7 +121,7 @@ def load_detector(config: Config) -> Detector:
     path = find_checkpoint(config.weights)
     exact = config.precision == "auto" and path.suffix == ".onnx"  # which has its own precision
     dtype = torch.float32 if exact else choose_precision(config.precision, device)
-    compiled = choose_compile(config.compile, device)
+    compiled = choose_compile("off" if config.explain and config.compile == "auto" else config.compile, device)
     detector = Detector.load(path, device, dtype, config.thresholds(), compiled, config.flip)
     if config.classes:
         detector.expect_classes(load_classes(config.classes), config.classes)
@@ -133,7 +142,7 @@ def main(config: Config) -> int:
     done: Counter[str] = Counter()
     try:
         with StopSignals(), ExitStack() as stack:
-            sinks = open_sinks(config, detector.spec.class_names, stack)
+            sinks = open_sinks(config, detector, stack)
             write_all(pipeline, sinks, done)
     finally:
         report(config, pipeline, done)

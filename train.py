@@ -39,6 +39,7 @@ from utils.detector import Detector
 from utils.device import choose_compile, choose_device, choose_precision, keep_freed_memory
 from utils.distributed import Ranks, join_ranks
 from utils.errors import UserError, check_choice, check_range, make_folder, run_script
+from utils.explain import attend, gains_of
 from utils.files import CACHE_FOLDER
 from utils.interrupt import Stopped, StopSignals
 from utils.loss import TERMS, LossSettings, YoloLoss
@@ -60,6 +61,7 @@ from utils.weights import fits_plain_attention, read_weights, start_from
 CHECK_EVERY = 20  # batches between two looks at the losses, which wait for the device
 PLACE_WORDS = {"device": "on the GPU", "ram": "in RAM", "disk": f"in {CACHE_FOLDER}"}
 VALIDATION_BATCH = 16  # images at a time; eval.py's default too, and several processes share them evenly
+GATE_IMAGES = 4  # that the distribution of the attention's gates is taken of
 VALIDATION_COST = 0.5  # of an image, as a share of a training step's, for the estimate of time
 
 
@@ -76,8 +78,9 @@ class Config:
     train_difficult: bool = False  # train on objects marked difficult too
 
     # network
-    phi: int = 0  # attention: 0 none, 1 SE, 2 CBAM, 3 ECA, 4 CA
-    attention_args: dict[str, int] = field(default_factory=dict)  # the block's arguments, such as: ratio 8
+    phi: int = 0  # attention: 0 none, 1 SE, 2 CBAM, 3 ECA, 4 CA, 5 SimAM, 6 EMA, 7 ELA, 8 MLCA, 9 Triplet
+    attention_args: dict[str, int | float] = field(default_factory=dict)  # the block's arguments, such as: ratio 8
+    attention_places: tuple[str, ...] = ModelSpec.places  # where it stands: feat1, feat2, upsample
     identity_start: bool = True  # let attention begin as the identity, so that it cannot harm the first steps
     input_size: tuple[int, int] = (416, 416)  # height and width of the network's input, multiples of 32
     multi_scale: tuple[float, ...] = ()  # train at these multiples of input_size, such as 0.8 1 1.2; empty: at 1
@@ -278,6 +281,15 @@ def validate(
     return ranks.share((values, metrics))
 
 
+def log_gates(trainer: Trainer, cache: ImageCache, log: RunLog) -> None:
+    """For TensorBoard, the distribution of the averaged network's gates at each place, on a few images."""
+    if trainer.spec.phi and not log.quiet:
+        pixels = cache.images[:GATE_IMAGES].to(trainer.device).float() / 255
+        attention = attend(trainer.detector().network.model, pixels)
+        gates = {f"gate/{place}": attended.gate.cpu().numpy() for place, attended in attention.items()}
+        log.histograms(gates, trainer.state.progress.epoch + 1)
+
+
 def epoch_batches(config: Config, cache: ImageCache, progress: Progress, ranks: Ranks) -> Batches:
     """The batches of the epoch under way."""
     share = (progress.epoch - progress.start) / (progress.end - progress.start)
@@ -300,10 +312,14 @@ def run_epoch(
         values["train/images_per_second"] = (len(batches) - first) * config.batch_size / seconds
     values["train/lr"] = trainer.state.scheduler.get_last_lr()[0]
     metrics: dict[str, Any] = {}
+    values |= {f"gain/{place}": gain for place, gain in gains_of(trainer.state.ema.module).items()}
     epoch = progress.epoch + 1
-    if val and (epoch % config.eval_every == 0 or epoch == progress.end):
+    due = epoch % config.eval_every == 0 or epoch == progress.end
+    if val and due:
         found, metrics = validate(trainer, val, log, stop)
         values |= found
+    if due:
+        log_gates(trainer, val or train, log)
     is_best = values.get("val/AP", -2.0) >= progress.best if val else epoch == progress.end
     if "val/AP" in values:
         progress.stale = 0 if values["val/AP"] > progress.best else progress.stale + 1
@@ -337,6 +353,7 @@ def new_spec(config: Config, weights: dict[str, Tensor]) -> ModelSpec:
         anchors=load_anchors(config.anchors),
         phi=config.phi,
         attention_args=config.attention_args,
+        places=config.attention_places,
         identity_start=config.identity_start and config.phi > 0,
         input_size=config.input_size,
         letterbox=config.letterbox,

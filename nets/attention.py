@@ -1,17 +1,33 @@
-"""Attention blocks. Each takes `channels` first and maps (B, C, H, W) to the same shape.
+"""Attention blocks. Each takes `channels` first and multiplies a feature (B, C, H, W) by gates.
 
 The class names are the ones that users of YOLOv4-tiny know; parameter names match the published weights.
 """
 
+from abc import ABC, abstractmethod
 from inspect import signature
-from math import log2
+from math import gcd, log2
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+NORM_GROUPS = 16  # of ELA's group norm
 
-class se_block(nn.Module):
+
+class AttentionBlock(nn.Module, ABC):
+    """What all blocks share: the output is the feature times its gates."""
+
+    @abstractmethod
+    def gates(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The gates of (B, C, H, W), each 1 or the feature's own size along every axis, in 0..1."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for gate in self.gates(x):
+            x = x * gate
+        return x
+
+
+class se_block(AttentionBlock):
     """Squeeze-and-Excitation, arXiv 1709.01507: a gate per channel from the global mean."""
 
     def __init__(self, channels: int, ratio: int = 16) -> None:
@@ -24,9 +40,8 @@ class se_block(nn.Module):
             nn.Sigmoid(),
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        gate = self.fc(x.mean(dim=(2, 3)))  # (B, C)
-        return x * gate[:, :, None, None]
+    def gates(self, x: Tensor) -> tuple[Tensor, ...]:
+        return (self.fc(x.mean(dim=(2, 3)))[:, :, None, None],)  # (B, C, 1, 1)
 
 
 class ChannelAttention(nn.Module):
@@ -56,7 +71,7 @@ class SpatialAttention(nn.Module):
         return self.conv1(maps).sigmoid()  # (B, 1, H, W)
 
 
-class cbam_block(nn.Module):
+class cbam_block(AttentionBlock):
     """Convolutional Block Attention Module, arXiv 1807.06521: a gate per channel, then one per position."""
 
     def __init__(self, channels: int, ratio: int = 8, kernel_size: int = 7) -> None:
@@ -66,12 +81,12 @@ class cbam_block(nn.Module):
         self.channelattention = ChannelAttention(channels, ratio)
         self.spatialattention = SpatialAttention(kernel_size)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x * self.channelattention(x)
-        return x * self.spatialattention(x)
+    def gates(self, x: Tensor) -> tuple[Tensor, ...]:
+        channel = self.channelattention(x)
+        return channel, self.spatialattention(x * channel)
 
 
-class eca_block(nn.Module):
+class eca_block(AttentionBlock):
     """Efficient Channel Attention, arXiv 1910.03151: a 1-D convolution over the channels' global means."""
 
     def __init__(self, channels: int, b: int = 1, gamma: int = 2) -> None:
@@ -79,12 +94,12 @@ class eca_block(nn.Module):
         kernel_size = eca_kernel_size(channels, b, gamma)
         self.conv = nn.Conv1d(1, 1, kernel_size, padding=kernel_size // 2, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def gates(self, x: Tensor) -> tuple[Tensor, ...]:
         gate = self.conv(x.mean(dim=(2, 3))[:, None]).sigmoid()  # (B, 1, C)
-        return x * gate[:, 0, :, None, None]
+        return (gate[:, 0, :, None, None],)
 
 
-class CA_Block(nn.Module):
+class CA_Block(AttentionBlock):
     """Coordinate Attention, arXiv 2103.02907: a gate per channel and row, times one per channel and column."""
 
     def __init__(self, channels: int, ratio: int = 16) -> None:
@@ -95,13 +110,144 @@ class CA_Block(nn.Module):
         self.F_h = nn.Conv2d(hidden, channels, 1, bias=False)
         self.F_w = nn.Conv2d(hidden, channels, 1, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def gates(self, x: Tensor) -> tuple[Tensor, ...]:
         height, width = x.shape[2:]
         rows = x.mean(dim=3, keepdim=True)  # (B, C, H, 1)
         columns = x.mean(dim=2, keepdim=True).transpose(2, 3)  # (B, C, W, 1)
         joint = self.bn(self.conv_1x1(torch.cat([rows, columns], dim=2))).relu()  # (B, C/r, H + W, 1)
         rows, columns = joint.split([height, width], dim=2)
-        return x * self.F_h(rows).sigmoid() * self.F_w(columns.transpose(2, 3)).sigmoid()
+        return self.F_h(rows).sigmoid(), self.F_w(columns.transpose(2, 3)).sigmoid()
+
+
+class SimAM(AttentionBlock):
+    """SimAM, PMLR v139 yang21o: a gate per value from how far it lies from its channel's mean, without parameters."""
+
+    def __init__(self, channels: int, regularisation: float = 1e-4) -> None:
+        super().__init__()
+        self.regularisation = regularisation  # lambda of the paper
+
+    def gates(self, x: Tensor) -> tuple[Tensor, ...]:
+        others = max(1, x.shape[2] * x.shape[3] - 1)
+        distance = (x - x.mean(dim=(2, 3), keepdim=True)).square()
+        variance = distance.sum(dim=(2, 3), keepdim=True) / others  # (B, C, 1, 1)
+        return ((distance / (4 * (variance + self.regularisation)) + 0.5).sigmoid(),)
+
+
+class EMAAttention(AttentionBlock):
+    """Efficient Multi-scale Attention, doi 10.1109/ICASSP49357.2023.10096516: a map for each of `factor` groups.
+
+    Two branches, one along rows and columns, one of a 3x3 neighbourhood, weigh each other's channels.
+    """
+
+    def __init__(self, channels: int, factor: int = 32) -> None:
+        super().__init__()
+        if not 1 <= factor <= channels or channels % factor:
+            raise ValueError(f"EMA's factor is {factor}, but must divide the {channels} channels of the feature")
+        self.factor, width = factor, channels // factor
+        self.gn = nn.GroupNorm(width, width)
+        self.conv1x1 = nn.Conv2d(width, width, 1)
+        self.conv3x3 = nn.Conv2d(width, width, 3, padding=1)
+
+    def gates(self, x: Tensor) -> tuple[Tensor, ...]:
+        batch, channels, height, width = x.shape
+        groups = x.reshape(batch * self.factor, -1, height, width)  # (B*G, C/G, H, W)
+        rows = groups.mean(dim=3, keepdim=True)  # (B*G, C/G, H, 1)
+        columns = groups.mean(dim=2, keepdim=True).transpose(2, 3)  # (B*G, C/G, W, 1)
+        rows, columns = self.conv1x1(torch.cat([rows, columns], dim=2)).sigmoid().split([height, width], dim=2)
+        along = self.gn(groups * rows * columns.transpose(2, 3))
+        around = self.conv3x3(groups)
+        maps = weighted_by(along, around) + weighted_by(around, along)  # (B*G, 1, H, W)
+        gate = maps.sigmoid().view(batch, self.factor, 1, height, width)
+        return (gate.expand(-1, -1, channels // self.factor, -1, -1).reshape(x.shape),)
+
+
+def weighted_by(x: Tensor, other: Tensor) -> Tensor:
+    """The sum of channels (B, C, H, W) by the softmax of another feature's global means: (B, 1, H, W)."""
+    return (x * other.mean(dim=(2, 3), keepdim=True).softmax(dim=1)).sum(dim=1, keepdim=True)
+
+
+class ELA(AttentionBlock):
+    """Efficient Local Attention, arXiv 2403.01123: a depthwise 1-D convolution along rows, and along columns."""
+
+    def __init__(self, channels: int, kernel_size: int = 7) -> None:
+        super().__init__()
+        check_odd("ELA", kernel_size)
+        self.conv = nn.Conv1d(channels, channels, kernel_size, padding=kernel_size // 2, groups=channels, bias=False)
+        self.gn = nn.GroupNorm(gcd(NORM_GROUPS, channels), channels)
+
+    def gates(self, x: Tensor) -> tuple[Tensor, ...]:
+        rows, columns = (self.gn(self.conv(x.mean(dim=axis))).sigmoid() for axis in (3, 2))  # (B, C, H), (B, C, W)
+        return rows[:, :, :, None], columns[:, :, None]
+
+
+class MLCA(AttentionBlock):
+    """Mixed Local Channel Attention, doi 10.1016/j.engappai.2023.106442: ECA of the whole and of 5x5 parts, mixed."""
+
+    def __init__(self, channels: int, parts: int = 5, b: int = 1, gamma: int = 2) -> None:
+        super().__init__()
+        if parts < 1:
+            raise ValueError(f"MLCA's parts is {parts}, but must be at least 1")
+        self.parts = parts
+        kernel_size = eca_kernel_size(channels, b, gamma)
+        self.conv = nn.Conv1d(1, 1, kernel_size, padding=kernel_size // 2, bias=False)
+        self.conv_local = nn.Conv1d(1, 1, kernel_size, padding=kernel_size // 2, bias=False)
+
+    def gates(self, x: Tensor) -> tuple[Tensor, ...]:
+        local = pool_evenly(x, (self.parts, self.parts))  # (B, C, P, P)
+        whole = self.conv(local.mean(dim=(2, 3))[:, None]).sigmoid()  # (B, 1, C)
+        positions = local.flatten(2).transpose(1, 2)  # (B, P*P, C)
+        mixed = self.conv_local(positions.flatten(1)[:, None]).sigmoid()  # (B, 1, P*P*C), across positions too
+        local = mixed.view_as(positions).transpose(1, 2).reshape(local.shape)
+        gate = (local + whole[:, 0, :, None, None]) / 2
+        return (pool_evenly(gate, x.shape[2:]),)
+
+
+def pool_evenly(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """Adaptive average pooling of (B, C, H, W) to `size`; as matrices, since ONNX has it only for whole ratios."""
+    rows, columns = (pooling_matrix(old, new, x) for old, new in zip(x.shape[2:], size, strict=True))
+    return rows @ x @ columns.T
+
+
+def pooling_matrix(old: int, new: int, like: Tensor) -> Tensor:
+    """(new, old): row i averages the elements from floor(i * old / new) to ceil((i + 1) * old / new)."""
+    part, element = (torch.arange(count, device=like.device) for count in (new, old))
+    first, end = part * old // new, ((part + 1) * old + new - 1) // new
+    inside = ((element >= first[:, None]) & (element < end[:, None])).to(like.dtype)
+    return inside / inside.sum(dim=1, keepdim=True)
+
+
+class TripletGate(nn.Module):
+    """One convolution over the maximum and the mean along one axis: a gate of 1 along it."""
+
+    def __init__(self, axis: int, kernel_size: int) -> None:
+        super().__init__()
+        self.axis = axis
+        self.conv = nn.Conv2d(2, 1, kernel_size, padding=kernel_size // 2, bias=False)
+        self.bn = nn.BatchNorm2d(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.transpose(1, self.axis)
+        maps = torch.cat([x.amax(dim=1, keepdim=True), x.mean(dim=1, keepdim=True)], dim=1)
+        return self.bn(self.conv(maps)).sigmoid().transpose(1, self.axis)
+
+
+class TripletAttention(AttentionBlock):
+    """Triplet attention, arXiv 2010.03045: the mean of a gate along the height, the width and the channels."""
+
+    def __init__(self, channels: int, kernel_size: int = 7) -> None:
+        super().__init__()
+        check_odd("Triplet attention", kernel_size)
+        self.along = nn.ModuleList(TripletGate(axis, kernel_size) for axis in (2, 3, 1))
+
+    def gates(self, x: Tensor) -> tuple[Tensor, ...]:
+        height, width, channels = (gate(x) for gate in self.along)  # (B, C, 1, W), (B, C, H, 1), (B, 1, H, W)
+        return ((height + width + channels) / 3,)
+
+
+def check_odd(name: str, kernel_size: int) -> None:
+    """Raise ValueError for a kernel that has no middle."""
+    if kernel_size < 1 or kernel_size % 2 == 0:
+        raise ValueError(f"{name}'s kernel_size is {kernel_size}, but must be odd")
 
 
 def reduced_channels(channels: int, ratio: int) -> int:
@@ -121,7 +267,18 @@ def eca_kernel_size(channels: int, b: int, gamma: int) -> int:
     return size if size % 2 else size + 1
 
 
-ATTENTION: dict[int, type[nn.Module] | None] = {0: None, 1: se_block, 2: cbam_block, 3: eca_block, 4: CA_Block}
+ATTENTION: dict[int, type[AttentionBlock] | None] = {
+    0: None,
+    1: se_block,
+    2: cbam_block,
+    3: eca_block,
+    4: CA_Block,
+    5: SimAM,
+    6: EMAAttention,
+    7: ELA,
+    8: MLCA,
+    9: TripletAttention,
+}
 
 
 def describe_phi() -> str:

@@ -54,15 +54,15 @@ class YoloBody(nn.Module):
     ) -> None:
         super().__init__()
         unknown = [place for place in places if place not in PLACES]
-        if unknown:
-            raise ValueError(f"attention places are {', '.join(PLACES)}, not {', '.join(unknown)}")
+        if unknown or (phi and not places):
+            raise ValueError(f"attention places are {', '.join(PLACES)}, not {', '.join(unknown) or 'none of them'}")
         self.backbone = darknet53_tiny(pretrained)
         self.conv_for_P5 = BasicConv(512, 256, 1)
         self.yolo_headP5 = yolo_head(256, 512, len(anchors_mask[0]) * (5 + num_classes))
         self.upsample = Upsample(256, 128)
         self.yolo_headP4 = yolo_head(384, 256, len(anchors_mask[1]) * (5 + num_classes))
         self.attention_gain = nn.ParameterDict()
-        for place, channels in PLACES.items():
+        for place, channels in PLACES.items():  # last: for one seed every phi then draws the same for all other layers
             block = build_attention(phi, channels, attention_args or {})
             if block is not None and place in places:
                 self.add_module(f"{place}_att", block)
@@ -138,10 +138,14 @@ class ModelSpec:
         return cls(**{name: freeze(value) for name, value in values.items()})
 
 
-def summary(model: nn.Module, input_size: tuple[int, int]) -> str:
-    """One line: parameters, and GFLOP (two per multiply-add) for one image of (height, width)."""
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+def count_cost(model: nn.Module, input_size: tuple[int, int]) -> tuple[int, float]:
+    """Parameters, and GFLOP (two per multiply-add) for one image of (height, width)."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         copy.deepcopy(model).to("meta").eval()(torch.empty(1, 3, *input_size, device="meta"))
-    gflop = counter.get_total_flops() / 1e9
+    return sum(parameter.numel() for parameter in model.parameters()), counter.get_total_flops() / 1e9
+
+
+def summary(model: nn.Module, input_size: tuple[int, int]) -> str:
+    """The cost in one line."""
+    parameters, gflop = count_cost(model, input_size)
     return f"{parameters:,} parameters, {gflop:.2f} GFLOP at {input_size[0]}x{input_size[1]}"

@@ -7,7 +7,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 import train
 from tools import make_demo_data
@@ -17,8 +19,27 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 REFERENCE = SHARED / "reference"
 ANCHORS = ((10.0, 14.0), (23.0, 27.0), (37.0, 58.0), (81.0, 82.0), (135.0, 169.0), (344.0, 319.0))
+MASKS = [[3, 4, 5], [1, 2, 3]]
 
 needs_shared = pytest.mark.skipif(not REFERENCE.is_dir(), reason=f"the reference values are not at {REFERENCE}")
+
+
+def reference_value(name: str, shape: list[int], index: int) -> torch.Tensor:
+    """The filling rule of the reference's README."""
+    r = np.random.default_rng(index)
+    if name.endswith("num_batches_tracked"):
+        return torch.zeros(shape, dtype=torch.int64)
+    if name.endswith("running_var"):
+        values = r.uniform(0.5, 1.5, shape)
+    elif name.endswith("running_mean"):
+        values = r.normal(0, 0.1, shape)
+    elif name.endswith("bias"):
+        values = r.normal(0, 0.05, shape)
+    elif len(shape) == 1:
+        values = r.uniform(0.5, 1.5, shape)
+    else:
+        values = r.normal(0, np.sqrt(2 / np.prod(shape[1:])), shape)
+    return torch.from_numpy(np.asarray(values, dtype=np.float32))
 
 
 @pytest.fixture(scope="session")

@@ -1,36 +1,14 @@
 """The network against the reference values, and what `phi` promises."""
 
 import json
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from torchvision.ops import SqueezeExcitation
 
-from nets.attention import ATTENTION, CA_Block, cbam_block, eca_block, se_block
+from nets.attention import ATTENTION
 from nets.yolo import ModelSpec, YoloBody, summary
-from tests.conftest import ANCHORS, REFERENCE, needs_shared
-
-MASKS = [[3, 4, 5], [1, 2, 3]]
-
-
-def reference_value(name: str, shape: list[int], index: int) -> torch.Tensor:
-    """The filling rule of the reference's README."""
-    r = np.random.default_rng(index)
-    if name.endswith("num_batches_tracked"):
-        return torch.zeros(shape, dtype=torch.int64)
-    if name.endswith("running_var"):
-        values = r.uniform(0.5, 1.5, shape)
-    elif name.endswith("running_mean"):
-        values = r.normal(0, 0.1, shape)
-    elif name.endswith("bias"):
-        values = r.normal(0, 0.05, shape)
-    elif len(shape) == 1:
-        values = r.uniform(0.5, 1.5, shape)
-    else:
-        values = r.normal(0, np.sqrt(2 / np.prod(shape[1:])), shape)
-    return torch.from_numpy(np.asarray(values, dtype=np.float32))
+from tests.conftest import ANCHORS, MASKS, REFERENCE, needs_shared, reference_value
 
 
 def fill(model: torch.nn.Module, keys: list) -> torch.nn.Module:
@@ -59,76 +37,6 @@ def test_network_matches_reference(reference, phi):
     np.testing.assert_allclose(p4.numpy(), arrays[f"phi{phi}_p4"], atol=1e-4, rtol=0)
 
 
-@needs_shared
-@pytest.mark.parametrize(
-    ("name", "block"), [("se", se_block), ("cbam", cbam_block), ("eca", eca_block), ("ca", CA_Block)]
-)
-def test_block_matches_reference(reference, name, block):
-    keys, arrays = reference
-    model = fill(block(128), keys[name])
-    with torch.no_grad():
-        output = model(torch.from_numpy(arrays["feature"]))
-    np.testing.assert_allclose(output.numpy(), arrays[name], atol=1e-5, rtol=0)
-
-
-def test_se_is_torchvision_squeeze_excitation_with_zero_biases():
-    ours, theirs = se_block(64, ratio=8), SqueezeExcitation(64, 8, scale_activation=torch.nn.Sigmoid)
-    with torch.no_grad():
-        theirs.fc1.weight.copy_(ours.fc[0].weight[:, :, None, None])
-        theirs.fc2.weight.copy_(ours.fc[2].weight[:, :, None, None])
-        theirs.fc1.bias.zero_()
-        theirs.fc2.bias.zero_()
-        x = torch.randn(2, 64, 5, 7)
-        torch.testing.assert_close(ours(x), theirs(x))
-
-
-@pytest.mark.parametrize(
-    ("block", "arguments", "name", "shape"),
-    [
-        (se_block, {"ratio": 4}, "fc.0.weight", (32, 128)),
-        (cbam_block, {"ratio": 16, "kernel_size": 3}, "spatialattention.conv1.weight", (1, 2, 3, 3)),
-        (eca_block, {"b": 1, "gamma": 1}, "conv.weight", (1, 1, 9)),  # log2(128) + 1 = 8, the next odd is 9
-        (CA_Block, {"ratio": 32}, "conv_1x1.weight", (4, 128, 1, 1)),
-    ],
-)
-def test_block_arguments_shape_the_block(block, arguments, name, shape):
-    model = block(128, **arguments)
-    assert tuple(model.state_dict()[name].shape) == shape
-    assert model(torch.randn(2, 128, 3, 5)).shape == (2, 128, 3, 5)
-
-
-@pytest.mark.parametrize(
-    ("phi", "arguments", "message"),
-    [
-        (9, {}, r"phi is 9, but must be one of 0 \(none\), 1 \(se_block\)"),
-        (2, {"kernel_size": 5}, "3 or 7"),
-        (1, {"kernel_size": 3}, "phi 1"),
-        (1, {"ratio": 0}, "ratio is 0"),
-        (0, {"ratio": 4}, "phi 0 has no attention"),
-    ],
-)
-def test_wrong_attention_settings_are_explained(phi, arguments, message):
-    with pytest.raises(ValueError, match=message):
-        YoloBody(MASKS, 20, phi, attention_args=arguments)
-
-
-@pytest.mark.parametrize("phi", [phi for phi in ATTENTION if phi])
-def test_identity_start_equals_phi_0(phi):
-    spec = ModelSpec(("a", "b"), ANCHORS, phi=phi)
-    plain, attentive = replace(spec, phi=0).build().eval(), spec.build().eval()
-    missing, unexpected = attentive.load_state_dict(plain.state_dict(), strict=False)
-    assert not unexpected
-    assert all("_att" in name or "gain" in name for name in missing)
-    x = torch.rand(1, 3, 64, 96)
-    with torch.no_grad():
-        for ours, theirs in zip(attentive(x), plain(x), strict=True):
-            torch.testing.assert_close(ours, theirs)
-    gated = replace(spec, identity_start=False).build().eval()
-    gated.load_state_dict(plain.state_dict(), strict=False)
-    with torch.no_grad():
-        assert not torch.allclose(gated(x)[0], plain(x)[0])
-
-
 @pytest.mark.parametrize("size", [(32, 32), (96, 64), (320, 416)])
 @pytest.mark.parametrize("num_classes", [1, 7])
 def test_any_class_count_and_size(size, num_classes):
@@ -146,6 +54,19 @@ def test_spec_survives_json_and_rebuilds_the_network():
     assert names == {name: value.shape for name, value in again.build().state_dict().items()}
     assert "feat1_att.spatialattention.conv1.weight" in names
     assert not any(name.startswith("feat2_att") for name in names)
+
+
+@pytest.mark.parametrize("changes", [{}, {"identity_start": False}, {"places": ("feat2",)}])
+def test_one_seed_gives_every_phi_the_same_shared_weights(changes):
+    def weights(phi: int) -> dict[str, torch.Tensor]:
+        torch.manual_seed(5)
+        return ModelSpec(("a", "b"), ANCHORS, phi=phi, **changes).build().state_dict()
+
+    plain = weights(0)
+    for phi in ATTENTION:
+        own = weights(phi)
+        assert all("_att." in name or name.startswith("attention_gain.") for name in own.keys() - plain.keys())
+        assert [name for name, value in plain.items() if not torch.equal(value, own[name])] == [], phi
 
 
 def test_summary_counts_parameters_and_flop():

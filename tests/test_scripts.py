@@ -55,9 +55,16 @@ def test_a_run_leaves_its_files(run_dir):
     assert all(np.isfinite(record["train/loss"]) for record in records)
     for name in ("batch_0.jpg", "batch_1.jpg", "val_examples.jpg", "curves.png"):
         assert read_image(run_dir / name).std() > 5, name
-    board = EventAccumulator(str(run_dir / "tensorboard")).Reload()
+    board = EventAccumulator(str(run_dir / "tensorboard"), {"histograms": 0}).Reload()  # 0: keep all
     assert {"train/loss", "train/lr", "val/AP", "val/AP50"} <= set(board.Tags()["scalars"])
     assert {"batch_0", "val_examples"} <= set(board.Tags()["images"])
+    for place in ("feat1", "feat2", "upsample"):
+        gates = board.Histograms(f"gate/{place}")
+        assert [event.step for event in gates] == [2, 4]
+        assert all(0 < event.histogram_value.min <= event.histogram_value.max < 1 for event in gates)
+        gains = [event.value for event in board.Scalars(f"gain/{place}")]
+        assert len(gains) == 4
+        assert gains[-1] != 0
     best = load_checkpoint(run_dir / "best.safetensors")
     assert best.info["best"] == max(record.get("val/AP", 0) for record in records)
     assert not best.training

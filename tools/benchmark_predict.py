@@ -40,15 +40,14 @@ from utils.pipeline import Look, Pipeline, write_behind
 from utils.runtimes import EXPORTED, CompiledNetwork, Network, TorchNetwork, open_exported
 from utils.sinks import JsonLines, Pictures, Sink, VideoWriter
 from utils.sources import Images, Source, open_sources
+from utils.timing import time_in_turns
 from utils.video import Frame, VideoFile
 
 ROOT = Path(__file__).resolve().parent.parent
 ANCHORS = ROOT / "model_data" / "yolo_anchors.txt"
-WARMUP = 5  # calls of each mode that do not count
 FILM_SIZE, FILM_RATE = (1080, 1920), Fraction(30)  # height, width; frames a second
 SMALL_FILM, SMALL_FRAMES = (96, 128), 300  # of the film for memory
 LOOKS = 50  # at memory
-PAUSE = 0.1  # seconds, in which the threads of the mode before stop to wait for work, which takes a core
 
 
 @dataclass(frozen=True)
@@ -175,22 +174,6 @@ def benchmark_network(config: NetworkTimes) -> dict[str, float]:
     for name, network in modes.items():
         calls[name] = lambda network=network: network.decode(network(on_device))
     return time_in_turns(calls, config.rounds, device)
-
-
-def time_in_turns(calls: dict[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, float]:
-    """Median milliseconds of each; every turn has two calls, of which the second counts."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(WARMUP + rounds):
-        for name, call in calls.items():
-            time.sleep(PAUSE)
-            call()
-            wait_for(device)
-            started = time.perf_counter()
-            call()
-            wait_for(device)
-            if turn >= WARMUP:
-                times[name].append(1000 * (time.perf_counter() - started))
-    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def load_detector(config: Folder | Video | Memory, precision: str) -> Detector:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import grid_sample
 from torchvision.ops import box_iou
 
 EPSILON = 1e-7  # keeps divisions finite, as in torchvision
@@ -46,6 +47,19 @@ def clip_boxes(boxes: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """(N, 4) xyxy clipped to an image of (height, width)."""
     height, width = size
     return np.clip(boxes, 0, np.float32([width, height, width, height]))
+
+
+def spread(cells: Tensor, fit: Fit, input_size: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
+    """Maps (K, H, W) whose cells share the network's input evenly -> (K, *size), each pixel of the image its value.
+
+    Between the centres of cells it is interpolated; what lies on padding is cut off.
+    """
+    (height, width), (input_height, input_width) = size, input_size
+    y = ((torch.arange(height) + 0.5) * fit.scale_y + fit.offset_y) / input_height  # of pixel centres, in 0..1
+    x = ((torch.arange(width) + 0.5) * fit.scale_x + fit.offset_x) / input_width
+    grid = torch.stack(torch.meshgrid(2 * x - 1, 2 * y - 1, indexing="xy"), dim=-1)  # (height, width, 2)
+    cells = cells.detach().float().cpu()
+    return grid_sample(cells[None], grid[None], padding_mode="border", align_corners=False)[0].numpy()
 
 
 def ciou(boxes: Tensor, others: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Plots of a training and of an evaluation, and sheets of the pictures that a network sees."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from utils.cache import ImageCache
 from utils.files import replacing
 from utils.images import draw_sheet, draw_targets
 from utils.metrics import Curve, confident
+from utils.seeds import Mean
 
 DPI = 110
 MOST_NUMBERS = 25  # classes up to which a confusion matrix shows its numbers
@@ -177,3 +178,17 @@ def draw_batch(batches: Batches, number: int, class_names: Sequence[str]) -> np.
     batch = batches.prepare(number, PICTURES)
     images = draw(batch._replace(images=batch.images.cpu()))
     return draw_targets(images, batch.boxes, batch.labels, class_names)
+
+
+def draw_means(panels: Mapping[str, Sequence[tuple[str, Sequence[float], Mean]]], path: Path) -> None:
+    """In a panel for each title, side by side by name: the values of all seeds, their mean and its interval."""
+    figure, plots = plt.subplots(1, len(panels), figsize=(11, 4), layout="constrained")
+    for axes, (title, entries) in zip(plots, panels.items(), strict=True):
+        for place, (_, values, mean) in enumerate(entries):
+            axes.plot([place] * len(values), values, "o", color="tab:gray", alpha=0.6, markersize=4)
+            axes.errorbar(place, mean.value, mean.margin, marker="_", markersize=14, color="tab:blue", capsize=5)
+        axes.set_xticks(range(len(entries)), [name for name, *_ in entries], rotation=30, ha="right", fontsize="small")
+        axes.set(title=title)
+        axes.grid(alpha=0.3, axis="y")
+    figure.suptitle("bar: mean and its interval; dots: seeds", fontsize="small")
+    save(figure, path)

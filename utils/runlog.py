@@ -91,6 +91,15 @@ class RunLog:
             self.board.add_scalar(name, value, epoch)
         self.board.flush()
 
+    def histograms(self, values: dict[str, np.ndarray], epoch: int) -> None:
+        """Distributions for TensorBoard."""
+        if not self.quiet:
+            self.attempt(self.write_histograms, values, epoch)
+
+    def write_histograms(self, values: dict[str, np.ndarray], epoch: int) -> None:
+        for name, numbers in values.items():
+            self.board.add_histogram(name, numbers, epoch)
+
     def picture(self, name: str, draw: Callable[[], np.ndarray], epoch: int) -> None:
         """An RGB picture (H, W, 3), as a file and in TensorBoard."""
         if not self.quiet:
