@@ -10,7 +10,7 @@ which the reader goes on with the next one where that is allowed.
 >>> problems.found
 [Problem(kind='skip', file='a.jpg', place='', reason='is empty')]
 
-`load_classes`, `load_samples` and `build_cache` take `problems` as their last argument; without one, nothing is skipped.
+`load_classes`, `load_samples` and `build_cache` take `problems` as their last argument; without it nothing is skipped.
 To check data without training: `Problems(collect=True)` (of validation and test sets with `skips=False` too), the
 samples of `load_samples` each through `utils.samples.look_at(sample, problems)`, then `check_overlap` and
 `check_share`; training would start if no problem in `found` is of the kind error.
@@ -30,7 +30,10 @@ SHOWN = 3  # names of files that are told for each reason
 
 
 class Mistake(UserError):
-    """What is wrong in a file, at a place such as "object 3 (cat)" or "line 2", and what to do."""
+    """What is wrong in a file, at a place such as "object 3 (cat)" or "line 2", and what to do.
+
+    Without a place the reason goes on after the file's name: "is empty".
+    """
 
     def __init__(self, file: str | Path, reason: str, place: str = "") -> None:
         self.file, self.reason, self.place = str(file), reason, place
@@ -54,7 +57,7 @@ class Problem(NamedTuple):
 
 
 def sentence(file: str, place: str, reason: str) -> str:
-    return f"{file}, {place}: {reason}" if place else f"{file}: {reason}"
+    return f"{file}, {place}: {reason}" if place else f"{file} {reason}"
 
 
 @dataclass
@@ -104,8 +107,8 @@ class Problems:
             skipped = [item for item in self.found if item.kind == "skip" and bool(item.place) == (name == "objects")]
             if len(skipped) > max(FEW, SHARE * total):
                 with self.item():
-                    reason = f"{len(skipped)} of {total} {name} cannot be used; mend them. The first: {skipped[0]}"
-                    raise Mistake("the data", reason)
+                    reason = f"have {len(skipped)} of {total} that cannot be used; mend them. The first: {skipped[0]}"
+                    raise Mistake(f"the {name}", reason)
 
     def lines(self) -> list[str]:
         """A line for each thing that was skipped or repaired: how often, what, and the first few names."""
