@@ -22,7 +22,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 from nets.attention import ATTENTION, describe_phi
-from nets.yolo import ModelSpec, summary
+from nets.yolo import MOST_SIDE, ModelSpec, summary
 from utils.anchors import load_anchors
 from utils.augment import AugmentSettings
 from utils.batches import Batches
@@ -128,8 +128,10 @@ class Config:
         """Raise UserError for a value that cannot work."""
         if self.phi not in ATTENTION:
             raise UserError(f"phi is {self.phi}, but must be one of {describe_phi()}")
-        if min(self.input_size) < 32 or any(side % 32 for side in self.input_size):
-            raise UserError(f"input_size is {self.input_size}, but both sides must be multiples of 32")
+        if not all(32 <= side <= MOST_SIDE and side % 32 == 0 for side in self.input_size):
+            raise UserError(
+                f"input_size is {self.input_size}, but both sides must be multiples of 32, up to {MOST_SIDE}"
+            )
         check_range(self, 1, 1e9, "epochs", "nominal_batch", "eval_every")
         check_range(self, 0, 1e9, "batch_size", "patience", "checkpoint_every", "extend")
         check_range(self, 0, self.epochs, "freeze_epochs")
@@ -359,6 +361,7 @@ def new_spec(config: Config, weights: dict[str, Tensor], problems: Problems) -> 
         letterbox=config.letterbox,
     )
     try:
+        spec.check()
         model = spec.build()
     except ValueError as error:
         raise UserError(str(error)) from None

@@ -201,7 +201,10 @@ def open_exported(path: Path, device: torch.device, dtype: torch.dtype) -> tuple
         raise UserError(f"{path} was not written by this version of tools/export.py; export the checkpoint again")
     if set(network.outputs) != set(OUTPUTS):
         raise UserError(f"{path} has NMS within, for other programs; give the one without")
-    return network, ModelSpec.from_dict(about["spec"]), about["thresholds"]
+    try:
+        return network, ModelSpec.from_dict(about["spec"]), about["thresholds"]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{path} describes no network that can be: {error}") from None
 
 
 def import_runtime(name: str) -> ModuleType:

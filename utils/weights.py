@@ -1,5 +1,6 @@
 """Weights to start training from: our own checkpoints, published `.pth` files, and Darknet's `.weights`."""
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -46,8 +47,8 @@ def read_weights(path: str | Path, problems: Problems | None = None) -> dict[str
 
 
 def read_state_dict(path: Path, problems: Problems) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise UserError(f"there is no weights file {path}, or it is none")
+    if not os.path.isfile(path):
+        raise UserError(f"there is no weights file {path}")
     check_archive(path)
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
