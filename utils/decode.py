@@ -49,6 +49,8 @@ def decode_stored(encoded: bytes, path: str | Path, problems: Problems) -> tuple
 
     Raises Unusable where the pixels are not all there, and Mistake for a kind of pixels that has no place in 8 bits.
     """
+    if not encoded:
+        raise Unusable(path, "is empty")
     try:
         with Image.open(BytesIO(encoded), formats=FORMATS) as picture:
             if picture.width * picture.height > MOST_PIXELS:
