@@ -35,7 +35,7 @@ def picture(size: tuple[int, int] = SIZE) -> Image.Image:
 
 def encoded(image: Image.Image, kind: str = "JPEG", **settings: object) -> bytes:
     file = io.BytesIO()
-    image.save(file, kind, **settings)
+    image.copy().save(file, kind, **settings)  # saving leaves settings in an image
     return file.getvalue()
 
 

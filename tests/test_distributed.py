@@ -152,7 +152,7 @@ def compared(config, folder) -> dict[str, Any]:
     }
     (folder / "plan.json").write_text(json.dumps(plan))
     run(WORKER, "compare", folder / "plan.json", folder / "found.pt", cwd=folder)
-    return {"configs": runs, **torch.load(folder / "found.pt")}
+    return {"configs": runs, **torch.load(folder / "found.pt", weights_only=True)}
 
 
 @pytest.fixture(scope="module")
