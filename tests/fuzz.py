@@ -104,17 +104,21 @@ def annotations() -> Files:
 @cache
 def pictures() -> list[bytes]:
     small = picture((17, 23))
-    palette, frames = small.quantize(8), {"save_all": True, "append_images": [small.rotate(180)]}
+    palette = small.quantize(8)
+
+    def two(kind: str) -> bytes:
+        return encoded(small, kind, save_all=True, append_images=[small.rotate(180)])
+
     exif = Image.Exif()
     exif[0x0112] = 6
     jpegs = [encoded(small, exif=exif), encoded(small, progressive=True), encoded(small.convert("L"))]
-    jpegs += [encoded(small.convert("CMYK")), encoded(small, "MPO", **frames)]
-    pngs = [encoded(small, "PNG", exif=exif), encoded(palette, "PNG", transparency=1), encoded(small, "PNG", **frames)]
+    jpegs += [encoded(small.convert("CMYK")), two("MPO")]
+    pngs = [encoded(small, "PNG", exif=exif), encoded(palette, "PNG", transparency=1), two("PNG")]
     pngs += [encoded(small.convert("1"), "PNG"), encoded(small.convert("LA"), "PNG"), gray_of_16_bits()]
     tiffs = [encoded(small, "TIFF", compression=kind) for kind in (None, "tiff_lzw", "tiff_adobe_deflate", "jpeg")]
-    tiffs += [encoded(small.convert("1"), "TIFF", compression="group4"), encoded(small, "TIFF", **frames)]
-    others = [encoded(small, "BMP"), encoded(palette, "BMP"), encoded(small, "GIF"), encoded(small, "GIF", **frames)]
-    webps = [encoded(small, "WEBP"), encoded(small, "WEBP", lossless=True), encoded(small, "WEBP", **frames)]
+    tiffs += [encoded(small.convert("1"), "TIFF", compression="group4"), two("TIFF")]
+    others = [encoded(small, "BMP"), encoded(palette, "BMP"), encoded(small, "GIF"), two("GIF")]
+    webps = [encoded(small, "WEBP"), encoded(small, "WEBP", lossless=True), two("WEBP")]
     return [JPEG, PNG, *jpegs, *pngs, *tiffs, *others, *webps]
 
 

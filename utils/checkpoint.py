@@ -21,9 +21,11 @@ from torch import Tensor
 from nets.yolo import ModelSpec, YoloBody
 from utils.errors import UserError
 from utils.files import replacing
+from utils.text import show
 
 FORMAT = "yolov4-tiny/2"
 TRAINING = "training/"
+SHOWN = 200  # letters of an error in a message
 LAST, PREVIOUS, BEST = "last.safetensors", "previous.safetensors", "best.safetensors"  # of a run
 DAMAGED = "damaged.safetensors"  # what was `last` and cannot be read
 
@@ -43,10 +45,12 @@ class Checkpoint:
             with torch.device("meta"):  # which takes no memory, whatever the file says
                 expected = self.spec.build().state_dict()
         except Exception as error:  # arguments of attention that make no sense fail in many ways
-            raise UserError(f"{path} describes a network that cannot be built: {error}") from None
+            raise UserError(f"{path} describes a network that cannot be built: {show(error, SHOWN)}") from None
         wrong = [name for name in expected.keys() | self.weights.keys() if not same_form(name, expected, self.weights)]
         if wrong:
-            raise UserError(f"{path} does not hold the network that it describes: {min(wrong)} is missing or differs")
+            raise UserError(
+                f"{path} does not hold the network that it describes: {show(min(wrong))} is missing or differs"
+            )
         broken = [name for name, value in self.weights.items() if not value.isfinite().all()]
         if broken:
             raise UserError(f"{path} holds numbers that are not finite, in {broken[0]}; take another checkpoint")
@@ -103,7 +107,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         if not all(0 <= value <= 1 for value in info.get("thresholds", ())):
             raise ValueError("thresholds must be between 0 and 1")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path} describes no network that can be: {error}") from None
+        raise UserError(f"{path} describes no network that can be: {show(error, SHOWN)}") from None
     return Checkpoint(spec, weights, info, training)
 
 

@@ -8,6 +8,7 @@ order of the cfg: with batch norm its beta, gamma, running mean and variance, el
 import os
 import struct
 from collections.abc import Sequence
+from functools import cache
 from itertools import accumulate
 from math import prod
 from pathlib import Path
@@ -47,6 +48,7 @@ def layers_of(model: nn.Module) -> list[Layer]:
     return layers
 
 
+@cache
 def layers_for(num_classes: int) -> list[Layer]:
     """The convolutions of Darknet's own yolov4-tiny with so many classes."""
     with torch.device("meta"):

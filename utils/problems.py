@@ -115,7 +115,7 @@ class Problems:
         counts, names = Counter(), defaultdict(dict)
         for kind, file, place, reason in self.found:
             counts[kind, reason] += 1
-            names[kind, reason][Path(file).name + (f" {place}" if place else "")] = None
+            names[kind, reason][f"{Path(file).name} {place}".strip()] = None
         lines = []
         for (kind, reason), count in counts.most_common():
             first = list(names[kind, reason])[:SHOWN]

@@ -19,6 +19,7 @@ from nets.yolo import ModelSpec
 from utils.anchors import decode, levels_of
 from utils.checkpoint import FORMAT
 from utils.errors import UserError
+from utils.text import show
 
 EXPORTED = (".onnx", ".xml")  # suffixes of networks that tools/export.py writes and other runtimes run
 EXPORT_KEY = "yolov4-tiny"  # of the JSON in their metadata: format, spec, thresholds
@@ -204,7 +205,7 @@ def open_exported(path: Path, device: torch.device, dtype: torch.dtype) -> tuple
     try:
         return network, ModelSpec.from_dict(about["spec"]), about["thresholds"]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{path} describes no network that can be: {error}") from None
+        raise UserError(f"{path} describes no network that can be: {show(error)}") from None
 
 
 def import_runtime(name: str) -> ModuleType:

@@ -45,7 +45,8 @@ def parse_number(text: str) -> float:
     return value
 
 
-def show(text: str) -> str:
+def show(text: object, most: int = SHOWN) -> str:
     """What a message shows of a text: its beginning, and nothing that a terminal would obey."""
-    text = text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+    text = str(text)
+    text = text if len(text) <= most else f"{text[:most]}..."
     return text if text.isprintable() else repr(text)

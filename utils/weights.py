@@ -2,6 +2,7 @@
 
 import os
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from zipfile import BadZipFile, ZipFile
@@ -16,6 +17,7 @@ from utils.problems import Problems
 from utils.text import show
 
 GAIN = "attention_gain."
+TYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int32, torch.int64}  # of parameters
 PARALLEL = "module."  # what DataParallel puts before a name
 DARKNET = re.compile(r"\.(weights|conv\.\d+)$")  # the ends of names that Darknet gives
 
@@ -40,9 +42,12 @@ def read_weights(path: str | Path, problems: Problems | None = None) -> dict[str
         weights = read_darknet(path)
     else:
         weights = read_state_dict(path, problems or Problems())
+    odd = [name for name, value in weights.items() if not is_plain(value)]
+    if odd:
+        raise UserError(f"{path} holds tensors that are sparse, quantized or not all there, such as {show(odd[0])}")
     broken = [name for name, value in weights.items() if not value.isfinite().all()]
     if broken:
-        raise UserError(f"{path} holds numbers that are not finite, in {', '.join(broken[:3])}")
+        raise UserError(f"{path} holds numbers that are not finite, in {show(', '.join(broken[:3]), 200)}")
     return weights
 
 
@@ -51,17 +56,17 @@ def read_state_dict(path: Path, problems: Problems) -> dict[str, Tensor]:
         raise UserError(f"there is no weights file {path}")
     check_archive(path)
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of what a damaged file seems to hold
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # a damaged file leads the unpickler into errors of any type
         raise UserError(
             f"{path} is damaged, or holds more than weights, which could run code; give a file that was written by "
             "torch.save(model.state_dict(), path)"
         ) from None
-    if not isinstance(loaded, Mapping) or not all(isinstance(value, Tensor) for value in loaded.values()):
+    if not isinstance(loaded, Mapping) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in loaded.items()
+    ):
         raise UserError(f"{path} does not hold a state dict, that is tensors by name")
-    odd = [str(name) for name, value in loaded.items() if not (isinstance(name, str) and is_plain(value))]
-    if odd:
-        raise UserError(f"{path} holds tensors that are sparse, quantized or not there, such as {show(odd[0])}")
     if any(name.startswith(PARALLEL) for name in loaded):
         problems.repaired(path, f"has names that begin with {PARALLEL}, from DataParallel; they count without")
     return {standard_name(name): value for name, value in loaded.items()}
@@ -79,8 +84,8 @@ def check_archive(path: Path) -> None:
 
 
 def is_plain(value: Tensor) -> bool:
-    """Whether a tensor is dense, and its values are all in memory, as many as its shape says."""
-    dense = value.layout == torch.strided and not value.is_quantized and value.device.type == "cpu"
+    """Whether a tensor is dense, of an ordinary type, and has as many values in memory as its shape says."""
+    dense = value.layout == torch.strided and value.dtype in TYPES and value.device.type == "cpu"
     return dense and value.numel() * value.element_size() <= value.untyped_storage().nbytes()
 
 
