@@ -29,6 +29,7 @@ from nets.yolo import ModelSpec
 from tests.conftest import ANCHORS, ROOT, run
 from tools import benchmark_predict
 from utils.ahead import ahead, map_ahead, newest
+from utils.annotations import read_annotation
 from utils.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from utils.detector import Detector
 from utils.errors import UserError, run_script
@@ -39,7 +40,6 @@ from utils.runtimes import TorchNetwork
 from utils.sinks import VideoWriter
 from utils.sources import inputs, open_sources
 from utils.video import Frame, Video, open_video, public
-from utils.voc import read_annotation
 
 RATE, FRAMES, SIZE = Fraction(25, 2), 23, (71, 110)  # of the video: odd sides and an odd rate
 
