@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from importlib import import_module
 from math import ceil, exp, floor
 
 import numpy as np
@@ -15,7 +16,6 @@ from torch.export import Dim
 from torchvision.ops import SqueezeExcitation
 
 import train
-from nets import attention as attention_module
 from nets.attention import (
     ATTENTION,
     ELA,
@@ -350,10 +350,12 @@ def code_blocks_of_the_docs() -> list[str]:
 def test_the_block_of_the_docs_needs_a_class_and_a_line(devkit, tmp_path, monkeypatch):
     """The example of docs/attention.md as a user would add it, trained, measured and explained."""
     code, line = code_blocks_of_the_docs()
-    names = vars(attention_module).copy()
-    exec(code, names)
-    monkeypatch.setitem(ATTENTION, *eval(f"{{{line}}}", names).popitem())
-    settings = {"phi": 10, "attention_args": {"kernel_size": 5}, "epochs": 1, "val_sets": (), "batch_size": 24}
+    phi, name = re.fullmatch(r"\s*(\d+): (\w+),\s*", line).groups()
+    header = "from torch import Tensor, nn\nfrom nets.attention import AttentionBlock, check_odd\n\n"
+    (tmp_path / "block_of_the_docs.py").write_text(header + code, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(ATTENTION, int(phi), getattr(import_module("block_of_the_docs"), name))
+    settings = {"phi": int(phi), "attention_args": {"kernel_size": 5}, "epochs": 1, "val_sets": (), "batch_size": 24}
     folder = train.main(small_run(devkit, run_dir=str(tmp_path / "run"), **settings))
     detector = Detector.load(folder / "last.safetensors")
     assert detector.network.model.feat2_att.conv.kernel_size == (5, 5)

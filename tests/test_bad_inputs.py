@@ -157,18 +157,19 @@ def test_no_permission(script):
         assert said.read() == f"error: {path} cannot be read: Permission denied"
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
 def test_a_huge_bitmap_takes_no_memory(tmp_path):
-    """28"""
+    """28; by the peak of the process's own memory, since getrusage counts what the one that started it had."""
     scene = Scene(tmp_path)
     next(row for row in DATA if row.name == "large bitmap promised").make(scene)
     code = (
-        "import sys, resource\nfrom utils.decode import Mistake, decode_image, read_encoded\n"
+        "import re, sys\nfrom utils.decode import Mistake, decode_image, read_encoded\n"
         "try:\n    decode_image(read_encoded(sys.argv[1]), sys.argv[1])\n"
-        "except Mistake:\n    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1000)"
+        "except Mistake:\n    print(re.search(r'VmHWM:\\s*(\\d+)', open('/proc/self/status').read())[1])"
     )
     command = [sys.executable, "-c", code, str(scene.image_path("a.bmp"))]
     taken = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True).stdout
-    assert 0 < int(taken) < 1000  # MB
+    assert 0 < int(taken) < 1_000_000  # kB
 
 
 def test_training_stops_when_too_much_is_skipped(tmp_path, monkeypatch, script):
@@ -480,8 +481,8 @@ class Capture:
 def test_a_camera_that_goes_away(predict_video, tmp_path, monkeypatch):
     """99"""
     monkeypatch.setattr("cv2.VideoCapture", Capture)
-    expect(predict_video(7), ERROR, ("camera 7 went away after 4 frames",))
-    assert frames_of(tmp_path / "out" / "camera 7.mp4") == 4
+    expect(predict_video(7), ERROR, ("camera 7 went away after ", " did not come back"))
+    assert 1 <= frames_of(tmp_path / "out" / "camera 7.mp4") <= 4  # those that came while the network was busy are not
 
 
 def test_a_writer_that_cannot_open(predict_video, tmp_path):

@@ -27,6 +27,7 @@ from utils.distributed import Ranks
 from utils.errors import UserError
 from utils.files import lock
 from utils.loss import TERMS
+from utils.problems import Problems
 from utils.training import COLUMNS, Progress, pack_training
 
 WORKER = ROOT / "tests" / "worker.py"
@@ -314,7 +315,7 @@ def test_a_restarted_process_takes_the_batch_size_of_the_run(config, whole):
 
 def test_batch_norm_over_all_processes(config):
     """It is there before the average and the optimizer are made, and changes no name in a checkpoint."""
-    spec = train.new_spec(config, {})
+    spec = train.new_spec(config, {}, Problems())
     own, plain = (
         train.build_trainer(
             replace(config, sync_bn=sync), spec, 96, torch.device("cpu"), Ranks(size=2), Progress(end=2)

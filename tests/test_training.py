@@ -21,6 +21,7 @@ from utils.checkpoint import digest, load_checkpoint
 from utils.distributed import Ranks
 from utils.errors import UserError
 from utils.interrupt import Stopped, StopSignals
+from utils.problems import Problems
 from utils.training import Progress, pack_training
 
 
@@ -35,9 +36,9 @@ def records(folder):
 
 
 def test_the_rehearsal_leaves_no_trace(config, capsys):
-    spec = train.new_spec(config, {})
+    spec = train.new_spec(config, {}, Problems())
     trainer = train.build_trainer(config, spec, 24, torch.device("cpu"), Ranks(), Progress(end=2))
-    caches = train.load_data(config, spec, trainer.device, Ranks())
+    caches = train.load_data(config, spec, trainer.device, Ranks(), Problems())
     before = digest(trainer.kept.weights), digest(trainer.kept.training)
     train.rehearse(trainer, config, caches)
     after = pack_training(trainer.state, spec)
@@ -172,9 +173,9 @@ def test_settings_of_a_run_that_cannot_work(config, tmp_path):
 def test_a_step_on_a_gpu_waits_for_nothing(config, place):
     config = replace(config, device="cuda", compile="off", precision="bf16", mosaic=0.5, mixup=0.5, cache=place)
     device = torch.device("cuda", 0)
-    spec = train.new_spec(config, {})
+    spec = train.new_spec(config, {}, Problems())
     trainer = train.build_trainer(config, spec, 24, device, Ranks(), Progress(end=2))
-    cache, _ = train.load_data(config, spec, device, Ranks())
+    cache, _ = train.load_data(config, spec, device, Ranks(), Problems())
     batches = train.epoch_batches(config, cache, trainer.state.progress, Ranks())
     trainer.set_mode(frozen=False)
     try:
