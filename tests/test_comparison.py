@@ -139,6 +139,7 @@ def test_runs_are_shared_and_taken_over(flags, tmp_path, monkeypatch, capsys, ex
 
     monkeypatch.setattr(compare_attention.Run, "call", call)
     monkeypatch.setattr(compare_attention, "WAIT", 0.2)
+    monkeypatch.setattr(compare_attention, "TIMED", 2)
     compare_attention.main(tyro.cli(compare_attention.Config, args=arguments))
     assert trained == [(3, 0), (0, 1), (3, 1), (0, 0)]
     printed = capsys.readouterr().out
