@@ -108,6 +108,7 @@ def expect(outcome: Outcome, expected: str, words: tuple[str, ...]) -> None:
         assert word in line, line
 
 
+@pytest.mark.filterwarnings("ignore")  # Pillow has its own words for it
 @pytest.mark.parametrize("row", DATA, ids=lambda row: f"{row.number} {row.name}")
 def test_data(row, tmp_path, monkeypatch, script):
     monkeypatch.chdir(tmp_path)

@@ -5,6 +5,7 @@ import pytest
 from tests.fuzz import TARGETS, fuzz
 
 EXAMPLES = 60
+pytestmark = pytest.mark.filterwarnings("ignore")  # of decoders, about what they are given
 
 
 @pytest.mark.parametrize("name", TARGETS)
