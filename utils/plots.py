@@ -43,12 +43,13 @@ def plain(name: str) -> str:
 
 
 def draw_training(records: Sequence[dict[str, Any]], path: Path) -> None:
-    """Losses, and accuracy where it was measured, against the epoch."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), sharex=True, layout="constrained")
-    for axes, names, title in (
-        (left, ("train/loss", "val/loss"), "loss"),
-        (right, ("val/AP", "val/AP50"), "accuracy on the validation split"),
-    ):
+    """Losses, and beside them the accuracy where it was measured, against the epoch."""
+    measured = any("val/AP" in record for record in records)
+    panels = [("loss", ("train/loss", "val/loss"))]
+    panels += [("accuracy on the validation split", ("val/AP", "val/AP50"))] * measured
+    size = 5.5 * len(panels), 4
+    figure, plots = plt.subplots(1, len(panels), figsize=size, sharex=True, squeeze=False, layout="constrained")
+    for axes, (title, names) in zip(plots[0], panels, strict=True):
         for name in names:
             points = [(record["epoch"], record[name]) for record in records if name in record]
             if points:
@@ -57,7 +58,8 @@ def draw_training(records: Sequence[dict[str, Any]], path: Path) -> None:
         axes.set(title=title, xlabel="epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
-    right.set_ylim(0, 1)
+    if measured:
+        plots[0, 1].set_ylim(0, 1)
     save(figure, path)
 
 
