@@ -598,6 +598,23 @@ def test_benchmarks_of_prediction(arguments, expected, weights, devkit, tmp_path
         assert figures["images"] == 6
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["network", "--rounds", 0], ["rounds is 0"]),
+        (["network", "--batch-size", 0], ["batch_size is 0"]),
+        (["network", "--no-compile", "--exported", "a.safetensors"], ["a.safetensors is not among", "--weights"]),
+        (["network", "--no-compile", "--exported", "none.onnx"], ["there is no network none.onnx"]),
+        (["network", "--weights", "none.onnx"], ["none.onnx is no checkpoint", "--exported"]),
+        (["memory", "--frames", 0], ["frames is 0"]),
+        (["video", "--precision", "fp16", "--device", "cpu"], ["fp16 needs a GPU"]),
+    ],
+)
+def test_mistakes_in_benchmarks_of_prediction(arguments, words, weights, expect_mistake):
+    given = [] if "--weights" in arguments else ["--weights", weights]
+    expect_mistake(benchmark_predict, [*arguments, *given], *words)
+
+
 def test_ahead_keeps_order_and_raises_in_turn():
     closed = []
 
