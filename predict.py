@@ -21,11 +21,12 @@ from tqdm import tqdm
 
 from utils.checkpoint import find_checkpoint
 from utils.detector import Detector
-from utils.device import choose_compile, choose_device, choose_precision, keep_freed_memory, wait_for
+from utils.device import choose_compile, choose_device, keep_freed_memory, wait_for
 from utils.errors import UserError, check_choice, check_range, make_folder, run_script
 from utils.interrupt import StopSignals
 from utils.nms import Thresholds
 from utils.pipeline import Look, Pipeline, finishing, write_behind
+from utils.runtimes import precision_for
 from utils.sinks import SINKS, Sink, Window, WindowClosed
 from utils.sources import inputs, open_sources
 from utils.voc import load_classes
@@ -119,8 +120,7 @@ def load_detector(config: Config) -> Detector:
     if device.type == "cpu":
         keep_freed_memory()
     path = find_checkpoint(config.weights)
-    exact = config.precision == "auto" and path.suffix == ".onnx"  # which has its own precision
-    dtype = torch.float32 if exact else choose_precision(config.precision, device)
+    dtype = precision_for(path, config.precision, device)
     compiled = choose_compile("off" if config.explain and config.compile == "auto" else config.compile, device)
     detector = Detector.load(path, device, dtype, config.thresholds(), compiled, config.flip)
     if config.classes:

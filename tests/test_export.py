@@ -16,7 +16,7 @@ import torch
 import eval as eval_script
 from nets.yolo import ModelSpec
 from tests.conftest import ANCHORS, ROOT, run
-from tools import export
+from tools import benchmark_predict, export
 from utils.cache import build_cache
 from utils.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from utils.darknet import read_darknet
@@ -115,6 +115,19 @@ def test_the_detector_runs_them(exported, pictures, name):
         np.testing.assert_allclose(own.confidence, other.confidence, atol=1e-4)
         found += len(own)
     assert found > 20
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
+@pytest.mark.parametrize("name", ["best.onnx", "best.xml"])
+def test_benchmarks_run_them(exported, name, capsys):
+    path, folder, _ = exported
+    for config, key in (
+        (benchmark_predict.NetworkTimes(str(path), (str(folder / name),), rounds=1, compile=False, device="cpu"), name),
+        (benchmark_predict.Memory(str(folder / name), frames=20, device="cpu"), "frames"),
+        (benchmark_predict.Video(str(folder / name), frames=3, device="cpu"), "frames"),
+    ):
+        benchmark_predict.main(config)
+        assert json.loads(capsys.readouterr().out)[key] > 0
 
 
 def test_evaluation_measures_them(exported, devkit, tmp_path):

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from fractions import Fraction
+from math import inf
 from pathlib import Path
 from typing import Annotated
 
@@ -33,11 +34,11 @@ from utils.anchors import load_anchors
 from utils.checkpoint import find_checkpoint, load_checkpoint
 from utils.detector import Detector
 from utils.device import choose_device, choose_precision, cpu_has_bf16, keep_freed_memory, wait_for
-from utils.errors import UserError, run_script
+from utils.errors import UserError, check_range, run_script
 from utils.images import read_image
 from utils.interrupt import StopSignals
 from utils.pipeline import Look, Pipeline, write_behind
-from utils.runtimes import EXPORTED, CompiledNetwork, Network, TorchNetwork, open_exported
+from utils.runtimes import EXPORTED, CompiledNetwork, Network, TorchNetwork, open_exported, precision_for
 from utils.sinks import JsonLines, Pictures, Sink, VideoWriter
 from utils.sources import Images, Source, open_sources
 from utils.timing import time_in_turns
@@ -126,6 +127,8 @@ def torch_modes(config: NetworkTimes, device: torch.device) -> tuple[dict[str, N
     """The networks of torch by name."""
     if config.weights:
         path = find_checkpoint(config.weights)
+        if path.suffix in EXPORTED:
+            raise UserError(f"{path} is no checkpoint; give it to --exported, which compares it with one")
         checkpoint = load_checkpoint(path)
         spec, model = checkpoint.spec, checkpoint.build_model(path)
     else:
@@ -164,21 +167,22 @@ def benchmark_network(config: NetworkTimes) -> dict[str, float]:
     calls: dict[str, Callable[[], object]] = {}
     for path in config.exported:
         if Path(path).suffix not in EXPORTED:
-            raise UserError(f"{path} is not among {', '.join(EXPORTED)}")
+            raise UserError(f"{path} is not among {', '.join(EXPORTED)}; a checkpoint goes to --weights")
         modes[Path(path).name] = open_exported(Path(path), device, torch.float32)[0]
         if Path(path).suffix == ".xml" and cpu_has_bf16():
             modes[f"{Path(path).name} bf16"] = open_exported(Path(path), device, torch.bfloat16)[0]
         if Path(path).suffix == ".onnx" and device.type == "cpu":
             calls[f"{Path(path).name} in OpenCV"] = opencv_mode(path, images)
-    on_device = images.to(device)
     for name, network in modes.items():
-        calls[name] = lambda network=network: network.decode(network(on_device))
+        placed = images.to(network.device)  # ONNX Runtime takes what is in memory, also for a GPU
+        calls[name] = lambda network=network, placed=placed: network.decode(network(placed))
     return time_in_turns(calls, config.rounds, device)
 
 
 def load_detector(config: Folder | Video | Memory, precision: str) -> Detector:
     device = choose_device(config.device)
-    return Detector.load(find_checkpoint(config.weights), device, choose_precision(precision, device))
+    path = find_checkpoint(config.weights)
+    return Detector.load(path, device, precision_for(path, precision, device))
 
 
 def run(detector: Detector, sources: Sequence[Source], sinks: Sequence[Sink]) -> Iterator[Frame]:
@@ -293,6 +297,9 @@ MEASURES = {
 
 
 def main(config: NetworkTimes | Folder | Video | Memory) -> None:
+    for name in ("batch_size", "rounds", "frames"):
+        if hasattr(config, name):
+            check_range(config, 1, inf, name)
     with StopSignals():  # so that the temporary folders go, whatever ends it
         if choose_device(config.device).type == "cpu":
             keep_freed_memory()

@@ -19,6 +19,7 @@ from nets.darknet53_tiny import BasicConv
 from nets.yolo import ModelSpec
 from utils.anchors import decode, levels_of
 from utils.checkpoint import FORMAT
+from utils.device import choose_precision
 from utils.errors import UserError
 from utils.text import show
 
@@ -183,6 +184,11 @@ class OpenVinoNetwork(ExportedNetwork):
             self.requests[shape] = self.core.compile_model(model, "CPU", settings).create_infer_request()
         found = self.requests[shape].infer([self.to_input(images)], share_inputs=True)
         return [torch.from_numpy(found[name]) for name in OUTPUTS]
+
+
+def precision_for(path: Path, name: str, device: torch.device) -> torch.dtype:
+    """What the precision `name` means for a network's file: "auto" leaves an ONNX file its own."""
+    return torch.float32 if name == "auto" and path.suffix == ".onnx" else choose_precision(name, device)
 
 
 def open_exported(path: Path, device: torch.device, dtype: torch.dtype) -> tuple[Network, ModelSpec, list[float]]:
