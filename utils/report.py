@@ -12,10 +12,8 @@ import numpy as np
 import supervision as sv
 import torch
 from jinja2 import Environment, FileSystemLoader
-from torch import Tensor
 
 from utils.anchors import levels_of
-from utils.boxes import shape_iou
 from utils.cache import ImageCache, read_sample
 from utils.coco import COCO_NAMES
 from utils.detector import Detector
@@ -25,6 +23,7 @@ from utils.loss import LossSettings
 from utils.metrics import Evaluation, confident, confusion_matrix, on_difficult, pair
 from utils.plots import draw_confidence, draw_confusion, draw_precision_recall, draw_shapes
 from utils.review import Suspicion, suspect_labels
+from utils.survey import anchor_fit
 from utils.voc import Sample
 from utils.weighted_ap import DRAWS, INTERVAL, bootstrap, influence, interval
 
@@ -100,7 +99,8 @@ class Report:
         spec, curves, samples = self.detector.spec, self.evaluation.curves, self.cache.samples
         names, boxes = spec.class_names, self.cache.boxes[self.cache.labels >= 0]
         sides, anchors = boxes[:, 2:] - boxes[:, :2], torch.cat([level.anchors for level in levels_of(spec)])
-        recall = best_possible_recall(sides, anchors)
+        fit = anchor_fit(sides, anchors)
+        recall = fit and fit.recall
         counts = confusion_matrix(samples, self.detections, self.evaluation.thresholds)
         confusion = {"classes": [*names, "background"], "counts": counts.tolist()}
         limits = self.detector.thresholds
@@ -175,17 +175,6 @@ class Report:
             "found": draw_view(image, found, names, found_marks, part),
         }
         return {name: data_uri(encode_image(view, ".jpg"), "jpeg") for name, view in views.items()}
-
-
-def best_possible_recall(sides: Tensor, anchors: Tensor) -> float | None:
-    """The share of objects (N, 2) that are shaped like some anchor (A, 2): overlapping by more than training asks for.
-
-    None without objects. The others are answered for too, but by an anchor that has to stretch far.
-    """
-    if not len(sides):
-        return None
-    overlap = shape_iou(sides, anchors).amax(dim=1)
-    return (overlap > LossSettings.anchor_iou).double().mean().item()
 
 
 def write_text(path: Path, text: str) -> None:
