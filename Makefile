@@ -1,12 +1,13 @@
 # make demo: the whole job on a small drawn data set. make test: all tests. make faults: what can go wrong in training,
-# at length. Each sets everything up first.
+# at length. make fuzz: any bytes into the readers of files, SECONDS each. Each sets everything up first.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 DEMO := logs/demo
+SECONDS ?= 600
 
-.PHONY: demo test faults lint clean
+.PHONY: demo test faults fuzz lint clean
 
 demo: $(READY)
 	$(BIN) tools/make_demo_data.py
@@ -25,6 +26,9 @@ test: $(READY)
 
 faults: $(READY)
 	$(BIN) tests/faults.py
+
+fuzz: $(READY)
+	$(BIN) tests/fuzz.py --seconds $(SECONDS)
 
 # OpenCV's usual package needs libGL; where a machine has none, the one without windows takes its place
 $(READY): requirements.txt requirements-export.txt requirements-dev.txt constraints.txt

@@ -4,7 +4,7 @@ Change the constants of `Config`, or give them as flags. Several checkpoints are
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from utils.distributed import Ranks, join_ranks
 from utils.errors import UserError, check_choice, check_range, make_folder, run_script
 from utils.metrics import Evaluation, evaluate
 from utils.nms import Thresholds
+from utils.problems import Problems
 from utils.report import Report, compare, metrics_table, write_comparison
 from utils.voc import Sample, load_classes, load_samples
 
@@ -84,11 +85,13 @@ def load_detectors(config: Config, paths: Sequence[Path], device: torch.device) 
     return detectors
 
 
-def load_split(config: Config, class_names: tuple[str, ...]) -> tuple[list[Sample], Dataset | None, list[str]]:
+def load_split(
+    config: Config, class_names: tuple[str, ...], problems: Problems
+) -> tuple[list[Sample], Dataset | None, list[str]]:
     """The samples to measure on, what COCO's JSON says of them, and the names of the sets."""
     if config.coco:
         return *read_coco(config.coco, config.images, class_names), [config.coco]
-    return load_samples(config.devkit, config.sets, class_names), None, list(config.sets)
+    return load_samples(config.devkit, config.sets, class_names, problems), None, list(config.sets)
 
 
 def sets_name(name: str) -> str:
@@ -101,7 +104,8 @@ def measure(config: Config, device: torch.device, ranks: Ranks) -> list[Evaluati
     paths = [find_checkpoint(name) for name in config.weights or [""]]
     several = len(paths) > 1
     detectors = load_detectors(config, paths, device)
-    samples, dataset, sets = load_split(config, detectors[0].spec.class_names)
+    problems = Problems(skips=False)  # a missing image would make the figures better
+    samples, dataset, sets = load_split(config, detectors[0].spec.class_names, problems)
     part = paths[0].parent / ("compare" if several else "eval")
     out = Path(config.out) if config.out else part / "_".join(sets_name(name) for name in sets)
     if several and all(sample.difficult.all() for sample in samples):
@@ -114,11 +118,12 @@ def measure(config: Config, device: torch.device, ranks: Ranks) -> list[Evaluati
         spec = detector.spec
         fitted = spec.input_size, spec.letterbox
         if fitted not in caches:
-            caches[fitted] = build_cache(samples, spec, device, config.cache, ranks=ranks)
+            again = replace(problems, found=[])  # what the first cache has told
+            caches[fitted] = build_cache(samples, spec, device, config.cache, ranks, again if caches else problems)
         detections = detector.detect_cached(caches[fitted], config.batch_size, ranks)
         if not ranks.first:
             continue
-        evaluation = evaluate(samples, detections, caches[fitted].sizes, spec.class_names, dataset)
+        evaluation = evaluate(caches[fitted].samples, detections, caches[fitted].sizes, spec.class_names, dataset)
         folder = out / f"{i}_{path.parent.name}_{path.stem}" if several else out
         folder.mkdir(exist_ok=True)
         write_results(folder, dataset, detections)
@@ -129,6 +134,7 @@ def measure(config: Config, device: torch.device, ranks: Ranks) -> list[Evaluati
         print(f"{path} on {', '.join(sets)}, {len(samples)} images\n\n{metrics_table(evaluation.metrics)}\n")
         print(f"written to {folder}: look at {folder / 'report.html'}" + (f"; {RESULTS}" if dataset else "") + "\n")
         found.append(evaluation)
+    problems.tell(", ".join(sets), ranks.say)
     if several and ranks.first:
         print(f"{write_comparison(out, compare([str(path) for path in paths], found))}\n\nwritten to {out}")
     return found

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import supervision as sv
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 from nets.attention import ATTENTION, describe_phi
-from nets.yolo import ModelSpec, summary
+from nets.yolo import MOST_SIDE, ModelSpec, summary
 from utils.anchors import load_anchors
 from utils.augment import AugmentSettings
 from utils.batches import Batches
@@ -51,10 +52,12 @@ from utils.optim import (
     lr_factor,
 )
 from utils.plots import draw_batch, draw_examples
+from utils.problems import Problems
 from utils.report import Report
 from utils.runlog import RunLog, keep_fingerprints, load_settings, save_settings
+from utils.samples import check_overlap
 from utils.training import COLUMNS, Progress, Trainer, TrainingState, read_progress, restore_training
-from utils.voc import load_classes, load_samples
+from utils.voc import Sample, load_classes, load_samples
 from utils.weights import fits_plain_attention, read_weights, start_from
 
 CHECK_EVERY = 20  # batches between two looks at the losses, which wait for the device
@@ -74,6 +77,7 @@ class Config:
     classes: str = "model_data/voc_classes.txt"  # file with a class name on each line
     anchors: str = "model_data/yolo_anchors.txt"  # file with six width, height pairs in input pixels
     train_difficult: bool = False  # train on objects marked difficult too
+    strict: bool = False  # stop at images and objects that would be skipped or repaired
 
     # network
     phi: int = 0  # attention: 0 none, 1 SE, 2 CBAM, 3 ECA, 4 CA
@@ -124,8 +128,10 @@ class Config:
         """Raise UserError for a value that cannot work."""
         if self.phi not in ATTENTION:
             raise UserError(f"phi is {self.phi}, but must be one of {describe_phi()}")
-        if min(self.input_size) < 32 or any(side % 32 for side in self.input_size):
-            raise UserError(f"input_size is {self.input_size}, but both sides must be multiples of 32")
+        if not all(32 <= side <= MOST_SIDE and side % 32 == 0 for side in self.input_size):
+            raise UserError(
+                f"input_size is {self.input_size}, but both sides must be multiples of 32, up to {MOST_SIDE}"
+            )
         check_range(self, 1, 1e9, "epochs", "nominal_batch", "eval_every")
         check_range(self, 0, 1e9, "batch_size", "patience", "checkpoint_every", "extend")
         check_range(self, 0, self.epochs, "freeze_epochs")
@@ -321,19 +327,32 @@ def run_epoch(
 
 
 def load_data(
-    config: Config, spec: ModelSpec, device: torch.device, ranks: Ranks
+    config: Config, spec: ModelSpec, device: torch.device, ranks: Ranks, problems: Problems
 ) -> tuple[ImageCache, ImageCache | None]:
-    """The training and, when there are validation sets, the validation images, in memory."""
-    samples = load_samples(config.devkit, config.train_sets, spec.class_names)
-    val_samples = load_samples(config.devkit, config.val_sets, spec.class_names) if config.val_sets else []
-    train = build_cache(samples, spec, device, config.cache, config.train_difficult, ranks)
-    return train, build_cache(val_samples, spec, device, config.cache, ranks=ranks) if val_samples else None
+    """The training and, when there are validation sets, the validation images, in memory; says what is wrong in them.
+
+    Only of the training images may some be left out, since that would change what a validation measures.
+    """
+    val_problems = Problems(config.strict, skips=False)
+    samples = load_samples(config.devkit, config.train_sets, spec.class_names, problems)
+    val_samples: list[Sample] = []
+    if config.val_sets:
+        val_samples = load_samples(config.devkit, config.val_sets, spec.class_names, val_problems)
+    check_overlap(samples, val_samples, problems)
+    if config.train_difficult:
+        samples = [replace(sample, difficult=np.zeros_like(sample.difficult)) for sample in samples]
+    train = build_cache(samples, spec, device, config.cache, ranks, problems)
+    val = build_cache(val_samples, spec, device, config.cache, ranks, val_problems) if val_samples else None
+    problems.check_share(len(samples), sum(len(sample.labels) for sample in samples))
+    problems.tell("training", ranks.say)
+    val_problems.tell("validation", ranks.say)
+    return train, val
 
 
-def new_spec(config: Config, weights: dict[str, Tensor]) -> ModelSpec:
+def new_spec(config: Config, weights: dict[str, Tensor], problems: Problems) -> ModelSpec:
     """What to build for a new run; published weights of the same attention need its plain gate."""
     spec = ModelSpec(
-        class_names=load_classes(config.classes),
+        class_names=load_classes(config.classes, problems),
         anchors=load_anchors(config.anchors),
         phi=config.phi,
         attention_args=config.attention_args,
@@ -342,6 +361,7 @@ def new_spec(config: Config, weights: dict[str, Tensor]) -> ModelSpec:
         letterbox=config.letterbox,
     )
     try:
+        spec.check()
         model = spec.build()
     except ValueError as error:
         raise UserError(str(error)) from None
@@ -435,9 +455,10 @@ def prepare(
         if config.sync_bn:
             raise UserError("sync_bn needs GPUs; leave it out on the CPU")
         keep_freed_memory()
-    weights = read_weights(config.weights) if config.weights and checkpoint is None else {}
-    spec = checkpoint.spec if checkpoint else new_spec(config, weights)
-    caches = load_data(config, spec, device, ranks)
+    problems = Problems(config.strict)
+    weights = read_weights(config.weights, problems) if config.weights and checkpoint is None else {}
+    spec = checkpoint.spec if checkpoint else new_spec(config, weights, problems)
+    caches = load_data(config, spec, device, ranks, problems)
     if ranks.first:
         found = {split: cache.fingerprints() for split, cache in zip(("train", "val"), caches, strict=True) if cache}
         keep_fingerprints(log.folder, found, resumed=checkpoint is not None)

@@ -1,7 +1,5 @@
 """Checkpoints and foreign weights: whole, checked, and nothing executed."""
 
-import pickle
-
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -85,7 +83,7 @@ class Payload:
 def test_pth_files_that_hold_more_than_weights(tmp_path, content):
     path = tmp_path / "weights.pth"
     if content == "payload":
-        path.write_bytes(pickle.dumps({"a": Payload()}, protocol=2))
+        torch.save({"a": Payload()}, path)
     elif content == "text":
         path.write_text("hello")
     elif content == "list":

@@ -205,6 +205,11 @@ def test_mistakes_in_coco_truth(truth, tmp_path):
     with pytest.raises(UserError, match=r"cannot read .*none\.json"):
         read_coco(tmp_path / "none.json", tmp_path, NAMES)
     content = json.loads(truth.read_text())
+    first, second = content["images"]
+    for name in ("../ä b.jpg", str(tmp_path / "ä b.jpg")):  # not even where there is one
+        truth.write_text(json.dumps(content | {"images": [first | {"file_name": name}, second]}))
+        with pytest.raises(UserError, match="not within a folder of images"):
+            read_coco(truth, tmp_path / "elsewhere", NAMES)
     image, category, annotation = (content[part][0] for part in ("images", "categories", "annotations"))
     broken = [
         {},

@@ -25,13 +25,13 @@ from nets.yolo import ModelSpec
 from tests.conftest import ANCHORS, ROOT, run
 from tools import benchmark_predict
 from utils.ahead import ahead, map_ahead
+from utils.annotations import read_annotation
 from utils.checkpoint import Checkpoint, save_checkpoint
 from utils.detector import Detector
 from utils.errors import UserError, run_script
 from utils.images import encode_image, read_image, write_image
 from utils.sinks import VideoWriter
 from utils.sources import Camera, Stream, open_sources, public
-from utils.voc import read_annotation
 
 RATE, FRAMES, SIZE = Fraction(25, 2), 23, (71, 110)  # of the video: odd sides and an odd rate
 

@@ -304,7 +304,7 @@ def test_weights_that_are_not_finite_are_refused(config, run_dir, tmp_path):
 def test_flags_work_as_a_user_gives_them(devkit, tmp_path):
     common = ["--device", "cpu", "--devkit", devkit]
     result = run(
-        "train.py", *common, "--train-sets", "Demo/train", "Demo/val", "--val-sets", "Demo/val", "--classes",
+        "train.py", *common, "--train-sets", "Demo/train", "Demo/test", "--val-sets", "Demo/val", "--classes",
         devkit / "Demo" / "classes.txt", "--phi", 1, "--input-size", 64, 64, "--epochs", 1, "--batch-size", 10,
         "--seed", 3, "--run-dir", tmp_path / "run",
     )  # fmt: skip

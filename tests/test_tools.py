@@ -125,7 +125,7 @@ def test_splits_of_drawn_data_are_stratified(devkit, tmp_path, capsys):
     (folder / "Annotations" / "val_0000.xml").write_text("broken")
     make_splits.main(make_splits.Config(str(folder), val=0.3, test=0.3))
     printed = capsys.readouterr().out
-    assert "1 annotations cannot be read and count as empty; the first:" in printed
+    assert "1 errors in the annotations, whose objects do not count; the first:" in printed
     assert "no object" not in printed  # all six classes are in all splits
 
 

@@ -17,9 +17,9 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from utils.annotations import EDGES
 from utils.errors import UserError, check_range, make_folder, run_script
 from utils.images import write_image
-from utils.voc import EDGES
 
 CLASSES = ("circle", "square", "triangle", "star", "cross", "ring")
 MARKER = "drawn_by_make_demo_data.txt"  # a folder without it is not ours to write to

@@ -17,9 +17,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from utils.annotations import AnnotationIndex
 from utils.errors import UserError, check_range, run_script
 from utils.files import replacing
-from utils.voc import AnnotationIndex, index_images
+from utils.problems import Problems
+from utils.voc import index_images
 
 Counts = Mapping[str, Counter[str]]  # of an image's name: how many objects of each class it has
 
@@ -84,18 +86,17 @@ def main(config: Config) -> dict[str, list[str]]:
 
 
 def count_objects(folder: Path, names: Sequence[str]) -> Counts:
-    """What the annotations of some images hold; of those that cannot be read nothing, and a line says so."""
-    annotations, counts, problems = AnnotationIndex(folder), {}, []
+    """What the annotations of some images hold; what cannot be read does not count, and a line says so."""
+    annotations, counts, problems = AnnotationIndex(folder), {}, Problems(collect=True)
     for name in names:
-        try:
-            _, objects = annotations.read(f"{name}.xml")
-        except UserError as error:
-            problems.append(str(error))
-            objects = []
-        counts[name] = Counter(class_name for class_name, *_ in objects)
+        objects = []
+        with problems.item():
+            _, objects = annotations.read(f"{name}.xml", problems)
+        counts[name] = Counter(item[0] for item in objects if item)
     annotations.save()
-    if problems:
-        print(f"{len(problems)} annotations cannot be read and count as empty; the first: {problems[0]}")
+    errors = [problem for problem in problems.found if problem.kind == "error"]
+    if errors:
+        print(f"{len(errors)} errors in the annotations, whose objects do not count; the first: {errors[0]}")
     return counts
 
 

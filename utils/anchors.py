@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from nets.yolo import STRIDES, ModelSpec
-from utils.errors import UserError
+from utils.problems import Mistake
+from utils.text import parse_number, read_lines
 
+LEAST_SIDE, MOST_SIDE = 0.1, 100_000  # pixels of an anchor
 MAX_LOG_SIZE = 8.0  # keeps the exp() of a wild size away from 0 and infinity; no box is e^8 times its anchor
 
 
@@ -64,12 +66,13 @@ def decode(heads: Sequence[Tensor], levels: Sequence[Level], scale_xy: float) ->
 def load_anchors(path: str | Path) -> tuple[tuple[float, float], ...]:
     """Anchors from a text file of comma-separated width, height pairs in input pixels."""
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"there is no anchors file {path}")
+    words = " ".join(read_lines(path)).replace(",", " ").split()
     try:
-        numbers = [float(word) for word in path.read_text(encoding="utf-8-sig").replace(",", " ").split()]
+        numbers = [parse_number(word) for word in words]
     except ValueError as error:
-        raise UserError(f"{path}: anchors must be numbers, such as 10,14, 23,27 ({error})") from None
-    if len(numbers) != 12 or not all(0 < number < float("inf") for number in numbers):
-        raise UserError(f"{path}: expected six anchors, that is 12 positive numbers, and found {len(numbers)}")
+        raise Mistake(path, f"must have numbers as anchors, such as 10,14, 23,27 ({error})") from None
+    if len(numbers) != 12:
+        raise Mistake(path, f"must have six anchors, that is 12 numbers, and has {len(numbers)}")
+    if not all(LEAST_SIDE <= number <= MOST_SIDE for number in numbers):
+        raise Mistake(path, f"has anchors whose sides are not between {LEAST_SIDE} and {MOST_SIDE:,} pixels")
     return tuple(zip(numbers[::2], numbers[1::2], strict=True))

@@ -2,21 +2,23 @@
 
 The array lives on the GPU where it fits, else in RAM, else in a file under `logs/cache` that is mapped into memory; the
 processes of one machine share such a file too. The file is named by a fingerprint of the images, so that the next run
-starts at once, and one whose images changed makes another.
+starts at once, and one whose images changed makes another. It also says what was wrong with the images.
 """
 
+import json
 import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import sha256
 from math import prod
 from os import cpu_count
 from pathlib import Path
+from typing import NamedTuple
 from zlib import crc32
 
 import numpy as np
@@ -25,12 +27,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nets.yolo import ModelSpec
-from utils.boxes import Fit, clip_boxes, fit_to_input
+from utils.boxes import Fit, fit_to_input
 from utils.device import available_memory
 from utils.distributed import Ranks
 from utils.errors import UserError, make_folder
 from utils.files import CACHE_FOLDER, TEMPORARY, lock, replacing
-from utils.images import decode_image, fit_image, read_encoded
+from utils.images import fit_image
+from utils.problems import Problem, Problems
+from utils.samples import fit_objects, read_sample
 from utils.voc import Sample
 
 PLACES = ("auto", "device", "ram", "disk")
@@ -38,7 +42,7 @@ DEVICE_MEMORY_SHARE = 0.4  # of a GPU's free memory that cached images may take
 RAM_SHARE = 0.5  # of the free RAM
 CHUNK = 128  # images decoded before they are stored
 UNUSED_DAYS = 7  # after which another run removes a file of the cache
-FORMAT = "images/1"  # of the file; another one gets another name
+FORMAT = "images/2"  # of the file; another one gets another name
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,8 @@ class Decoded:
     images: Tensor
     sizes: np.ndarray  # (N, 2) int32
     checksums: np.ndarray  # (N,) uint32
+    skipped: list[int]  # places of the samples whose images cannot be used; N are the others
+    problems: list[Problem]  # of the images
 
 
 def build_cache(
@@ -78,25 +84,31 @@ def build_cache(
     spec: ModelSpec,
     device: torch.device,
     place: str = "auto",
-    keep_difficult: bool = False,
     ranks: Ranks | None = None,
+    problems: Problems | None = None,
 ) -> ImageCache:
     """Decode every image, in threads, and put the array where `place` (auto, device, ram or disk) says.
 
-    Objects marked difficult are left out unless `keep_difficult`. With several `ranks` on a machine one of them
-    decodes. Raises UserError for an image that cannot be read, and where there is no room.
+    Objects marked difficult are no targets. With several `ranks` on a machine one of them decodes. Raises UserError for
+    an image or object that cannot be used, unless `problems` lets it be left out, and where there is no room.
     """
-    ranks = ranks or Ranks()
+    ranks, problems = ranks or Ranks(), problems or Problems(skips=False)
     place = choose_place(place, len(samples) * prod((3, *spec.input_size)), device)
     if ranks.any(place == "disk" or ranks.local_size > 1):  # all of them wait for each other there
-        decoded = decode_to_disk(samples, spec, ranks)
+        decoded = decode_to_disk(samples, spec, ranks, replace(problems, found=[]))
         place = "disk" if place == "ram" else place
     else:
-        decoded = decode_to_memory(samples, spec)
+        decoded = decode_to_memory(samples, spec, replace(problems, found=[]))
+    problems.extend(decoded.problems)
+    if not len(decoded.images):
+        raise UserError(f"none of the {len(samples)} images can be used; the first: {decoded.problems[0]}")
     images = decoded.images.to(device) if place == "device" else decoded.images
     sizes = [(int(height), int(width)) for height, width in decoded.sizes]
+    skipped = set(decoded.skipped)
+    usable = [sample for i, sample in enumerate(samples) if i not in skipped]
+    samples = [fit_objects(sample, size, problems) for sample, size in zip(usable, sizes, strict=True)]
     fits = [fit_to_input(size, spec.input_size, spec.letterbox)[0] for size in sizes]
-    boxes, labels = padded_targets(samples, fits, sizes, keep_difficult)
+    boxes, labels = padded_targets(samples, fits)
     return ImageCache(samples, images, boxes, labels, fits, sizes, decoded.checksums.tolist(), place)
 
 
@@ -111,94 +123,118 @@ def choose_place(place: str, size: int, device: torch.device) -> str:
     return "ram" if size < RAM_SHARE * available_memory() else "disk"
 
 
-def decode(samples: Sequence[Sample], spec: ModelSpec) -> Iterator[Decoded]:
-    """All images in their order, CHUNK at a time."""
+def decode(samples: Sequence[Sample], spec: ModelSpec, problems: Problems) -> Iterator[Decoded]:
+    """All images in their order, CHUNK at a time, but those that cannot be used."""
     pool = ThreadPoolExecutor(cpu_count())
     try:
         with tqdm(total=len(samples), desc="reading images", disable=None) as progress:
             for start in range(0, len(samples), CHUNK):
                 chunk = samples[start : start + CHUNK]
                 loaded = list(pool.map(partial(load_sample, spec=spec), chunk))
-                images, sizes, checksums = zip(*loaded, strict=True)
-                yield Decoded(torch.from_numpy(np.stack(images)), np.int32(sizes), np.uint32(checksums))
+                found = [problem for item in loaded for problem in item.problems]
+                problems.extend(found)
+                usable = [item for item in loaded if item.image is not None]
+                images = np.array([item.image for item in usable], np.uint8).reshape(-1, 3, *spec.input_size)
+                sizes = np.array([item.size for item in usable], np.int32).reshape(-1, 2)
+                checksums = np.array([item.checksum for item in usable], np.uint32)
+                skipped = [start + i for i, item in enumerate(loaded) if item.image is None]
+                yield Decoded(torch.from_numpy(images), sizes, checksums, skipped, found)
                 progress.update(len(chunk))
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def load_sample(sample: Sample, spec: ModelSpec) -> tuple[np.ndarray, tuple[int, int], int]:
-    """The image (3, H, W) at the input size, its own height and width, and the CRC-32 of its file."""
-    image, checksum = read_sample(sample)
-    fitted, _ = fit_image(image, spec.input_size, spec.letterbox)
-    return np.ascontiguousarray(fitted.transpose(2, 0, 1)), image.shape[:2], checksum
+class Loaded(NamedTuple):
+    """An image (3, H, W) at the input size, or None; its own height and width, the CRC-32 of its file, its problems."""
+
+    image: np.ndarray | None
+    size: tuple[int, int]
+    checksum: int
+    problems: list[Problem]
 
 
-def read_sample(sample: Sample) -> tuple[np.ndarray, int]:
-    """The image (H, W, 3) that the annotation saw, and the CRC-32 of its file."""
-    encoded = read_encoded(sample.image)
-    image = decode_image(encoded, sample.image, upright=False)
-    if sample.size is not None and image.shape[:2] != sample.size:
-        upright = decode_image(encoded, sample.image)  # turned by EXIF
-        image = upright if upright.shape[:2] == sample.size else image
-    return image, crc32(encoded)
+def load_sample(sample: Sample, spec: ModelSpec) -> Loaded:
+    """Read and fit an image; whoever asked decides about the problems."""
+    problems = Problems(collect=True)
+    with problems.item():
+        image, checksum = read_sample(sample, problems)
+        fitted, _ = fit_image(image, spec.input_size, spec.letterbox)
+        return Loaded(np.ascontiguousarray(fitted.transpose(2, 0, 1)), image.shape[:2], checksum, problems.found)
+    return Loaded(None, (0, 0), 0, problems.found)
 
 
-def decode_to_memory(samples: Sequence[Sample], spec: ModelSpec) -> Decoded:
+def decode_to_memory(samples: Sequence[Sample], spec: ModelSpec, problems: Problems) -> Decoded:
     images = torch.empty(len(samples), 3, *spec.input_size, dtype=torch.uint8)
-    sizes, checksums, done = np.empty((len(samples), 2), np.int32), np.empty(len(samples), np.uint32), 0
-    for part in decode(samples, spec):
-        rows = slice(done, done + len(part.images))
-        images[rows], sizes[rows], checksums[rows], done = part.images, part.sizes, part.checksums, rows.stop
-    return Decoded(images, sizes, checksums)
+    parts, done = [], 0
+    for part in decode(samples, spec, problems):
+        images[done : done + len(part.images)] = part.images
+        done += len(part.images)
+        parts.append(replace(part, images=images[:0]))
+    return join(parts, images[:done])
 
 
-def decode_to_disk(samples: Sequence[Sample], spec: ModelSpec, ranks: Ranks) -> Decoded:
+def join(parts: Sequence[Decoded], images: Tensor) -> Decoded:
+    """The parts as one, around their images."""
+    arrays = (np.concatenate([getattr(part, name) for part in parts]) for name in ("sizes", "checksums"))
+    lists = ([item for part in parts for item in getattr(part, name)] for name in ("skipped", "problems"))
+    return Decoded(images, *arrays, *lists)
+
+
+def decode_to_disk(samples: Sequence[Sample], spec: ModelSpec, ranks: Ranks, problems: Problems) -> Decoded:
     """Write the file unless it is there, and map it; a process that another one writes for waits."""
     path = CACHE_FOLDER / f"{fingerprint(samples, spec)}.images"
-    needed = len(samples) * (prod((3, *spec.input_size)) + 12)  # 12 bytes for size and checksum
-    if ranks.local_rank == 0 and not is_whole(path, needed):
+    if ranks.local_rank == 0 and map_images(path, len(samples), spec) is None:
         make_folder(CACHE_FOLDER)
         with lock(CACHE_FOLDER / "lock", wait=True):
-            if not is_whole(path, needed):  # another run may have written it meanwhile
-                write_images(path, samples, spec, needed)
+            if map_images(path, len(samples), spec) is None:  # another run may have written it meanwhile
+                write_images(path, samples, spec, problems)
     ranks.any(False)  # wait for the one that writes
     with suppress(OSError):  # another user's
         os.utime(path)  # so that it is not taken for unused
     return map_images(path, len(samples), spec)
 
 
-def is_whole(path: Path, needed: int) -> bool:
-    return path.is_file() and path.stat().st_size == needed
-
-
-def write_images(path: Path, samples: Sequence[Sample], spec: ModelSpec, needed: int) -> None:
-    """The images one after the other, then all sizes, then all checksums; for one process at a time."""
+def write_images(path: Path, samples: Sequence[Sample], spec: ModelSpec, problems: Problems) -> None:
+    """The images one after the other, then all sizes, all checksums, and JSON; for one process at a time."""
     for old in CACHE_FOLDER.glob("*.images*"):
         with suppress(OSError):  # in use, another user's, or gone already
             if old.suffix == TEMPORARY or time.time() - old.stat().st_mtime > UNUSED_DAYS * 24 * 3600:
                 old.unlink()
-    free = shutil.disk_usage(CACHE_FOLDER).free
+    needed, free = len(samples) * prod((3, *spec.input_size)), shutil.disk_usage(CACHE_FOLDER).free
     if free < needed:
         raise UserError(
             f"the {len(samples)} decoded images take {needed / 1e9:.1f} GB, but {CACHE_FOLDER} has {free / 1e9:.1f} GB "
             "free; make room there, or train with a smaller input_size"
         )
-    sizes, checksums = [], []
+    parts = []
     with replacing(path) as file:
-        for part in decode(samples, spec):
+        for part in decode(samples, spec, problems):
             file.write(part.images.numpy())
-            sizes.append(part.sizes)
-            checksums.append(part.checksums)
-        file.write(np.concatenate(sizes))
-        file.write(np.concatenate(checksums))
+            parts.append(replace(part, images=part.images[:0]))
+        whole = join(parts, parts[0].images)
+        about = json.dumps({"skipped": whole.skipped, "problems": whole.problems}).encode()
+        for piece in (whole.sizes, whole.checksums, about, len(about).to_bytes(8, "little")):
+            file.write(piece)
 
 
-def map_images(path: Path, count: int, spec: ModelSpec) -> Decoded:
-    """The file as arrays; pages come into memory when used, and the system may drop them again."""
-    images = np.memmap(path, np.uint8, "c", shape=(count, 3, *spec.input_size))
-    sizes = np.fromfile(path, np.int32, count * 2, offset=images.nbytes).reshape(count, 2)
-    checksums = np.fromfile(path, np.uint32, count, offset=images.nbytes + sizes.nbytes)
-    return Decoded(torch.from_numpy(images), sizes, checksums)
+def map_images(path: Path, samples: int, spec: ModelSpec) -> Decoded | None:
+    """The file as arrays, None where it is not there or not whole; pages come into memory when used."""
+    with suppress(OSError, ValueError, KeyError, TypeError), open(path, "rb") as file:
+        end = file.seek(-8, os.SEEK_END)
+        length = int.from_bytes(file.read(), "little")
+        file.seek(end - length)
+        about = json.loads(file.read(length))
+        count, bytes_each = samples - len(about["skipped"]), prod((3, *spec.input_size))
+        if count * (bytes_each + 12) + length != end:  # 12 bytes for size and checksum
+            return None
+        images = torch.empty(0, 3, *spec.input_size, dtype=torch.uint8)
+        if count:  # the system may drop pages again, and maps nothing of no size
+            images = torch.from_numpy(np.memmap(path, np.uint8, "c", shape=(count, 3, *spec.input_size)))
+        file.seek(count * bytes_each)
+        sizes, checksums = np.fromfile(file, np.int32, count * 2), np.fromfile(file, np.uint32, count)
+        problems = [Problem(*item) for item in about["problems"]]
+        return Decoded(images, sizes.reshape(count, 2), checksums, about["skipped"], problems)
+    return None
 
 
 def fingerprint(samples: Sequence[Sample], spec: ModelSpec) -> str:
@@ -213,21 +249,13 @@ def fingerprint(samples: Sequence[Sample], spec: ModelSpec) -> str:
     return digest.hexdigest()[:24]
 
 
-def padded_targets(
-    samples: Sequence[Sample], fits: Sequence[Fit], sizes: Sequence[tuple[int, int]], keep_difficult: bool
-) -> tuple[Tensor, Tensor]:
-    """Boxes (N, M, 4) in input pixels and labels (N, M), with -1 beyond an image's objects."""
-    kept = [np.ones_like(sample.difficult) if keep_difficult else ~sample.difficult for sample in samples]
-    most = max([1, *(int(keep.sum()) for keep in kept)])
+def padded_targets(samples: Sequence[Sample], fits: Sequence[Fit]) -> tuple[Tensor, Tensor]:
+    """Boxes (N, M, 4) in input pixels and labels (N, M), with -1 beyond an image's objects; none of difficult ones."""
+    most = max([1, *(int((~sample.difficult).sum()) for sample in samples)])
     boxes = np.zeros((len(samples), most, 4), dtype=np.float32)
     labels = np.full((len(samples), most), -1, dtype=np.int64)
-    for i, (sample, keep, fit, size) in enumerate(zip(samples, kept, fits, sizes, strict=True)):
-        inside = clip_boxes(sample.boxes, size)
-        if ((inside[:, 2:] - inside[:, :2]) <= 0).any():
-            raise UserError(
-                f"{sample.image}: a box of its annotation lies outside the image, which is {size[1]}x{size[0]} pixels; "
-                "the annotation may belong to another image"
-            )
-        boxes[i, : keep.sum()] = fit.to_input(inside[keep])
-        labels[i, : keep.sum()] = sample.labels[keep]
+    for i, (sample, fit) in enumerate(zip(samples, fits, strict=True)):
+        kept = ~sample.difficult
+        boxes[i, : kept.sum()] = fit.to_input(sample.boxes[kept])
+        labels[i, : kept.sum()] = sample.labels[kept]
     return torch.from_numpy(boxes), torch.from_numpy(labels)

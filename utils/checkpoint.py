@@ -21,9 +21,11 @@ from torch import Tensor
 from nets.yolo import ModelSpec, YoloBody
 from utils.errors import UserError
 from utils.files import replacing
+from utils.text import show
 
 FORMAT = "yolov4-tiny/2"
 TRAINING = "training/"
+SHOWN = 200  # letters of an error in a message
 LAST, PREVIOUS, BEST = "last.safetensors", "previous.safetensors", "best.safetensors"  # of a run
 DAMAGED = "damaged.safetensors"  # what was `last` and cannot be read
 
@@ -38,12 +40,28 @@ class Checkpoint:
     training: dict[str, Tensor]  # empty when there is nothing to resume
 
     def build_model(self, path: str | Path) -> YoloBody:
-        model = self.spec.build()
+        """The network with its weights; raises UserError where these are not its own, or are not finite."""
         try:
-            model.load_state_dict(self.weights)
-        except RuntimeError as error:
-            raise UserError(f"{path} does not hold the network that it describes: {error}") from None
+            with torch.device("meta"):  # which takes no memory, whatever the file says
+                expected = self.spec.build().state_dict()
+        except Exception as error:  # arguments of attention that make no sense fail in many ways
+            raise UserError(f"{path} describes a network that cannot be built: {show(error, SHOWN)}") from None
+        wrong = [name for name in expected.keys() | self.weights.keys() if not same_form(name, expected, self.weights)]
+        if wrong:
+            raise UserError(
+                f"{path} does not hold the network that it describes: {show(min(wrong))} is missing or differs"
+            )
+        broken = [name for name, value in self.weights.items() if not value.isfinite().all()]
+        if broken:
+            raise UserError(f"{path} holds numbers that are not finite, in {broken[0]}; take another checkpoint")
+        model = self.spec.build()
+        model.load_state_dict(self.weights)
         return model
+
+
+def same_form(name: str, *groups: Mapping[str, Tensor]) -> bool:
+    """Whether all groups have the tensor, in the same shape and type."""
+    return len({(group[name].shape, group[name].dtype) if name in group else None for group in groups}) == 1
 
 
 def save_checkpoint(path: str | Path, checkpoint: Checkpoint, previous: str | Path | None = None) -> None:
@@ -72,7 +90,9 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118, it is no mapping
-    except SafetensorError:
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+    except (SafetensorError, AttributeError):  # the latter for types that torch does not have
         foreign = path.suffix in (".pth", ".pt", ".weights") or ".conv." in path.name
         hint = f"; make one with tools/convert_weights.py --weights {path}" if foreign else ""
         raise UserError(f"{path} is no checkpoint of train.py (.safetensors), or it is damaged{hint}") from None
@@ -82,8 +102,13 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         raise UserError(f"{path} is damaged: its checksum does not match")
     training = {name.removeprefix(TRAINING): value for name, value in tensors.items() if name.startswith(TRAINING)}
     weights = {name: value for name, value in tensors.items() if not name.startswith(TRAINING)}
-    spec = ModelSpec.from_dict(json.loads(metadata["spec"]))
-    return Checkpoint(spec, weights, json.loads(metadata["info"]), training)
+    try:
+        spec, info = ModelSpec.from_dict(json.loads(metadata["spec"])), json.loads(metadata["info"])
+        if not all(0 <= value <= 1 for value in info.get("thresholds", ())):
+            raise ValueError("thresholds must be between 0 and 1")
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path} describes no network that can be: {show(error, SHOWN)}") from None
+    return Checkpoint(spec, weights, info, training)
 
 
 def load_last(folder: Path, say: Callable[[str], None] = print) -> Checkpoint:

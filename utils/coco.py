@@ -212,6 +212,10 @@ def read_coco(path: str | Path, images: str | Path, class_names: Sequence[str]) 
     samples = []
     for image in truth["images"]:
         name = image["file_name"]
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise UserError(
+                f"{path} names the image {name}, which is not within a folder of images; name it from there"
+            )
         if not (folder / name).is_file():
             raise UserError(f"{path} names the image {name}, but it is not in {folder}; give the folder as --images")
         found = [item for item in objects[image["id"]] if min(item["bbox"][2:]) > 0]

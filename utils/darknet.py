@@ -5,8 +5,10 @@ revision; `seen`, the images trained on, as int64 or in old files int32; then fl
 order of the cfg: with batch norm its beta, gamma, running mean and variance, else its bias; then its weights.
 """
 
+import os
 import struct
 from collections.abc import Sequence
+from functools import cache
 from itertools import accumulate
 from math import prod
 from pathlib import Path
@@ -46,6 +48,7 @@ def layers_of(model: nn.Module) -> list[Layer]:
     return layers
 
 
+@cache
 def layers_for(num_classes: int) -> list[Layer]:
     """The convolutions of Darknet's own yolov4-tiny with so many classes."""
     with torch.device("meta"):
@@ -65,6 +68,8 @@ def read_darknet(path: str | Path, model: nn.Module | None = None) -> dict[str, 
     Darknet file.
     """
     path = Path(path)
+    if not os.path.isfile(path):
+        raise UserError(f"there is no weights file {path}")
     try:
         with open(path, "rb") as file:
             header = header_size(path, file.read(20))
@@ -73,8 +78,6 @@ def read_darknet(path: str | Path, model: nn.Module | None = None) -> dict[str, 
         if model is not None:
             expect_size(path, size, header, layers)
         values = torch.from_numpy(np.fromfile(path, "<f4", count(layers), offset=header).astype(np.float32))
-    except FileNotFoundError:
-        raise UserError(f"there is no weights file {path}") from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     tensors = [(name, shape) for layer in layers for name, shape in layer.items()]

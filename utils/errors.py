@@ -1,6 +1,7 @@
 """The one error type for a user's mistake, and how a script shows it."""
 
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -12,6 +13,7 @@ import tyro
 
 from utils.interrupt import Stopped
 
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")  # characters that a terminal obeys
 Config = TypeVar("Config")
 
 
@@ -53,7 +55,8 @@ def run_script(main: Callable[[Config], object], config_type: type[Config]) -> N
     try:
         main(tyro.cli(config_type))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        line = CONTROL.sub(lambda found: repr(found[0])[1:-1], str(error))
+        print(f"error: {line}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt as stop:
         signum = stop.signum if isinstance(stop, Stopped) else signal.SIGINT

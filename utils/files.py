@@ -1,13 +1,15 @@
-"""Files that are whole or not there, and locks that die with their process."""
+"""Files that are whole or not there, reading that never waits, and locks that die with their process."""
 
 import errno
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
 from utils.errors import UserError
+from utils.problems import Mistake
 
 try:
     import fcntl
@@ -19,6 +21,32 @@ except ImportError:  # Windows
 CACHE_FOLDER = Path("logs/cache")  # what can be made again: decoded images, indexed annotations
 LOCKED_BYTE = 1 << 30  # on Windows, where nobody can read what is locked
 TEMPORARY = ".tmp"  # suffix of a file that is being written
+
+
+def read_file(path: str | Path, most: int) -> bytes:
+    """The content of a regular file of up to `most` bytes.
+
+    Raises Mistake for any other, at once for a pipe or device, whose reading could wait or go on forever.
+    """
+    try:
+        state = os.stat(path)
+        if stat.S_ISDIR(state.st_mode):
+            raise Mistake(path, "is a folder, but must be a file")
+        if not stat.S_ISREG(state.st_mode):
+            raise Mistake(path, "is a pipe or device, but must be a regular file")
+        if state.st_size <= most:
+            with open(path, "rb") as file:
+                content = file.read(most + 1)
+            if len(content) <= most:  # files of /proc have no size of their own
+                return content
+    except FileNotFoundError:
+        missing = "is a link to what does not exist" if os.path.islink(path) else "does not exist"
+        raise Mistake(path, missing) from None
+    except OSError as error:
+        raise Mistake(path, f"cannot be read: {error.strerror}") from None
+    except ValueError:  # a zero byte in the path
+        raise Mistake(path, "is no name that a file can have") from None
+    raise Mistake(path, f"is too large: it must not have more than {most / 1e6:.0f} MB")
 
 
 @contextmanager

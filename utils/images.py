@@ -10,7 +10,7 @@ import supervision as sv
 from torch import Tensor
 
 from utils.boxes import Fit, clip_boxes, fit_to_input
-from utils.errors import UserError
+from utils.decode import decode_image, read_encoded
 
 PADDING = 114  # the gray around a letterboxed image
 VIEW_SIDE = 480  # pixels of an image shown with its boxes
@@ -23,26 +23,6 @@ MARK = (((0, 0, 0), 5), ((255, 230, 0), 2))  # colour and thickness of the lines
 def read_image(path: str | Path) -> np.ndarray:
     """An image file -> uint8 RGB (H, W, 3), turned upright by its EXIF orientation."""
     return decode_image(read_encoded(path), path)
-
-
-def read_encoded(path: str | Path) -> np.ndarray:
-    """The bytes of an image file."""
-    try:
-        return np.fromfile(path, dtype=np.uint8)  # and not imread, which cannot open every path on Windows
-    except OSError as error:
-        raise UserError(f"cannot read the image {path}: {error.strerror}") from None
-
-
-def decode_image(encoded: np.ndarray, path: str | Path, upright: bool = True) -> np.ndarray:
-    """The bytes of the image file `path` -> uint8 RGB (H, W, 3), turned upright by EXIF or as it is stored."""
-    flags = cv2.IMREAD_COLOR if upright else cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
-    try:
-        image = cv2.imdecode(encoded, flags) if len(encoded) else None
-    except cv2.error:  # a header that promises more pixels than OpenCV's limit
-        image = None
-    if image is None:
-        raise UserError(f"{path} is not an image that can be read; it may be empty, cut off or of another type")
-    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
 
 def write_image(path: str | Path, image: np.ndarray) -> None:

@@ -14,7 +14,7 @@ import torch
 from jinja2 import Environment, FileSystemLoader
 
 from utils.anchors import levels_of
-from utils.cache import ImageCache, read_sample
+from utils.cache import ImageCache
 from utils.coco import COCO_NAMES
 from utils.detector import Detector
 from utils.files import replacing
@@ -23,6 +23,7 @@ from utils.loss import LossSettings
 from utils.metrics import Evaluation, confident, confusion_matrix, on_difficult, pair
 from utils.plots import draw_confidence, draw_confusion, draw_precision_recall, draw_shapes
 from utils.review import Suspicion, suspect_labels
+from utils.samples import read_sample
 from utils.survey import anchor_fit
 from utils.voc import Sample
 from utils.weighted_ap import DRAWS, INTERVAL, bootstrap, influence, interval

@@ -19,6 +19,7 @@ from nets.yolo import ModelSpec
 from utils.anchors import decode, levels_of
 from utils.checkpoint import FORMAT
 from utils.errors import UserError
+from utils.text import show
 
 EXPORTED = (".onnx", ".xml")  # suffixes of networks that tools/export.py writes and other runtimes run
 EXPORT_KEY = "yolov4-tiny"  # of the JSON in their metadata: format, spec, thresholds
@@ -201,7 +202,10 @@ def open_exported(path: Path, device: torch.device, dtype: torch.dtype) -> tuple
         raise UserError(f"{path} was not written by this version of tools/export.py; export the checkpoint again")
     if set(network.outputs) != set(OUTPUTS):
         raise UserError(f"{path} has NMS within, for other programs; give the one without")
-    return network, ModelSpec.from_dict(about["spec"]), about["thresholds"]
+    try:
+        return network, ModelSpec.from_dict(about["spec"]), about["thresholds"]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{path} describes no network that can be: {show(error)}") from None
 
 
 def import_runtime(name: str) -> ModuleType:

@@ -21,9 +21,11 @@ import cv2
 import numpy as np
 
 from utils.ahead import map_ahead
+from utils.decode import decode_image
 from utils.errors import UserError
-from utils.images import decode_image, read_image
-from utils.voc import IMAGE_SUFFIXES, read_lines
+from utils.images import read_image
+from utils.text import read_lines
+from utils.voc import IMAGE_SUFFIXES
 
 VIDEO_SUFFIXES = frozenset(
     (".avi", ".flv", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ts", ".webm", ".wmv")
@@ -107,7 +109,7 @@ class Encoded:
     total = 1
 
     def frames(self, problems: list[str], stop: Event) -> Iterator[Frame]:
-        yield Frame(Path("stdin.png"), decode_image(np.frombuffer(self.content, np.uint8), "stdin"))
+        yield Frame(Path("stdin.png"), decode_image(self.content, "stdin"))
 
 
 @dataclass(frozen=True)

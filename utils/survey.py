@@ -9,8 +9,8 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from utils.boxes import clip_boxes, fit_to_input, shape_iou
-from utils.errors import UserError
 from utils.loss import LossSettings
+from utils.problems import Mistake
 from utils.voc import Sample
 
 
@@ -38,13 +38,13 @@ def anchor_fit(sides: Tensor, anchors: Tensor) -> AnchorFit | None:
 
 def image_size(sample: Sample) -> tuple[int, int]:
     """Height and width of an image: as its annotation states them, else from the head of its file."""
-    if sample.size is not None:
+    if sample.size and min(sample.size):
         return sample.size
     try:
         with Image.open(sample.image) as image:
             return image.height, image.width
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError):
-        raise UserError(f"{sample.image} is not an image that can be read, and its annotation has no size") from None
+        raise Mistake(sample.image, "is not an image that can be read, and its annotation has no size") from None
 
 
 def input_sides(samples: Sequence[Sample], input_size: tuple[int, int], letterbox: bool) -> Tensor:

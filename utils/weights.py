@@ -1,8 +1,11 @@
 """Weights to start training from: our own checkpoints, published `.pth` files, and Darknet's `.weights`."""
 
+import os
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from zipfile import BadZipFile, ZipFile
 
 import torch
 from torch import Tensor, nn
@@ -10,10 +13,14 @@ from torch import Tensor, nn
 from utils.checkpoint import load_checkpoint
 from utils.darknet import read_darknet
 from utils.errors import UserError
+from utils.problems import Problems
+from utils.text import show
 
 GAIN = "attention_gain."
 TOLD = 8  # names in a line
 COUNTER = "num_batches_tracked"  # of batch norms; nothing depends on it
+TYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int32, torch.int64}  # of parameters
+PARALLEL = "module."  # what DataParallel puts before a name
 DARKNET = re.compile(r"\.(weights|conv\.\d+)$")  # the ends of names that Darknet gives
 
 # CBAM comes with two namings in the wild; ours is the second of each pair
@@ -24,7 +31,7 @@ RENAMED = (
 )
 
 
-def read_weights(path: str | Path) -> dict[str, Tensor]:
+def read_weights(path: str | Path, problems: Problems | None = None) -> dict[str, Tensor]:
     """Parameters by name from a checkpoint, a `.pth`, `.weights` or `.conv.29` file, by the end of its name.
 
     A `.pth` is read without running anything that it may contain. Raises UserError when the file is not what its name
@@ -36,31 +43,57 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     elif DARKNET.search(path.name):
         weights = read_darknet(path)
     else:
-        weights = read_state_dict(path)
+        weights = read_state_dict(path, problems or Problems())
+    odd = [name for name, value in weights.items() if not is_plain(value)]
+    if odd:
+        raise UserError(f"{path} holds tensors that are sparse, quantized or not all there, such as {show(odd[0])}")
     broken = [name for name, value in weights.items() if not value.isfinite().all()]
     if broken:
-        raise UserError(f"{path} holds numbers that are not finite, in {', '.join(broken[:3])}")
+        raise UserError(f"{path} holds numbers that are not finite, in {show(', '.join(broken[:3]), 200)}")
     return weights
 
 
-def read_state_dict(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
+def read_state_dict(path: Path, problems: Problems) -> dict[str, Tensor]:
+    if not os.path.isfile(path):
         raise UserError(f"there is no weights file {path}")
+    check_archive(path)
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of what a damaged file seems to hold
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # a damaged file leads the unpickler into errors of any type
         raise UserError(
             f"{path} is damaged, or holds more than weights, which could run code; give a file that was written by "
             "torch.save(model.state_dict(), path)"
         ) from None
-    if not isinstance(loaded, Mapping) or not all(isinstance(value, Tensor) for value in loaded.values()):
+    if not isinstance(loaded, Mapping) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in loaded.items()
+    ):
         raise UserError(f"{path} does not hold a state dict, that is tensors by name")
+    if any(name.startswith(PARALLEL) for name in loaded):
+        problems.repaired(path, f"has names that begin with {PARALLEL}, from DataParallel; they count without")
     return {standard_name(name): value for name, value in loaded.items()}
+
+
+def check_archive(path: Path) -> None:
+    """Raise UserError for a zip file whose entries are larger than itself, as torch.save never writes them."""
+    try:
+        with ZipFile(path) as archive:
+            whole = sum(entry.file_size for entry in archive.infolist())
+    except (BadZipFile, OSError, ValueError, NotImplementedError):  # no zip file, as before torch 1.6, or a damaged one
+        return
+    if whole > path.stat().st_size:
+        raise UserError(f"{path} would unpack to {whole / 1e6:,.0f} MB, more than it has; it is no file of torch.save")
+
+
+def is_plain(value: Tensor) -> bool:
+    """Whether a tensor is dense, of an ordinary type, and has as many values in memory as its shape says."""
+    dense = value.layout == torch.strided and value.dtype in TYPES and value.device.type == "cpu"
+    return dense and value.numel() * value.element_size() <= value.untyped_storage().nbytes()
 
 
 def standard_name(name: str) -> str:
     """A parameter's name without the prefix of DataParallel and in our naming."""
-    name = name.removeprefix("module.")
+    name = name.removeprefix(PARALLEL)
     for theirs, ours in RENAMED:
         name = name.replace(theirs, ours)
     return name

@@ -1,0 +1,105 @@
+"""A sample's image and its boxes together: which way round the image is, its true size, and what lies outside it."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from zlib import crc32
+
+import numpy as np
+
+from utils.boxes import clip_boxes
+from utils.decode import decode_stored, read_encoded, turn_upright
+from utils.problems import Mistake, Problem, Problems, Unusable
+from utils.voc import Sample
+
+OUTSIDE = "the box lies outside the image"
+BEYOND = "the box reaches beyond the image; its part inside counts"
+ZERO = "the box begins at 0, but the first pixel is 1; its part inside counts"
+
+
+def look_at(sample: Sample, problems: Problems) -> Sample | None:
+    """Everything that training checks of a sample's image and objects: the sample as it is used, None if it is not."""
+    with problems.item():
+        image, _ = read_sample(sample, problems)
+        return fit_objects(sample, image.shape[:2], problems)
+    return None
+
+
+def read_sample(sample: Sample, problems: Problems | None = None) -> tuple[np.ndarray, int]:
+    """The image (H, W, 3) that the annotation saw, and the CRC-32 of its file."""
+    problems = problems or Problems(skips=False)
+    encoded = read_encoded(sample.image)
+    image, orientation = decode_stored(encoded, sample.image, problems)
+    return orient(sample, image, orientation, problems), crc32(encoded)
+
+
+def orient(sample: Sample, image: np.ndarray, orientation: int, problems: Problems) -> np.ndarray:
+    """The image as it is stored, or turned by EXIF: whichever has the size that the annotation states."""
+    height, width = image.shape[:2]
+    if orientation == 1:
+        return image
+    if orientation <= 4 or height == width:  # both have the same size
+        problems.repaired(sample.image, "is turned by EXIF, which the annotation may not know; the stored pixels count")
+        return image
+    if sample.size == (height, width):
+        return image
+    if sample.size == (width, height):
+        return turn_upright(image, orientation)
+    raise Mistake(
+        sample.source,
+        f"states a <size> that is neither that of {sample.image.name} as it is stored, {width}x{height}, nor as EXIF "
+        f"turns it, {height}x{width}; write the one that the boxes were drawn on",
+    )
+
+
+def fit_objects(sample: Sample, size: tuple[int, int], problems: Problems) -> Sample:
+    """The sample with its boxes cut to its image of (height, width), and without those that lie outside."""
+    inside = clip_boxes(sample.boxes, size)
+    cut = (inside != sample.boxes).any(axis=1)
+    check_size(sample, size, bool(cut.any()), problems)
+    empty = (inside[:, 2:] <= inside[:, :2]).any(axis=1)
+    if not (cut | empty).any():
+        return sample
+    kept = []
+    for i in range(len(inside)):
+        with problems.item():
+            if empty[i]:
+                raise Unusable(sample.source, OUTSIDE, sample.place(i))
+            if cut[i]:
+                problems.repaired(sample.source, ZERO if sample.boxes[i].min() == -1 else BEYOND, sample.place(i))
+            kept.append(i)
+    return replace(
+        sample,
+        boxes=inside[kept],
+        labels=sample.labels[kept],
+        difficult=sample.difficult[kept],
+        numbers=tuple(int(sample.place(i).split()[1]) for i in kept),
+    )
+
+
+def check_size(sample: Sample, size: tuple[int, int], reaches_out: bool, problems: Problems) -> None:
+    """Compare the size that the annotation states with the image's."""
+    if sample.size == size:
+        return
+    if sample.size is None:
+        problems.repaired(sample.source, "states no <size>; the image's own counts")
+    elif min(sample.size) == 0:
+        problems.repaired(sample.source, "states a <size> that no image has; the image's own counts")
+    elif reaches_out:
+        (height, width), (true_height, true_width) = sample.size, size
+        raise Mistake(
+            sample.source,
+            f"states the <size> {width}x{height}, but {sample.image.name} has {true_width}x{true_height}, and a box "
+            "reaches beyond it; the annotation may belong to another image",
+        )
+    else:
+        problems.repaired(sample.source, "states another <size> than the image has; the image's own counts")
+
+
+def check_overlap(train: Sequence[Sample], val: Sequence[Sample], problems: Problems) -> None:
+    """Add the error of images in the training and in the validation sets, which would make the validation worthless."""
+    known = {sample.image for sample in train}
+    shared = [sample for sample in val if sample.image in known]
+    if shared:
+        more = f", and so are {len(shared) - 1} others" if len(shared) > 1 else ""
+        reason = f"is in the training and in the validation sets{more}; tools/make_splits.py can make sets apart"
+        problems.add(Problem("error", str(shared[0].image), "", reason))
