@@ -20,6 +20,7 @@ from utils.boxes import shape_iou
 from utils.errors import UserError, check_range, make_folder, run_script
 from utils.files import replacing
 from utils.plots import draw_shapes
+from utils.problems import Problems
 from utils.survey import anchor_fit, input_sides
 from utils.voc import load_classes, load_samples
 
@@ -55,7 +56,9 @@ def main(config: Config) -> Tensor:
     out, old = Path(config.out), torch.tensor(load_anchors(config.anchors))
     if out.exists():
         raise UserError(f"{out} exists; remove it, or choose another --out")
-    samples = load_samples(config.devkit, config.sets, load_classes(config.classes))
+    problems = Problems()
+    samples = load_samples(config.devkit, config.sets, load_classes(config.classes, problems), problems)
+    problems.tell(", ".join(config.sets), print)
     sides = input_sides(samples, config.input_size, config.letterbox)
     print(f"{len(sides)} objects on {len(samples)} images, in an input of {'x'.join(map(str, config.input_size))}")
     new = find_anchors(sides, len(USED), config.starts, config.seed)

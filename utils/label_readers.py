@@ -8,11 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from PIL import Image
-
 from utils.annotations import Object, read_annotation
 from utils.coco import check_within, read_truth
-from utils.decode import FORMATS, ORIENTATION
+from utils.decode import file_size
 from utils.errors import UserError
 from utils.problems import Mistake, Problems, Unusable
 from utils.text import parse_number, read_lines, read_text, show
@@ -241,13 +239,3 @@ def expect_classes(used: set[str], names: Sequence[str], source: Path) -> None:
     unknown = sorted(used - set(names))
     if unknown:
         raise UserError(f"{source} does not have the classes {', '.join(map(show, unknown))} that the labels have")
-
-
-def file_size(path: Path, upright: bool = False) -> tuple[int, int]:
-    """Height and width of an image file as it is stored, or as EXIF turns it."""
-    try:
-        with Image.open(path, formats=FORMATS) as picture:
-            turned = upright and picture.getexif().get(ORIENTATION, 1) > 4
-            return (picture.width, picture.height) if turned else (picture.height, picture.width)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        raise Mistake(path, "is not an image that can be read") from None

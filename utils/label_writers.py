@@ -9,8 +9,8 @@ from xml.sax.saxutils import escape
 
 from utils.annotations import EDGES, Object
 from utils.errors import make_folder
-from utils.files import replacing
 from utils.label_readers import DECIMALS, EVERYTHING, LabelSet
+from utils.page import write_text
 
 SHARE_DECIMALS = 12  # of a share of an image, which keep DECIMALS of its pixels
 
@@ -18,6 +18,7 @@ SHARE_DECIMALS = 12  # of a share of an image, which keep DECIMALS of its pixels
 def write_voc(folder: Path, labels: LabelSet) -> None:
     """JPEGImages/, Annotations/, the split files, and classes.txt for the order of the classes."""
     copy_images(folder / "JPEGImages", labels)
+    make_folder(folder / "Annotations")
     for name, item in labels.items.items():
         text = voc_xml(name + item.image.suffix, item.size, item.objects)
         write_text(folder / "Annotations" / f"{name}.xml", text)
@@ -60,6 +61,7 @@ def voc_xml(name: str, size: tuple[int, int], objects: Sequence[Object]) -> str:
 def write_coco(folder: Path, labels: LabelSet) -> None:
     """images/, and in annotations/ a JSON for each split, or for all if images are in none."""
     copy_images(folder / "images", labels)
+    make_folder(folder / "annotations")
     splits = dict(labels.splits)
     if set(labels.items) - set().union(*splits.values()):
         splits[EVERYTHING] = list(labels.items)
@@ -112,10 +114,5 @@ def number(value: float) -> float | int:
 
 
 def write_lines(path: Path, lines: Sequence[str]) -> None:
+    make_folder(path.parent)
     write_text(path, "".join(f"{line}\n" for line in lines))
-
-
-def write_text(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as file:
-        file.write(text.encode())
