@@ -57,6 +57,7 @@ from utils.problems import Problems
 from utils.report import Report
 from utils.runlog import RunLog, keep_fingerprints, load_settings, save_settings
 from utils.samples import check_overlap
+from utils.survey import describe_samples
 from utils.training import COLUMNS, Progress, Trainer, TrainingState, read_progress, restore_training
 from utils.voc import Sample, load_classes, load_samples
 from utils.weights import fits_plain_attention, read_weights, start_from
@@ -362,6 +363,7 @@ def load_data(
     problems.check_share(len(samples), sum(len(sample.labels) for sample in samples))
     problems.tell("training", ranks.say)
     val_problems.tell("validation", ranks.say)
+    ranks.say(f"training: {describe_samples(train.samples, spec.class_names)}")
     return train, val
 
 

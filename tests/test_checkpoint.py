@@ -8,7 +8,7 @@ from nets.yolo import ModelSpec, YoloBody
 from tests.conftest import ANCHORS
 from utils.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from utils.errors import UserError
-from utils.weights import fits_plain_attention, read_weights, start_from
+from utils.weights import fill, fits_plain_attention, read_weights, start_from
 
 SPEC = ModelSpec(("cat", "dög"), ANCHORS, phi=2, attention_args={"ratio": 4}, input_size=(64, 96), letterbox=True)
 
@@ -134,3 +134,17 @@ def test_a_gain_comes_only_with_its_block():
 def test_nothing_that_fits():
     with pytest.raises(UserError, match="no parameter fits"):
         start_from(YoloBody(SPEC.anchors_mask, 2), {"layer.weight": torch.zeros(3)}, "a.pth")
+
+
+def test_a_network_is_filled_or_refused():
+    model, source = (YoloBody(SPEC.anchors_mask, 2, 1) for _ in range(2))
+    weights = source.state_dict() | {"total_ops": torch.zeros(1)}
+    lines = fill(model, weights, "a.pth")
+    assert lines == ["105 of 105 tensors loaded", "not loaded, since this network has none of that name: total_ops"]
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    del weights["upsample.upsample.0.conv.weight"]
+    weights["feat1_att.fc.0.weight"] = torch.zeros(8, 256)
+    with pytest.raises(UserError, match=r"a\.pth does not fill the network: 103 of 105") as error:
+        fill(model, weights, "a.pth")
+    assert "missing in the file: upsample.upsample.0.conv.weight" in str(error.value)
+    assert "of another shape: feat1_att.fc.0.weight (8, 256) instead of (16, 256)" in str(error.value)

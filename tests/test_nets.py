@@ -1,14 +1,19 @@
 """The network against the reference values, and what `phi` promises."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from nets.attention import ATTENTION
-from nets.yolo import ModelSpec, YoloBody, summary
+from nets.yolo import PLACES, ModelSpec, YoloBody, summary
 from tests.conftest import ANCHORS, MASKS, REFERENCE, needs_shared, reference_value
+from tools import convert_weights
+from utils.checkpoint import Checkpoint, save_checkpoint
+from utils.detector import Detector
+from utils.weights import read_weights, start_from
 
 
 def fill(model: torch.nn.Module, keys: list) -> torch.nn.Module:
@@ -35,6 +40,51 @@ def test_network_matches_reference(reference, phi):
         p5, p4 = model(torch.from_numpy(arrays["x"]))
     np.testing.assert_allclose(p5.numpy(), arrays[f"phi{phi}_p5"], atol=1e-4, rtol=0)
     np.testing.assert_allclose(p4.numpy(), arrays[f"phi{phi}_p4"], atol=1e-4, rtol=0)
+
+
+@needs_shared
+@pytest.mark.parametrize(("phi", "renamed"), [*((phi, False) for phi in range(5)), (2, True)])
+def test_converted_weights_match_reference(reference, phi, renamed, tmp_path):
+    """A published file, of either naming, through tools/convert_weights.py and the detector."""
+    keys, arrays = reference
+    state = {name: reference_value(name, shape, i) for i, (name, shape) in enumerate(keys[f"phi{phi}"])}
+    if renamed:
+        naming = {".fc1.": ".fc.0.", ".fc2.": ".fc.2.", "spatialattention.conv1.": "spatialattention.conv."}
+        for ours, theirs in naming.items():
+            state = {name.replace(ours, theirs): value for name, value in state.items()}
+        state = {f"module.{name}": value for name, value in state.items()}
+        assert "module.feat1_att.channelattention.fc.0.weight" in state
+    torch.save(state, tmp_path / "published.pth")
+    path = convert_weights.main(convert_weights.Config(str(tmp_path / "published.pth"), input_size=(64, 96)))
+    detector = Detector.load(path)
+    assert (detector.spec.phi, detector.spec.scale_xy, detector.spec.letterbox) == (phi, 1.0, False)
+    with torch.no_grad():
+        heads = detector.network.model(torch.from_numpy(arrays["x"]))
+    for head, name in zip(heads, ("p5", "p4"), strict=True):
+        np.testing.assert_allclose(head.numpy(), arrays[f"phi{phi}_{name}"], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("phi", [phi for phi in ATTENTION if phi])
+def test_a_phi_0_checkpoint_starts_every_phi(phi, tmp_path):
+    """By its file, and for another class count too: nothing but heads and attention is fresh."""
+    spec = ModelSpec(("a", "b"), ANCHORS)
+    plain = spec.build().eval()
+    save_checkpoint(tmp_path / "a.safetensors", Checkpoint(spec, plain.state_dict(), {}, {}))
+    weights = read_weights(tmp_path / "a.safetensors")
+    same, x = replace(spec, phi=phi).build().eval(), torch.rand(1, 3, 64, 96)
+    line = start_from(same, weights, "a.safetensors")
+    assert "yolo_head" not in line
+    other = replace(spec, phi=phi, class_names=("a", "b", "c")).build().eval()
+    line = start_from(other, weights, "a.safetensors")
+    fresh = line.partition("fresh: ")[2].split(", ")
+    assert {name for name in fresh if not name.startswith(("attention_gain.", *PLACES))} == {
+        f"yolo_head{head}.1.{name}" for head in ("P5", "P4") for name in ("weight", "bias")
+    }
+    with torch.no_grad():
+        for ours, theirs in zip(same(x), plain(x), strict=True):
+            torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+        for ours, theirs in zip(other.backbone(x), plain.backbone(x), strict=True):
+            assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("size", [(32, 32), (96, 64), (320, 416)])

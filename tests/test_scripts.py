@@ -343,7 +343,7 @@ def test_help_explains_every_flag(script):
     ("arguments", "words"),
     [
         (["--devkit", "/nowhere"], ["VOC2007/train", "/nowhere", "make demo"]),
-        (["--phi", "9"], ["phi is 9", "0 (none), 1 (se_block)"]),
+        (["--phi", "99"], ["phi is 99", "0 (none), 1 (se_block)"]),
         (["--input-size", "416", "400"], ["multiples of 32"]),
         (["--lr", "nan"], ["lr is nan"]),
         (["--batch-size", "-1"], ["batch_size is -1"]),

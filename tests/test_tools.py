@@ -1,13 +1,20 @@
 """The tools, as users run them."""
 
 import json
+import re
+import shutil
 import sys
+import time
+from collections import Counter
 
 import pytest
 import torch
 
 from tests.conftest import ROOT, run
-from tools import benchmark, make_demo_data, make_splits
+from tools import benchmark, kmeans_anchors, make_demo_data, make_splits
+from utils.anchors import load_anchors
+from utils.errors import UserError
+from utils.survey import anchor_fit
 from utils.voc import load_classes, load_samples
 
 
@@ -62,6 +69,106 @@ def test_splits_are_never_replaced(expect_mistake, unsplit):
     expect_mistake(make_splits, ["--folder", unsplit], "already has train.txt, val.txt, trainval.txt, test.txt")
     expect_mistake(make_splits, ["--folder", unsplit / "none"], "there is no data set")
     expect_mistake(make_splits, ["--folder", unsplit, "--val", 0.6, "--test", 0.4], "none to train on")
+
+
+def classes_of(names, counts):
+    """How many objects of each class some images have."""
+    return sum((counts[name] for name in names), Counter())
+
+
+def test_splits_have_their_share_of_every_class():
+    """200 images: one of ten has a rare class, and one of four a common one many times."""
+    counts = {f"image {i}": Counter(rare=i % 10 == 0, common=5 * (i % 4 == 1), usual=1) for i in range(200)}
+    splits = make_splits.split_names(list(counts), make_splits.Config(val=0.2, test=0.1), counts)
+    assert [len(splits[name]) for name in ("train", "val", "trainval", "test")] == [140, 40, 180, 20]
+    for name, share in (("train", 0.7), ("val", 0.2), ("test", 0.1)):
+        found = classes_of(splits[name], counts)
+        assert found["rare"] == round(20 * share)
+        assert found["common"] == pytest.approx(250 * share, abs=5)
+    plain = make_splits.split_names(list(counts), make_splits.Config(val=0.2, test=0.1))
+    assert classes_of(plain["val"], counts)["rare"] != 4  # by luck alone
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_groups_stay_together(seed):
+    names = [f"video{video:02}_{frame}" for video in range(12) for frame in range(5)] + ["alone", "single"]
+    settings = make_splits.Config(val=0.05, test=0.05, groups=r"^(video\d+)_", seed=seed)
+    splits = make_splits.split_names(names, settings)
+    videos = [{name.partition("_")[0] for name in splits[split]} for split in ("train", "val", "test")]
+    assert all(videos)
+    assert sum(map(len, videos)) == len(set().union(*videos)) == 14
+    with pytest.raises(UserError, match="3 groups of images are too few"):
+        make_splits.split_names(names[:15], make_splits.Config(folds=4, test=0, groups="^video.."))
+    with pytest.raises(UserError, match="finds nothing in any name, such as 'video00_0'"):
+        make_splits.split_names(names, make_splits.Config(groups="clip"))
+    with pytest.raises(UserError, match="no regular expression"):
+        make_splits.Config(groups="(")
+
+
+def test_folds(unsplit):
+    splits = make_splits.main(make_splits.Config(str(unsplit), folds=4, test=0.15))
+    assert len(splits["test"]) == 3
+    validated = [splits[f"val_{number}"] for number in range(1, 5)]
+    assert sorted(map(len, validated)) == [4, 4, 4, 4]
+    assert sorted(name for fold in validated for name in fold) == splits["trainval"]
+    for number, fold in enumerate(validated, start=1):
+        assert sorted([*splits[f"train_{number}"], *fold]) == splits["trainval"]
+    assert not {*splits["trainval"]} & {*splits["test"]}
+    with pytest.raises(UserError, match="folds is 1"):
+        make_splits.Config(folds=1)
+
+
+def test_splits_of_drawn_data_are_stratified(devkit, tmp_path, capsys):
+    folder = tmp_path / "Set"
+    shutil.copytree(devkit / "Demo", folder)
+    shutil.rmtree(folder / "ImageSets")
+    (folder / "Annotations" / "val_0000.xml").write_text("broken")
+    make_splits.main(make_splits.Config(str(folder), val=0.3, test=0.3))
+    printed = capsys.readouterr().out
+    assert "1 errors in the annotations, whose objects do not count; the first:" in printed
+    assert "no object" not in printed  # all six classes are in all splits
+
+
+def test_anchors_of_known_shapes():
+    """Five groups of shapes, which the anchors must be the middles of."""
+    middles = torch.tensor([[12.0, 20.0], [40.0, 30.0], [60.0, 90.0], [160.0, 120.0], [300.0, 350.0]])
+    noise = torch.rand(5, 200, 2, generator=torch.Generator().manual_seed(0)) * 0.2 + 0.9
+    sides = (middles[:, None] * noise).flatten(0, 1)
+    found = kmeans_anchors.find_anchors(sides, 5, starts=5, seed=0)
+    torch.testing.assert_close(found, middles, rtol=0.02, atol=0)
+    assert anchor_fit(sides, found).mean_iou > 0.88
+    with pytest.raises(UserError, match="5 anchors need as many shapes of objects, and the sets have 1"):
+        kmeans_anchors.find_anchors(torch.ones(9, 2), 5, starts=1, seed=0)
+
+
+def test_anchor_fit_by_hand():
+    sides, anchors = torch.tensor([[10.0, 10.0], [20.0, 10.0], [100.0, 1.0]]), torch.tensor([[10.0, 10.0]])
+    fit = anchor_fit(sides, anchors)  # IoU 1, 1/2 and 10 / 190
+    assert fit.mean_iou == pytest.approx((1 + 1 / 2 + 10 / 190) / 3)
+    assert fit.recall == pytest.approx(2 / 3)
+    assert anchor_fit(sides[:0], anchors) is None
+
+
+def test_anchors_of_100_000_objects_are_quick():
+    sides = (torch.randn(100_000, 2, generator=torch.Generator().manual_seed(0)) + 4).exp()
+    started = time.process_time()
+    kmeans_anchors.find_anchors(sides, 5, kmeans_anchors.Config.starts, seed=0)
+    assert time.process_time() - started < 10
+
+
+def test_anchors_are_written_for_training(devkit, expect_mistake, tmp_path, capsys):
+    out, classes = tmp_path / "anchors.txt", devkit / "Demo" / "classes.txt"
+    flags = ["--devkit", devkit, "--sets", "Demo/train", "--classes", classes, "--out", out, "--input-size", 320, 320]
+    result = run("tools/kmeans_anchors.py", *flags)
+    assert result.returncode == 0, result.stderr
+    before, after = re.findall(r"recall [\d.]+, mean IoU ([\d.]+)", result.stdout)
+    assert float(after) > float(before) + 0.02
+    anchors = load_anchors(out)
+    assert anchors[0] == anchors[1]  # no head has the first one
+    areas = [width * height for width, height in anchors]
+    assert areas == sorted(areas)
+    assert out.with_suffix(".png").stat().st_size > 10_000
+    expect_mistake(kmeans_anchors, flags, f"{out} exists", "--out")
 
 
 def figures_of(tmp_path, *arguments):

@@ -1,6 +1,7 @@
 """Darknet's files: read as an independent forward of Darknet saw them, written back bit by bit, mistakes named."""
 
 import struct
+from dataclasses import replace
 from itertools import accumulate
 
 import numpy as np
@@ -8,15 +9,22 @@ import pytest
 import torch
 from torch.nn import functional
 
+import eval as eval_script
+import predict
 from nets.yolo import ModelSpec
-from tests.conftest import ANCHORS, REFERENCE, needs_shared
+from tests.conftest import ANCHORS, REFERENCE, ROOT, needs_shared
+from tools import convert_weights
 from utils.anchors import decode, levels_of
+from utils.checkpoint import load_checkpoint
 from utils.darknet import START, cfg_of, count, layers_for, layers_of, read_darknet, write_darknet
+from utils.detector import Detector
 from utils.errors import UserError
+from utils.voc import load_classes
 from utils.weights import read_weights, start_from
 
 VOC = ModelSpec(tuple(f"class {i}" for i in range(20)), ANCHORS, input_size=(160, 160), scale_xy=1.05)
 PAIR = ModelSpec(("cat", "dog"), ANCHORS, anchors_mask=((3, 4, 5), (0, 1, 2)), input_size=(64, 96), scale_xy=1.5)
+VOC_CLASSES = ROOT / "model_data" / "voc_classes.txt"
 ONE_CLASS = 4 * 3 * (513 + 257)  # bytes that a class more takes
 HEADER = struct.pack("<3iq", 0, 2, 5, 0)
 
@@ -69,6 +77,54 @@ def test_heads_and_boxes_are_darknets(voc_file):
         above = expected[:, 5:] > 0  # Darknet zeroes what is below its threshold
         assert above.mean() > 0.9
         np.testing.assert_allclose(scores[above], expected[:, 5:][above], atol=1e-4)
+
+
+@needs_shared
+def test_converted_darknet_weights_find_the_same(voc_file, tmp_path, capsys):
+    reference = np.load(REFERENCE / "darknet_voc20.npz")
+    config = convert_weights.Config(str(voc_file), str(tmp_path / "a.safetensors"), input_size=(160, 160))
+    detector = Detector.load(convert_weights.main(config))
+    assert "99 of 99 tensors loaded" in capsys.readouterr().out
+    assert detector.spec == replace(VOC, class_names=load_classes(VOC_CLASSES), identity_start=False)
+    with torch.no_grad():
+        heads = detector.network.model(torch.from_numpy(reference["x"]))
+    for head, name in zip(heads, ("p5", "p4"), strict=True):
+        np.testing.assert_allclose(head.numpy(), reference[f"head_{name}"], atol=1e-4)
+    boxes, scores = (values[0].numpy() for values in detector.network.decode(heads))
+    expected = np.concatenate([
+        reference[f"yolo_{name}"].reshape(-1, 3, 25).swapaxes(0, 1).reshape(-1, 25) for name in ("p5", "p4")
+    ])  # the cell fastest, as ours  # fmt: skip
+    np.testing.assert_allclose((boxes[:, :2] + boxes[:, 2:]) / 2 / 160, expected[:, :2], atol=1e-4)
+    above = expected[:, 5:] > 0
+    np.testing.assert_allclose(scores[above], expected[:, 5:][above], atol=1e-4)
+
+
+def test_what_cannot_be_converted(voc_file, pair_file, expect_mistake, tmp_path):
+    start = tmp_path / "yolov4-tiny.conv.29"
+    start.write_bytes(voc_file.read_bytes()[:19_789_716])
+    expect_mistake(convert_weights, ["--weights", start], "has no heads", "a start to train from", "train.py --weights")
+    pair, _ = pair_file
+    expect_mistake(convert_weights, ["--weights", pair], f"{pair} has 2 classes; name a file with their names")
+    classes = ["--classes", ROOT / "model_data" / "coco_classes.txt"]
+    expect_mistake(convert_weights, ["--weights", voc_file, *classes], "has 20 classes, but", "has 80")
+    expect_mistake(convert_weights, ["--weights", pair, "--masks", 3, 4, 5, 0, 1, 6], "there are six anchors, 0 to 5")
+    other = tmp_path / "other.pth"
+    torch.save({"layer.weight": torch.zeros(3)}, other)
+    expect_mistake(convert_weights, ["--weights", other], "no parameter has a name of this network")
+    for script, flags in ((predict, [ROOT / "docs" / "images" / "demo_batch.jpg"]), (eval_script, [])):
+        expect_mistake(script, [*flags, "--weights", pair], f"make one with tools/convert_weights.py --weights {pair}")
+    assert [path.name for path in tmp_path.iterdir()] == ["yolov4-tiny.conv.29", "other.pth"]
+
+
+def test_a_converted_pair_of_masks(pair_file, tmp_path):
+    pair, model = pair_file
+    (tmp_path / "pair.txt").write_text("cat\ndog\n")
+    masks, size = (3, 4, 5, 0, 1, 2), (64, 96)
+    config = convert_weights.Config(str(pair), str(tmp_path / "a.safetensors"), str(tmp_path / "pair.txt"), masks=masks)
+    checkpoint = load_checkpoint(convert_weights.main(replace(config, input_size=size)))
+    assert checkpoint.spec == replace(PAIR, scale_xy=1.05, identity_start=False)
+    for name, value in model.state_dict().items():
+        assert torch.equal(checkpoint.weights[name], value) or name.endswith("num_batches_tracked")
 
 
 def test_written_is_what_was_read(voc_file, tmp_path):

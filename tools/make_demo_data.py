@@ -9,7 +9,6 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from xml.sax.saxutils import escape
 
 import cv2
 import numpy as np
@@ -17,9 +16,9 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.annotations import EDGES
 from utils.errors import UserError, check_range, make_folder, run_script
 from utils.images import write_image
+from utils.label_writers import voc_xml
 
 CLASSES = ("circle", "square", "triangle", "star", "cross", "ring")
 MARKER = "drawn_by_make_demo_data.txt"  # a folder without it is not ours to write to
@@ -109,26 +108,13 @@ def draw_image(rng: np.random.Generator) -> tuple[np.ndarray, list[tuple[str, tu
     return cv2.GaussianBlur(picture, (3, 3), rng.uniform(0.3, 0.9)), objects
 
 
-def annotation(name: str, picture: np.ndarray, objects: list[tuple[str, tuple[int, int, int, int]]]) -> str:
-    """The VOC XML of a picture."""
-    height, width = picture.shape[:2]
-    lines = [
-        "<annotation>",
-        f"  <filename>{escape(name)}</filename>",
-        f"  <size><width>{width}</width><height>{height}</height><depth>3</depth></size>",
-    ]
-    for class_name, box in objects:
-        edges = "".join(f"<{edge}>{value}</{edge}>" for edge, value in zip(EDGES, box, strict=True))
-        lines.append(f"  <object><name>{class_name}</name><difficult>0</difficult><bndbox>{edges}</bndbox></object>")
-    return "\n".join([*lines, "</annotation>", ""])
-
-
 def write_sample(folder: Path, seed: int, item: tuple[int, str]) -> None:
     """Draw one image of its own seed, and write it with its annotation."""
     number, name = item
     picture, objects = draw_image(np.random.default_rng([seed, number]))
     write_image(folder / "JPEGImages" / f"{name}.jpg", picture)
-    text = annotation(f"{name}.jpg", picture, objects)
+    labels = [(class_name, [x1 - 1, y1 - 1, x2, y2], False) for class_name, (x1, y1, x2, y2) in objects]
+    text = voc_xml(f"{name}.jpg", picture.shape[:2], labels)
     (folder / "Annotations" / f"{name}.xml").write_text(text, encoding="utf-8")
 
 

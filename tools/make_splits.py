@@ -1,18 +1,29 @@
 """Write the split files of a VOC data set that has none: python tools/make_splits.py --folder VOCdevkit/VOC2007
 
-Every image that has an annotation goes into test, val or train by the shares given; trainval is train and val. The
-same seed makes the same split. A split file with names in it is never replaced.
+Every image that has an annotation goes into test, val or train by the shares given, so that each has about its share
+of every class; trainval is train and val. Images of one video, place or animal, which are much alike, stay together
+when --groups says how their names begin. The same seed makes the same split. A split file with names in it is never
+replaced.
 """
 
 import random
+import re
 import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from utils.annotations import AnnotationIndex
 from utils.errors import UserError, check_range, run_script
+from utils.files import replacing
+from utils.problems import Problems
 from utils.voc import index_images
+
+Counts = Mapping[str, Counter[str]]  # of an image's name: how many objects of each class it has
 
 
 @dataclass(frozen=True)
@@ -22,14 +33,28 @@ class Config:
     folder: str = "VOCdevkit/VOC2007"  # the data set, with JPEGImages/ and Annotations/
     val: float = 0.1  # share of the images to validate on
     test: float = 0.1  # share of the images held out
+    folds: int = 0  # instead of train and val, write train_1, val_1 ...: each image is validated on once; 0: none
+    groups: str = ""  # regular expression; images that it finds the same text in stay together, such as ^[a-z]+_
     seed: int = 0  # the same seed makes the same split
+
+    def __post_init__(self) -> None:
+        """Raise UserError for a value that cannot work."""
+        check_range(self, 0, 1, "val", "test")
+        check_range(self, 0, 1000, "folds")
+        if self.folds == 1:
+            raise UserError("folds is 1, which leaves none to train on; give 2 or more, or 0 for a single split")
+        if self.folds and self.test >= 1:
+            raise UserError("test takes all of the images, which leaves none to train on")
+        if not self.folds and self.val + self.test >= 1:
+            raise UserError(f"val and test take {self.val + self.test:g} of the images, which leaves none to train on")
+        try:
+            re.compile(self.groups)
+        except re.error as error:
+            raise UserError(f"groups is {self.groups!r}, which is no regular expression: {error}") from None
 
 
 def main(config: Config) -> dict[str, list[str]]:
     """Write the splits; returns the image names of each."""
-    check_range(config, 0, 1, "val", "test")
-    if config.val + config.test >= 1:
-        raise UserError(f"val and test take {config.val + config.test:g} of the images, which leaves none to train on")
     folder = Path(config.folder)
     if not folder.is_dir():
         raise UserError(f"there is no data set {folder}")
@@ -38,31 +63,104 @@ def main(config: Config) -> dict[str, list[str]]:
     if not names:
         raise UserError(f"{folder} has no image in JPEGImages/ with an annotation of its name in Annotations/")
     target = folder / "ImageSets" / "Main"
-    splits = split_names(names, config)
+    counts = count_objects(folder / "Annotations", names)
+    splits = split_names(names, config, counts)
     files = [target / f"{split}.txt" for split in splits]
     existing = [file.name for file in files if file.exists() and file.read_text(encoding="utf-8").strip()]
     if existing:
         raise UserError(f"{target} already has {', '.join(existing)}; to split anew, remove them")
     target.mkdir(parents=True, exist_ok=True)
     for split, members in splits.items():
-        (target / f"{split}.txt").write_text("".join(f"{name}\n" for name in members), encoding="utf-8")
+        with replacing(target / f"{split}.txt") as file:
+            file.write("".join(f"{name}\n" for name in members).encode())
     print(f"{target}: " + ", ".join(f"{split} {len(members)}" for split, members in splits.items()))
     left = len(images) - len(names)
     if left:
         print(f"{left} images without an annotation were left out")
+    classes = set().union(*counts.values())
+    for split, members in splits.items():
+        absent = sorted(classes - set().union(*(counts[name] for name in members)))
+        if absent:
+            print(f"{split} has no object of {', '.join(absent)}")
     return splits
 
 
-def split_names(names: list[str], config: Config) -> dict[str, list[str]]:
+def count_objects(folder: Path, names: Sequence[str]) -> Counts:
+    """What the annotations of some images hold; what cannot be read does not count, and a line says so."""
+    annotations, counts, problems = AnnotationIndex(folder), {}, Problems(collect=True)
+    for name in names:
+        objects = []
+        with problems.item():
+            _, objects = annotations.read(f"{name}.xml", problems)
+        counts[name] = Counter(item[0] for item in objects if item)
+    annotations.save()
+    errors = [problem for problem in problems.found if problem.kind == "error"]
+    if errors:
+        print(f"{len(errors)} errors in the annotations, whose objects do not count; the first: {errors[0]}")
+    return counts
+
+
+def split_names(names: Sequence[str], config: Config, counts: Counts | None = None) -> dict[str, list[str]]:
     """Names by split, each in sorted order; a share above 0 gets at least one name if there are enough."""
-    shuffled = list(names)
-    random.Random(config.seed).shuffle(shuffled)
-    counts = [max(1, round(share * len(names))) if share else 0 for share in (config.test, config.val)]
-    if sum(counts) >= len(names):
-        raise UserError(f"{len(names)} images are too few to split; set --val 0 --test 0 or add images")
-    test, val, train = shuffled[: counts[0]], shuffled[counts[0] : sum(counts)], shuffled[sum(counts) :]
+    groups, counts = group_names(names, config.groups), counts or {}
+    val = 0 if config.folds else config.val
+    wanted = [max(1, round(share * len(names))) if share else 0 for share in (config.test, val)]
+    parts = max(1, config.folds) + sum(map(bool, wanted))
+    if parts > len(groups) or sum(wanted) >= len(names):
+        kind = "groups of images" if config.groups else "images"
+        raise UserError(f"{len(groups)} {kind} are too few to split; set --val 0 --test 0, or add images")
+    rng = random.Random(config.seed)
+    test, val, train = share_out(groups, [*wanted, len(names) - sum(wanted)], counts, rng)
     splits = {"train": train, "val": val, "trainval": train + val, "test": test}
+    if config.folds:
+        splits = {"trainval": train, "test": test}
+        inner = group_names(train, config.groups)
+        folds = share_out(inner, [len(train) / config.folds] * config.folds, counts, rng)
+        for number, fold in enumerate(folds, start=1):
+            splits |= {f"train_{number}": sorted({*train} - {*fold}), f"val_{number}": fold}
     return {split: sorted(members) for split, members in splits.items() if members}
+
+
+def group_names(names: Sequence[str], pattern: str) -> list[list[str]]:
+    """The names that stay together: those in which `pattern` finds the same text, and each other one alone."""
+    groups: dict[tuple[str, bool], list[str]] = {}
+    for name in names:
+        found = re.search(pattern, name) if pattern else None
+        text = (found[1] if found.re.groups else found[0]) if found else name
+        groups.setdefault((text, found is not None), []).append(name)
+    if pattern and not any(matched for _, matched in groups):
+        raise UserError(f"groups is {pattern!r}, which finds nothing in any name, such as {names[0]!r}")
+    return list(groups.values())
+
+
+def share_out(
+    groups: Sequence[list[str]], wanted: Sequence[float], counts: Counts, rng: random.Random
+) -> list[list[str]]:
+    """Groups of names into parts of about `wanted` names each, all with their share of every class.
+
+    Iterative stratification (doi 10.1007/978-3-642-23808-6_10): the rarest class first, where most of it is missing.
+    """
+    contents = [sum((counts.get(name, Counter()) for name in group), Counter()) for group in groups]
+    totals = sum(contents, Counter())
+    share = [part / sum(wanted) for part in wanted]
+    missing = [{name: total * part for name, total in totals.items()} for part in share]
+    free = list(wanted)
+    rarest = [min(content, key=totals.__getitem__, default=None) for content in contents]
+    order = list(range(len(groups)))
+    rng.shuffle(order)
+    order.sort(key=lambda i: (totals[rarest[i]] if rarest[i] else inf, -len(groups[i])))
+    parts: list[list[str]] = [[] for _ in wanted]
+    asked = [part for part, number in enumerate(wanted) if number]
+    for left, i in zip(range(len(order), 0, -1), order, strict=True):
+        empty = [part for part in asked if not parts[part]]
+        room = [part for part in asked if free[part] > len(groups[i]) - 0.5]
+        candidates = empty if left <= len(empty) else room or asked
+        best = max(candidates, key=lambda part: (missing[part].get(rarest[i], 0) if room else 0, free[part]))
+        parts[best] += groups[i]
+        free[best] -= len(groups[i])
+        for name, number in contents[i].items():
+            missing[best][name] -= number
+    return parts
 
 
 if __name__ == "__main__":

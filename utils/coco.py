@@ -212,10 +212,7 @@ def read_coco(path: str | Path, images: str | Path, class_names: Sequence[str]) 
     samples = []
     for image in truth["images"]:
         name = image["file_name"]
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise UserError(
-                f"{path} names the image {name}, which is not within a folder of images; name it from there"
-            )
+        check_within(path, name)
         if not (folder / name).is_file():
             raise UserError(f"{path} names the image {name}, but it is not in {folder}; give the folder as --images")
         found = [item for item in objects[image["id"]] if min(item["bbox"][2:]) > 0]
@@ -268,6 +265,12 @@ def read_truth(path: Path) -> dict[str, list[dict[str, Any]]]:
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is not COCO ground truth: {error}") from None
     return {"images": images, "categories": categories, "annotations": annotations}
+
+
+def check_within(path: Path, name: str) -> None:
+    """Raise UserError for an image that would lie outside the folder of images."""
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise UserError(f"{path} names the image {name}, which is not within a folder of images; name it from there")
 
 
 def to_xywh(box: np.ndarray) -> list[float]:

@@ -155,3 +155,13 @@ def turn_upright(image: np.ndarray, orientation: int) -> np.ndarray:
     if orientation in (3, 4, 7, 8):
         image = image[::-1]
     return np.ascontiguousarray(image)
+
+
+def file_size(path: Path, upright: bool = False) -> tuple[int, int]:
+    """Height and width of an image file as it is stored, or as EXIF turns it."""
+    try:
+        with Image.open(path, formats=FORMATS) as picture:
+            turned = upright and picture.getexif().get(ORIENTATION, 1) > 4
+            return (picture.width, picture.height) if turned else (picture.height, picture.width)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        raise Mistake(path, "is not an image that can be read") from None

@@ -163,6 +163,20 @@ def draw_shapes(sides: np.ndarray, anchors: np.ndarray, recall: float | None, pa
     save(figure, path)
 
 
+def draw_counts(counts: dict[str, dict[str, int]], path: Path) -> None:
+    """Objects of each class in each part of a data set, as bars; of each part a dict by class."""
+    names = list(next(iter(counts.values())))
+    figure, axes = plt.subplots(figsize=(9, 1.2 + 0.28 * len(names)), layout="constrained")
+    height = 0.8 / len(counts)
+    for i, (part, values) in enumerate(counts.items()):
+        places = np.arange(len(names)) + (i - (len(counts) - 1) / 2) * height
+        axes.barh(places, [values[name] for name in names], height, label=part)
+    axes.set_yticks(range(len(names)), [plain(name) for name in names])
+    axes.set(xlabel="objects", xscale="symlog", ylim=(len(names) - 0.4, -0.6))
+    axes.legend()
+    save(figure, path)
+
+
 def draw_examples(
     detections: Sequence[sv.Detections], thresholds: Sequence[float], cache: ImageCache, class_names: Sequence[str]
 ) -> np.ndarray:

@@ -1,7 +1,6 @@
 """What an evaluation leaves in its folder: tables, plots, and `report.html`, one page that needs nothing else."""
 
 import json
-from base64 import b64encode
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,27 +10,25 @@ from typing import Any
 import numpy as np
 import supervision as sv
 import torch
-from jinja2 import Environment, FileSystemLoader
-from torch import Tensor
 
 from utils.anchors import levels_of
-from utils.boxes import shape_iou
 from utils.cache import ImageCache
 from utils.coco import COCO_NAMES
 from utils.detector import Detector
-from utils.files import replacing
 from utils.images import around, draw_view, encode_image
 from utils.loss import LossSettings
 from utils.metrics import Evaluation, confident, confusion_matrix, on_difficult, pair
+from utils.page import data_uri, write_page, write_text
 from utils.plots import draw_confidence, draw_confusion, draw_precision_recall, draw_shapes
 from utils.review import Suspicion, suspect_labels
 from utils.samples import read_sample
+from utils.survey import anchor_fit
 from utils.voc import Sample
 from utils.weighted_ap import DRAWS, INTERVAL, bootstrap, influence, interval
 
+PAGE = "report.html"  # and its template
 WORST = 12  # images shown that cost the most AP
 SUSPICIONS = 24  # label errors shown; label_errors.json has all
-TEMPLATE = Path(__file__).with_suffix(".html")
 PLOTS = {
     "precision_recall.png": "precision and recall",
     "confusion.png": "confusion matrix",
@@ -101,7 +98,8 @@ class Report:
         spec, curves, samples = self.detector.spec, self.evaluation.curves, self.cache.samples
         names, boxes = spec.class_names, self.cache.boxes[self.cache.labels >= 0]
         sides, anchors = boxes[:, 2:] - boxes[:, :2], torch.cat([level.anchors for level in levels_of(spec)])
-        recall = best_possible_recall(sides, anchors)
+        fit = anchor_fit(sides, anchors)
+        recall = fit and fit.recall
         counts = confusion_matrix(samples, self.detections, self.evaluation.thresholds)
         confusion = {"classes": [*names, "background"], "counts": counts.tolist()}
         limits = self.detector.thresholds
@@ -121,8 +119,9 @@ class Report:
 
     def write_page(self, folder: Path, metrics: dict[str, Any], suspicions: Sequence[Suspicion]) -> None:
         """`report.html`, with all its pictures inside."""
-        template = Environment(loader=FileSystemLoader(TEMPLATE.parent), autoescape=True).get_template(TEMPLATE.name)
-        page = template.render(
+        write_page(
+            folder / PAGE,
+            PAGE,
             metrics=metrics,
             columns=CLASS_COLUMNS,
             rows=[(name, [show(values.get(key)) for key in CLASS_COLUMNS]) for name, values in class_rows(metrics)],
@@ -135,7 +134,6 @@ class Report:
             recall=show(metrics["best_possible_recall"]),
             anchor_iou=LossSettings.anchor_iou,
         )
-        write_text(folder / "report.html", page)
 
     def worst_images(self) -> list[dict[str, Any]]:
         """The images that cost the most AP, with frames around what was missed and what is false."""
@@ -178,22 +176,6 @@ class Report:
         return {name: data_uri(encode_image(view, ".jpg"), "jpeg") for name, view in views.items()}
 
 
-def best_possible_recall(sides: Tensor, anchors: Tensor) -> float | None:
-    """The share of objects (N, 2) that are shaped like some anchor (A, 2): overlapping by more than training asks for.
-
-    None without objects. The others are answered for too, but by an anchor that has to stretch far.
-    """
-    if not len(sides):
-        return None
-    overlap = shape_iou(sides, anchors).amax(dim=1)
-    return (overlap > LossSettings.anchor_iou).double().mean().item()
-
-
-def write_text(path: Path, text: str) -> None:
-    with replacing(path) as file:
-        file.write(text.encode())
-
-
 def describe(item: Suspicion, sample: Sample) -> dict[str, Any]:
     """A suspicion as JSON has it, its box in pixels counted from 0."""
     return {
@@ -204,11 +186,6 @@ def describe(item: Suspicion, sample: Sample) -> dict[str, Any]:
         "box": [round(float(edge), 1) for edge in item.box],
         "reason": item.reason,
     }
-
-
-def data_uri(content: bytes, kind: str) -> str:
-    """A picture as an address that holds it."""
-    return f"data:image/{kind};base64,{b64encode(content).decode()}"
 
 
 def compare(paths: Sequence[str], evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:

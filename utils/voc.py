@@ -5,6 +5,7 @@ import re
 from collections import defaultdict
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from unicodedata import normalize
 
@@ -17,6 +18,7 @@ from utils.problems import Mistake, Problem, Problems
 from utils.text import BOM, read_lines, read_text, show
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
+SIMILAR = 0.8  # share of letters that a misspelt class has in common with the one that is meant
 
 Unknown = dict[str, list[tuple[Path, str]]]  # of each class that is not known the files and places that have it
 
@@ -121,9 +123,10 @@ def load_samples(
 
 
 def hint(name: str, class_names: Sequence[str]) -> str:
-    """The class that is meant, where a name differs from it in its case alone."""
-    same = [known for known in class_names if known.casefold() == name.casefold()]
-    return f" instead of {same[0]!r}" if same else ""
+    """The class that is meant, where a name differs from it little or in its case alone."""
+    folded = {known.casefold(): known for known in class_names}
+    near = get_close_matches(name.casefold(), folded, 1, SIMILAR)
+    return f" instead of {folded[near[0]]!r}" if near else ""
 
 
 def load_set(devkit: Path, name: str, indices: Mapping[str, int], problems: Problems, unknown: Unknown) -> list[Sample]:

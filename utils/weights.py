@@ -17,6 +17,8 @@ from utils.problems import Problems
 from utils.text import show
 
 GAIN = "attention_gain."
+TOLD = 8  # names in a line
+COUNTER = "num_batches_tracked"  # of batch norms; nothing depends on it
 TYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int32, torch.int64}  # of parameters
 PARALLEL = "module."  # what DataParallel puts before a name
 DARKNET = re.compile(r"\.(weights|conv\.\d+)$")  # the ends of names that Darknet gives
@@ -118,6 +120,34 @@ def start_from(model: nn.Module, weights: Mapping[str, Tensor], source: str | Pa
     if not fitting:
         raise UserError(f"{source}: no parameter fits this network; is it YOLOv4-tiny?")
     model.load_state_dict(fitting, strict=False)
-    left = sorted(name for name in own if name not in fitting and not name.endswith("num_batches_tracked"))
+    left = sorted(name for name in own if name not in fitting and not name.endswith(COUNTER))
     line = f"{source}: {len(fitting)} of {len(own)} tensors taken"
     return line + (f"; fresh: {', '.join(left)}" if left else "")
+
+
+def fill(model: nn.Module, weights: Mapping[str, Tensor], source: str | Path) -> list[str]:
+    """Give a network all its parameters; returns lines that say what was loaded, and what not and why.
+
+    Raises UserError, after which the network is useless, unless every parameter is there in its shape.
+    """
+    own, given = (
+        {name: tuple(value.shape) for name, value in tensors.items() if not name.endswith(COUNTER)}
+        for tensors in (model.state_dict(), weights)
+    )
+    missing = [name for name in own if name not in given]
+    differing = [name for name in own if given.get(name, own[name]) != own[name]]
+    misshapen = [f"{name} {given[name]} instead of {own[name]}" for name in differing]
+    unknown = [name for name in given if name not in own]
+    lines = [f"{len(own.keys() & given.keys()) - len(misshapen)} of {len(own)} tensors loaded"]
+    for reason, names in (
+        ("missing in the file", missing),
+        ("of another shape", misshapen),
+        ("not loaded, since this network has none of that name", unknown),
+    ):
+        if names:
+            more = f" and {len(names) - TOLD} more" if len(names) > TOLD else ""
+            lines.append(f"{reason}: {', '.join(names[:TOLD])}{more}")
+    if missing or misshapen:
+        raise UserError(f"{source} does not fill the network: {'; '.join(lines)}")
+    model.load_state_dict({name: value for name, value in weights.items() if name in own}, strict=False)
+    return lines

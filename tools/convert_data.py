@@ -1,0 +1,80 @@
+"""Convert labels between VOC, COCO and YOLO: python tools/convert_data.py --source DATA --to voc --out VOCdevkit/MySet
+
+Which layout the source has is seen: VOC (Annotations/, or XML files beside the images, as LabelImg, CVAT and Label
+Studio write them), COCO (a .json, or a folder with some) or YOLO (images/ and labels/). VOC's `difficult` is COCO's
+`iscrowd`. Images are copied as they are, the source stays as it was, and what the new layout cannot hold is said.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from utils.errors import UserError, run_script
+from utils.label_readers import LabelSet, read_coco, read_voc, read_yolo
+from utils.label_writers import without_thin, write_coco, write_voc, write_yolo
+from utils.problems import Problems
+
+WRITERS = {"voc": write_voc, "coco": write_coco, "yolo": write_yolo}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Convert labels between VOC, COCO and YOLO."""
+
+    source: str  # folder of the data set, or COCO's JSON
+    to: Literal["voc", "coco", "yolo"]  # the layout to write
+    out: str  # a new folder for it
+    images: str = ""  # folder of the images; empty: where the layout has them
+    classes: str = ""  # class names in their order; empty: what the source says, of VOC else the alphabet
+
+    def paths(self) -> tuple[Path, Path | None, Path | None]:
+        """Of the source, the images and the class file."""
+        return Path(self.source), *(Path(name) if name else None for name in (self.images, self.classes))
+
+
+def main(config: Config) -> LabelSet:
+    """Convert; returns what was written."""
+    out = Path(config.out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} is not empty; choose a new folder as --out")
+    problems = Problems()
+    labels, layout = read(config, problems)
+    if not labels.items:
+        raise UserError(f"{config.source} has no labels in the layout of {layout}")
+    lost = list(labels.notes)
+    if config.to == "voc":
+        labels, thin = without_thin(labels)
+        lost += [f"{thin} objects narrower or lower than a pixel"] if thin else []
+    objects = [item for labelled in labels.items.values() for item in labelled.objects]
+    difficult = sum(item[2] for item in objects)
+    if config.to == "yolo" and difficult:
+        lost.append(f"the mark of {difficult} difficult objects")
+    problems.check_share(len(labels.items), len(objects))
+    WRITERS[config.to](out, labels)
+    problems.tell(config.source, print)
+    for what in lost:
+        print(f"not carried over, since this {config.to.upper()} has no place for it: {what}")
+    print(f"{out}: {len(labels.items)} images, {len(objects)} objects of {len(labels.class_names)} classes")
+    print("splits: " + (", ".join(f"{name} {len(names)}" for name, names in labels.splits.items()) or "none"))
+    return labels
+
+
+def read(config: Config, problems: Problems) -> tuple[LabelSet, str]:
+    """The data set, and the layout that it has."""
+    source, images, classes = config.paths()
+    if not source.exists():
+        raise UserError(f"there is no data set {source}")
+    if source.suffix == ".json" or any(source.glob("*.json")) or any(source.glob("annotations/*.json")):
+        return read_coco(source, images, problems), "COCO"
+    if (source / "labels").is_dir():
+        return read_yolo(source, images, classes, problems), "YOLO"
+    if source.is_dir() and next(source.rglob("*.xml"), None):
+        return read_voc(source, images, classes, problems), "VOC"
+    raise UserError(f"{source} has no Annotations/ of VOC, no .json of COCO and no labels/ of YOLO")
+
+
+if __name__ == "__main__":
+    run_script(main, Config)
