@@ -97,7 +97,7 @@ def test_groups_stay_together(seed):
     videos = [{name.partition("_")[0] for name in splits[split]} for split in ("train", "val", "test")]
     assert all(videos)
     assert sum(map(len, videos)) == len(set().union(*videos)) == 14
-    with pytest.raises(UserError, match="3 groups of images are too few"):
+    with pytest.raises(UserError, match="3 groups of images are too few to split"):
         make_splits.split_names(names[:15], make_splits.Config(folds=4, test=0, groups="^video.."))
     with pytest.raises(UserError, match="finds nothing in any name, such as 'video00_0'"):
         make_splits.split_names(names, make_splits.Config(groups="clip"))

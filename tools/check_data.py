@@ -44,21 +44,25 @@ class Config:
 
 def main(config: Config) -> DataReport:
     """Check, and write the report; returns it. Raises UserError when a training would not start."""
-    settings = Problems(config.strict, collect=True)
-    class_names = load_classes(config.classes, settings)
-    parts = read_parts(config, class_names)
-    sides = input_sides(parts["train"].samples, config.input_size, config.letterbox)
-    anchors = torch.zeros(0, 2)
-    with settings.item():
-        anchors = torch.cat([level.anchors for level in levels_of(ModelSpec((), load_anchors(config.anchors)))])
-    report = DataReport(class_names, parts, settings, find_duplicates(parts), sides, anchors)
-    out = Path(config.out)
+    report, out = check(config), Path(config.out)
     make_folder(out)
     report.write(out)
     print(f"{report.text()}\n\nwritten to {out}: look at {out / PAGE}")
     if report.stops:
         raise UserError(f"a training would not start: {report.stops} errors; they are in {out / TEXT}")
     return report
+
+
+def check(config: Config) -> DataReport:
+    """Read everything; raises UserError where nothing can be read for a mistake."""
+    settings = Problems(config.strict, collect=True)
+    class_names = load_classes(config.classes, settings)
+    parts = read_parts(config, class_names)
+    anchors = torch.zeros(0, 2)
+    with settings.item():
+        anchors = torch.cat([level.anchors for level in levels_of(ModelSpec((), load_anchors(config.anchors)))])
+    sides = input_sides(parts["train"].samples, config.input_size, config.letterbox)
+    return DataReport(class_names, parts, settings, find_duplicates(parts), sides, anchors)
 
 
 def read_parts(config: Config, class_names: Sequence[str]) -> dict[str, Part]:

@@ -108,7 +108,9 @@ def split_names(names: Sequence[str], config: Config, counts: Counts | None = No
     parts = max(1, config.folds) + sum(map(bool, wanted))
     if parts > len(groups) or sum(wanted) >= len(names):
         kind = "groups of images" if config.groups else "images"
-        raise UserError(f"{len(groups)} {kind} are too few to split; set --val 0 --test 0, or add images")
+        raise UserError(
+            f"{len(groups)} {kind} are too few to split like this; add images, or set --val 0, --test 0 or fewer folds"
+        )
     rng = random.Random(config.seed)
     test, val, train = share_out(groups, [*wanted, len(names) - sum(wanted)], counts, rng)
     splits = {"train": train, "val": val, "trainval": train + val, "test": test}
