@@ -93,8 +93,11 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
     except (SafetensorError, AttributeError):  # the latter for types that torch does not have
-        foreign = path.suffix in (".pth", ".pt", ".weights") or ".conv." in path.name
-        hint = f"; make one with tools/convert_weights.py --weights {path}" if foreign else ""
+        hint = ""
+        if ".conv." in path.name:
+            hint = f"; {path.name} can only start a training, with train.py --weights"
+        elif path.suffix in (".pth", ".pt", ".weights"):
+            hint = f"; make one with tools/convert_weights.py --weights {path}"
         raise UserError(f"{path} is no checkpoint of train.py (.safetensors), or it is damaged{hint}") from None
     if metadata.get("format") != FORMAT:
         raise UserError(f"{path} is a safetensors file, but no checkpoint of train.py")
