@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests.conftest import SHARED, needs_shared
 from tools import convert_data
@@ -162,6 +163,28 @@ def test_yolo_labels_of_several_kinds(tmp_path, capsys):
     assert labels.items["val_empty"].objects == []
     assert labels.splits == {"train": ["train_a"], "val": ["val_b", "val_empty"]}
     assert "is a polygon; the box around it counts: b.txt line 1" in capsys.readouterr().out
+
+
+def test_boxes_stay_on_the_picture(voc, tmp_path, expect_mistake, capsys):
+    """A <size> that is wrong does not move them; what EXIF would turn below labels of the stored picture is refused."""
+    xml, image = voc / "Annotations" / "lonely.xml", voc / "JPEGImages" / "lonely.bmp"
+    xml.write_text(xml.read_text().replace("<width>40</width>", "<width>80</width>"))
+    labels = convert(voc, "yolo", tmp_path / "yolo")
+    assert "another than the image has; the image's own counts: lonely.xml" in capsys.readouterr().out
+    assert labels.items["lonely"].size == (30, 40)
+    np.testing.assert_allclose(READERS["yolo"](tmp_path / "yolo").items["lonely"].objects[0][1], [7, 3, 20.5, 29])
+    xml.write_text(xml.read_text().replace("<width>80</width>", "<width>40</width>"))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image.unlink()
+    turned = image.with_suffix(".jpg")
+    for size, fits in (((40, 30), False), ((30, 40), True)):
+        Image.new("RGB", size).save(turned, exif=exif)
+        if fits:
+            convert(voc, "yolo", tmp_path / "out")
+        else:
+            flags = ["--source", voc, "--to", "yolo", "--out", tmp_path / "out"]
+            expect_mistake(convert_data, flags, str(turned), "is 30x40 and not 40x30 for readers of YOLO")
 
 
 def test_mistakes_are_named(voc, expect_mistake, tmp_path):

@@ -67,11 +67,12 @@ def check(config: Config) -> DataReport:
 
 def read_parts(config: Config, class_names: Sequence[str]) -> dict[str, Part]:
     """All that training and evaluation read, checked as they do."""
-    parts = {}
+    parts, objects = {}, {}
     for name, sets in (("train", config.train_sets), ("val", config.val_sets), ("test", config.test_sets)):
         if sets:
             problems = Problems(config.strict, skips=name == "train", collect=True)
             samples = load_samples(config.devkit, sets, class_names, problems)
+            objects[name] = sum(len(sample.labels) for sample in samples)
             found = inspect_all(samples, ", ".join(sets), problems)
             parts[name] = Part(sets, found, problems, stops=name != "test")
     if "train" not in parts:
@@ -79,7 +80,7 @@ def read_parts(config: Config, class_names: Sequence[str]) -> dict[str, Part]:
     train, problems = parts["train"], parts["train"].problems
     if "val" in parts:
         check_overlap(train.samples, parts["val"].samples, problems)
-    problems.check_share(len(train.found), sum(len(sample.labels) for sample in train.samples))
+    problems.check_share(len(train.found), objects["train"])
     if not train.samples:
         problems.add(Problem("error", ", ".join(config.train_sets), "", "has no image that can be used"))
     return parts

@@ -34,13 +34,20 @@ def look_of(image: np.ndarray) -> Look:
 
 
 def near_duplicates(looks: list[Look], others: list[Look]) -> list[Pair]:
-    """The pairs of an image of each list that are nearly the same, the most alike first."""
+    """Of each image of the first list that is nearly the same as some of the second, the pair that is most alike.
+
+    The most alike pairs come first.
+    """
     codes, other_codes = (np.array([look.bits for look in part], np.uint64) for part in (looks, others))
+    grays, other_grays = (np.array([look.gray for look in part], np.int16) for part in (looks, others))
     found = []
     for start in range(0, len(codes), ROWS):
         bits = np.bitwise_count(codes[start : start + ROWS, None] ^ other_codes)  # (R, N)
-        for row, column in np.argwhere(bits <= MOST_BITS).tolist():
-            grays = looks[start + row].gray.astype(float), others[column].gray.astype(float)
-            if np.abs(grays[0] - grays[1]).mean() <= MOST_LEVELS:
+        for row in np.flatnonzero((bits <= MOST_BITS).any(axis=1)).tolist():
+            near = np.flatnonzero(bits[row] <= MOST_BITS)
+            levels = np.abs(other_grays[near] - grays[start + row]).mean(axis=(1, 2))
+            alike = near[levels <= MOST_LEVELS]
+            if len(alike):
+                column = int(alike[bits[row, alike].argmin()])
                 found.append(Pair(start + row, column, int(bits[row, column])))
     return sorted(found, key=lambda pair: pair.bits)

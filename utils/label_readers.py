@@ -13,7 +13,7 @@ from utils.coco import check_within, read_truth
 from utils.decode import file_size
 from utils.errors import UserError
 from utils.problems import Mistake, Problems, Unusable
-from utils.text import parse_number, read_lines, read_text, show
+from utils.text import parse_number, read_lines, show
 from utils.voc import IMAGE_SUFFIXES, load_classes
 
 IMAGE_FOLDERS = ("JPEGImages", "images", "Images", "data", ".")  # where images of a data set may be
@@ -57,7 +57,7 @@ def read_voc(folder: Path, images: Path | None, classes: Path | None, problems: 
         with problems.item():
             size, objects = read_annotation(xml, problems)
             image = single_image(found, stem, xml)
-            size = size if size and min(size) else file_size(image)
+            size = annotated_size(xml, image, size, problems)
             items[flat(stem, items, xml)] = Labelled(image, size, [item for item in objects if item])
             noted |= set(
                 re.findall(rb"<(truncated|occluded)>\s*(?:1|True|true)\s*<|<(part|attribute)>", xml.read_bytes())
@@ -73,6 +73,15 @@ def read_voc(folder: Path, images: Path | None, classes: Path | None, problems: 
     expect_classes(used, names, classes or folder)
     notes = [f"VOC's {', '.join(kinds)} of objects"] if kinds else []
     return LabelSet(names, items, splits, notes)
+
+
+def annotated_size(xml: Path, image: Path, stated: tuple[int, int] | None, problems: Problems) -> tuple[int, int]:
+    """Height and width of the picture that the boxes lie on: the file's, as it is stored or as EXIF turns it."""
+    stored = file_size(image)
+    if stated in (stored, file_size(image, upright=True)):
+        return stated
+    problems.repaired(xml, "states no <size>, or another than the image has; the image's own counts")
+    return stored
 
 
 def voc_classes(folder: Path, classes: Path | None) -> tuple[str, ...] | None:
@@ -99,7 +108,7 @@ def read_coco(path: Path, images: Path | None, problems: Problems) -> LabelSet:
         names |= dict.fromkeys(categories.values())
         if list(categories) != list(range(1, len(categories) + 1)):
             notes.add("COCO's ids of classes, whose order stays")
-        if re.search(r'"(segmentation|keypoints)":\s*[\[{]+\s*[^\]}\s]', read_text(file)):
+        if re.search(r'"(segmentation|keypoints)":\s*[\[{]+\s*[^\]}\s]', file.read_text(encoding="utf-8")):
             notes.add("COCO's segmentation and keypoints")
         objects = defaultdict(list)
         for item in truth["annotations"]:

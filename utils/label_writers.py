@@ -8,9 +8,11 @@ from pathlib import Path
 from xml.sax.saxutils import escape
 
 from utils.annotations import EDGES, Object
+from utils.decode import file_size
 from utils.errors import make_folder
 from utils.label_readers import DECIMALS, EVERYTHING, LabelSet
 from utils.page import write_text
+from utils.problems import Mistake
 
 SHARE_DECIMALS = 12  # of a share of an image, which keep DECIMALS of its pixels
 
@@ -84,7 +86,16 @@ def write_coco(folder: Path, labels: LabelSet) -> None:
 
 
 def write_yolo(folder: Path, labels: LabelSet) -> None:
-    """images/, labels/, a list of images for each split, classes.txt, and data.yaml for other programs."""
+    """images/, labels/, a list of images for each split, classes.txt, and data.yaml for other programs.
+
+    Raises Mistake for an image that its readers would see in another size than its labels are for.
+    """
+    for item in labels.items.values():
+        seen = file_size(item.image, upright=True)
+        if seen != item.size:
+            sizes = " and not ".join(f"{width}x{height}" for height, width in (seen, item.size))
+            reason = f"is {sizes} for readers of YOLO, who turn it by EXIF: its labels would not fit; save it without"
+            raise Mistake(item.image, reason)
     copy_images(folder / "images", labels)
     for name, item in labels.items.items():
         height, width = item.size

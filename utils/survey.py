@@ -113,7 +113,8 @@ def describe_samples(samples: Sequence[Sample], class_names: Sequence[str]) -> s
     empty = sum(sample.difficult.all() for sample in samples)
     most = sorted(counts, key=counts.__getitem__, reverse=True)
     shown = ", ".join(f"{name} {counts[name]}" for name in most[:TOLD] if counts[name])
-    more = f" and {sum(counts[name] > 0 for name in most[TOLD:])} more classes" if len(most) > TOLD else ""
+    others = sum(counts[name] > 0 for name in most[TOLD:])
+    more = f" and {others} more classes" if others else ""
     line = f"{len(samples)} images, {empty} without objects; {sum(counts.values())} objects: {shown or 'none'}{more}"
     absent = [name for name in class_names if not counts[name]]
     return line + (f"; none of {', '.join(absent)}" if absent else "")
