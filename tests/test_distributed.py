@@ -267,6 +267,7 @@ def test_a_signal_to_torchrun_stops_all_with_a_checkpoint(config, whole, folder,
     lines = out.splitlines()
     begins = [
         "resuming after epoch 0, batch",
+        "training: 96 images",
         "YOLOv4-tiny",
         "96 images in logs/cache",
         "a step",

@@ -388,7 +388,7 @@ def test_mistakes_with_a_checkpoint(expect_mistake, run_dir, devkit, tmp_path):
     expect_mistake(predict, [image, *weights, "--out", tmp_path / "bad.jpg"], "cannot write to", "bad.jpg")
     expect_mistake(predict, [], "no source")
     torch.save({"a": torch.zeros(1)}, tmp_path / "a.pth")
-    expect_mistake(predict, [image, "--weights", tmp_path / "a.pth"], "a.pth", "train.py --weights")
+    expect_mistake(predict, [image, "--weights", tmp_path / "a.pth"], "a.pth", "tools/convert_weights.py --weights")
     expect_mistake(eval_script, [*weights, "--sets", "VOC2007/test", "--devkit", tmp_path], "VOC2007/test", "make demo")
     expect_mistake(predict, [devkit / "Demo", *weights], "has no image")
     expect_mistake(predict, [image, *weights, *classes], "6 classes", "20")
