@@ -14,12 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import supervision as sv
 import torch
 from torch import Tensor
 from torch.nn import SyncBatchNorm
 from torch.optim.lr_scheduler import LambdaLR
-from tqdm import tqdm
 
 from nets.attention import ATTENTION, describe_phi
 from nets.yolo import MOST_SIDE, ModelSpec, summary
@@ -39,11 +37,12 @@ from utils.checkpoint import (
 from utils.detector import Detector
 from utils.device import choose_compile, choose_device, choose_precision, keep_freed_memory
 from utils.distributed import Ranks, join_ranks
+from utils.epoch import VALIDATION_BATCH, log_gates, mean_losses, train_one_epoch, validate
 from utils.errors import UserError, check_choice, check_range, make_folder, run_script
-from utils.explain import attend, gains_of
+from utils.explain import gains_of
 from utils.files import CACHE_FOLDER
 from utils.interrupt import Stopped, StopSignals
-from utils.loss import TERMS, LossSettings, YoloLoss
+from utils.loss import LossSettings, YoloLoss
 from utils.metrics import evaluate
 from utils.nms import EVALUATION_THRESHOLDS
 from utils.optim import (
@@ -52,7 +51,7 @@ from utils.optim import (
     build_optimizer,
     lr_factor,
 )
-from utils.plots import draw_batch, draw_examples
+from utils.plots import draw_batch
 from utils.problems import Problems
 from utils.report import Report
 from utils.runlog import RunLog, keep_fingerprints, load_settings, save_settings
@@ -62,10 +61,7 @@ from utils.training import COLUMNS, Progress, Trainer, TrainingState, read_progr
 from utils.voc import Sample, load_classes, load_samples
 from utils.weights import fits_plain_attention, read_weights, start_from
 
-CHECK_EVERY = 20  # batches between two looks at the losses, which wait for the device
 PLACE_WORDS = {"device": "on the GPU", "ram": "in RAM", "disk": f"in {CACHE_FOLDER}"}
-VALIDATION_BATCH = 16  # images at a time; eval.py's default too, and several processes share them evenly
-GATE_IMAGES = 4  # that the distribution of the attention's gates is taken of
 VALIDATION_COST = 0.5  # of an image, as a share of a training step's, for the estimate of time
 
 
@@ -201,102 +197,6 @@ def build_trainer(
     return Trainer(state, spec, loss, device, dtype, accumulate)
 
 
-def train_one_epoch(trainer: Trainer, config: Config, batches: Batches, log: RunLog, stop: StopSignals) -> None:
-    """The batches of an epoch, from where it stands to its end."""
-    state, last = trainer.state, len(batches)
-    trainer.set_mode(frozen=batches.epoch < config.freeze_epochs)
-    title = f"epoch {batches.epoch + 1}/{state.progress.end}"
-    with tqdm(total=last, desc=title, leave=False, disable=log.quiet or None) as bar:
-        while state.progress.batch < last:  # once, and again for each time that it goes back
-            skips = state.progress.skips(batches.epoch)
-            numbers = range(state.progress.batch, last)
-            gathered = 0  # batches whose gradients wait for the step
-            with closing(batches.load([n for n in numbers if n not in skips], trainer.device)) as loaded:
-                for done, number in enumerate(numbers, numbers.start + 1):
-                    at_step = done % trainer.accumulate == 0 or done == last
-                    if number not in skips:
-                        state.losses[number] = trainer.backward(*next(loaded), joins=at_step or bool(skips))
-                        gathered += 1
-                    if at_step and gathered:
-                        state.step()
-                        gathered = 0
-                    bar.update(done - bar.n)
-                    if at_step and not check_and_save(trainer, config, batches, done, log, stop):
-                        break
-
-
-def check_and_save(
-    trainer: Trainer, config: Config, batches: Batches, done: int, log: RunLog, stop: StopSignals
-) -> bool:
-    """After a step: check, save and stop where it is time; False when the state went back to an earlier batch."""
-    stopping = trainer.ranks.any(stop.requested)
-    saving = config.checkpoint_every and math.ceil(done / trainer.accumulate) % config.checkpoint_every == 0
-    unchecked = done - trainer.state.progress.batch
-    if not (stopping or saving or unchecked >= CHECK_EVERY or done == len(batches)):
-        return True
-    if not trainer.goes_well(batches, done):
-        return False
-    if saving or stopping:
-        log.save(trainer.kept)
-    if stopping:
-        stop.leave()
-    return True
-
-
-def mean_losses(trainer: Trainer) -> dict[str, float]:
-    """Of the epoch under way, without the batches left out."""
-    progress = trainer.state.progress
-    skips = progress.skips(progress.epoch)
-    used = [number for number in range(len(trainer.state.losses)) if number not in skips]
-    means = trainer.state.losses[used].mean(dim=0).tolist()
-    return {f"train/{name}": value for name, value in zip(COLUMNS, means, strict=True)}
-
-
-@torch.inference_mode()
-def validate(
-    trainer: Trainer, cache: ImageCache, log: RunLog, stop: StopSignals
-) -> tuple[dict[str, float], dict[str, Any]]:
-    """Loss and accuracy of the averaged weights on the validation split: values to log, and all the metrics."""
-    ranks, spec = trainer.ranks, trainer.spec
-    ranks.copy_first(trainer.state.ema.module)
-    detector = trainer.detector()
-    loss = YoloLoss(spec, trainer.loss.settings, trainer.device)  # of this process alone
-    found: dict[int, tuple[Tensor, list[sv.Detections]]] = {}
-    with tqdm(total=len(cache), desc="validating", leave=False, disable=log.quiet or None) as bar:
-        for part, heads in detector.run_cached(cache, VALIDATION_BATCH, ranks):
-            if stop.requested:
-                break
-            terms = loss(heads, cache.boxes[part].to(trainer.device), cache.labels[part].to(trainer.device))
-            losses = torch.stack([terms[name] for name in TERMS]).cpu() * (part.stop - part.start) / len(cache)
-            found[part.start] = losses, detector.select(heads, cache.fits[part], cache.sizes[part])
-            bar.update(ranks.size * (part.stop - part.start))
-    if ranks.any(stop.requested):
-        log.save(trainer.kept)
-        stop.leave()
-    parts = list(ranks.gather(found).values())
-    if not ranks.first:
-        return ranks.share(None)
-    detections = [item for _, batch in parts for item in batch]
-    evaluation = evaluate(cache.samples, detections, cache.sizes, spec.class_names)
-    metrics, epoch = evaluation.metrics, trainer.state.progress.epoch + 1
-    draw = partial(draw_examples, detections, evaluation.thresholds, cache, spec.class_names)
-    log.picture("val_examples", draw, epoch)
-    losses = sum(losses for losses, _ in parts).tolist()
-    values = {f"val/{name}": value for name, value in zip(TERMS, losses, strict=True)}
-    values |= {f"val/{name}": metrics["coco"][name] for name in ("AP", "AP50", "AP75")}
-    values |= {f"val/{name}": metrics["voc"][name] for name in ("mAP_11point", "mAP_area")}
-    return ranks.share((values, metrics))
-
-
-def log_gates(trainer: Trainer, cache: ImageCache, log: RunLog) -> None:
-    """For TensorBoard, the distribution of the averaged network's gates at each place, on a few images."""
-    if trainer.spec.phi and not log.quiet:
-        pixels = cache.images[:GATE_IMAGES].to(trainer.device).float() / 255
-        attention = attend(trainer.detector().network.model, pixels)
-        gates = {f"gate/{place}": attended.gate.cpu().numpy() for place, attended in attention.items()}
-        log.histograms(gates, trainer.state.progress.epoch + 1)
-
-
 def epoch_batches(config: Config, cache: ImageCache, progress: Progress, ranks: Ranks) -> Batches:
     """The batches of the epoch under way."""
     share = (progress.epoch - progress.start) / (progress.end - progress.start)
@@ -312,7 +212,8 @@ def run_epoch(
     progress = trainer.state.progress
     started, first = time.perf_counter(), progress.batch
     batches = epoch_batches(config, train, progress, trainer.ranks)
-    train_one_epoch(trainer, config, batches, log, stop)
+    frozen = progress.epoch < config.freeze_epochs
+    train_one_epoch(trainer, batches, frozen, config.checkpoint_every, log, stop)
     values = mean_losses(trainer)
     seconds = time.perf_counter() - started
     if first < len(batches):

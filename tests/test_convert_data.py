@@ -187,6 +187,25 @@ def test_boxes_stay_on_the_picture(voc, tmp_path, expect_mistake, capsys):
             expect_mistake(convert_data, flags, str(turned), "is 30x40 and not 40x30 for readers of YOLO")
 
 
+@pytest.mark.parametrize("orientation", [2, 3, 4])
+def test_a_turn_that_the_size_does_not_tell_is_no_matter_for_coco_and_refused_for_yolo(
+    voc, tmp_path, orientation, expect_mistake
+):
+    image, exif = tmp_path / "yolo" / "images" / "lonely.jpg", Image.Exif()
+    exif[0x0112] = orientation
+    (voc / "JPEGImages" / "lonely.bmp").unlink()
+    Image.new("RGB", (40, 30)).save(voc / "JPEGImages" / "lonely.jpg")
+    convert(voc, "yolo", tmp_path / "yolo")
+    Image.new("RGB", (40, 30)).save(image, exif=exif)
+    expect_mistake(
+        convert_data, ["--source", tmp_path / "yolo", "--to", "voc", "--out", tmp_path / "a"], str(image), "EXIF"
+    )
+    turned = voc / "JPEGImages" / "lonely.jpg"
+    turned.write_bytes(image.read_bytes())
+    expect_mistake(convert_data, ["--source", voc, "--to", "yolo", "--out", tmp_path / "b"], str(turned), "EXIF")
+    assert convert(voc, "coco", tmp_path / "coco").items["lonely"].size == (30, 40)
+
+
 def test_mistakes_are_named(voc, expect_mistake, tmp_path):
     def expect(source, *words, to="voc", out=tmp_path / "out"):
         expect_mistake(convert_data, ["--source", source, "--to", to, "--out", out], *words)

@@ -159,9 +159,20 @@ def turn_upright(image: np.ndarray, orientation: int) -> np.ndarray:
 
 def file_size(path: Path, upright: bool = False) -> tuple[int, int]:
     """Height and width of an image file as it is stored, or as EXIF turns it."""
+    (height, width), orientation = file_header(path, upright)
+    return (width, height) if orientation > 4 else (height, width)
+
+
+def is_turned_unseen(path: Path) -> bool:
+    """Whether EXIF mirrors or turns an image file in a way that its size does not tell."""
+    (height, width), orientation = file_header(path)
+    return orientation > 1 and (orientation <= 4 or height == width)
+
+
+def file_header(path: Path, orientation: bool = True) -> tuple[tuple[int, int], int]:
+    """Height and width of an image file as it is stored, and its EXIF orientation, 1 if that is not asked for."""
     try:
         with Image.open(path, formats=FORMATS) as picture:
-            turned = upright and picture.getexif().get(ORIENTATION, 1) > 4
-            return (picture.width, picture.height) if turned else (picture.height, picture.width)
+            return (picture.height, picture.width), read_orientation(picture, {b"eXIf"}) if orientation else 1
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         raise Mistake(path, "is not an image that can be read") from None

@@ -10,7 +10,7 @@ from typing import Any
 
 from utils.annotations import Object, read_annotation
 from utils.coco import check_within, read_truth
-from utils.decode import file_size
+from utils.decode import file_size, is_turned_unseen
 from utils.errors import UserError
 from utils.problems import Mistake, Problems, Unusable
 from utils.text import parse_number, read_lines, show
@@ -155,6 +155,7 @@ def read_yolo(folder: Path, images: Path | None, classes: Path | None, problems:
     items, splits = {}, defaultdict(list)
     for stem, paths in sorted(find_images([root]).items()):
         image = single_image({stem: paths}, stem, root)
+        expect_seen_alike(image)
         name, first = flat(stem, items, root), stem.partition("/")[0]
         size, label = file_size(image, upright=True), folder / "labels" / f"{stem}.txt"
         items[name] = Labelled(image, size, read_label(label, size, names, problems))
@@ -166,6 +167,16 @@ def read_yolo(folder: Path, images: Path | None, classes: Path | None, problems:
         if any(line in by_file for line in lines):
             splits[path.stem] = [by_file[line] for line in known(lines, by_file, path)]
     return LabelSet(names, items, splits)
+
+
+def expect_seen_alike(image: Path) -> None:
+    """Raise Mistake for an image that readers of YOLO, who follow EXIF, see otherwise than readers of VOC and COCO.
+
+    Those go by the size, which does not tell them of this turn.
+    """
+    if is_turned_unseen(image):
+        reason = "is mirrored or turned by EXIF, which readers of YOLO follow and others do not; save it without"
+        raise Mistake(image, reason)
 
 
 def yolo_classes(folder: Path, classes: Path | None) -> tuple[str, ...]:

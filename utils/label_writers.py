@@ -10,7 +10,7 @@ from xml.sax.saxutils import escape
 from utils.annotations import EDGES, Object
 from utils.decode import file_size
 from utils.errors import make_folder
-from utils.label_readers import DECIMALS, EVERYTHING, LabelSet
+from utils.label_readers import DECIMALS, EVERYTHING, LabelSet, expect_seen_alike
 from utils.page import write_text
 from utils.problems import Mistake
 
@@ -88,9 +88,10 @@ def write_coco(folder: Path, labels: LabelSet) -> None:
 def write_yolo(folder: Path, labels: LabelSet) -> None:
     """images/, labels/, a list of images for each split, classes.txt, and data.yaml for other programs.
 
-    Raises Mistake for an image that its readers would see in another size than its labels are for.
+    Raises Mistake for an image that its readers would see otherwise than its labels are for.
     """
     for item in labels.items.values():
+        expect_seen_alike(item.image)
         seen = file_size(item.image, upright=True)
         if seen != item.size:
             sizes = " and not ".join(f"{width}x{height}" for height, width in (seen, item.size))
