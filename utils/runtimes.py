@@ -76,8 +76,7 @@ class CompiledNetwork(TorchNetwork):
     ) -> None:
         super().__init__(model, spec, device, dtype)
         self.batch_size = 0
-        # the weights become constants, in the layout that the convolutions want
-        self.compiled = torch.compile(self.run, dynamic=False, options={"freezing": True})
+        self.compiled = torch.compile(self.run, dynamic=False)
 
     def run(self, images: Tensor) -> tuple[Tensor, Tensor]:
         return super().decode(super().__call__(images))
@@ -89,7 +88,8 @@ class CompiledNetwork(TorchNetwork):
         if count < self.batch_size:
             images = torch.cat([images, images[:1].expand(self.batch_size - count, -1, -1, -1)])
         images = images.to(self.device).contiguous(memory_format=torch.channels_last)
-        return [values[:count] for values in self.compiled(images)]
+        with torch._inductor.config.patch(freezing=True):  # weights are constants, in the convolutions' own layout
+            return [values[:count] for values in self.compiled(images)]
 
     def decode(self, outputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         boxes, scores = outputs
