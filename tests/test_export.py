@@ -17,6 +17,7 @@ import eval as eval_script
 from nets.yolo import ModelSpec
 from tests.conftest import ANCHORS, ROOT, run
 from tools import benchmark_predict, export
+from utils import exports
 from utils.cache import build_cache
 from utils.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from utils.darknet import read_darknet
@@ -261,7 +262,7 @@ def test_darknet(plain, pictures, tmp_path):
 
 
 def test_darknets_that_differ_are_refused(plain, pictures, tmp_path, monkeypatch):
-    real = export.write_darknet
+    real = exports.write_darknet
 
     def spoil(path, model):
         with torch.no_grad():
@@ -269,7 +270,7 @@ def test_darknets_that_differ_are_refused(plain, pictures, tmp_path, monkeypatch
             other.conv_for_P5.conv.weight *= 1.01
         real(path, other)
 
-    monkeypatch.setattr(export, "write_darknet", spoil)
+    monkeypatch.setattr(exports, "write_darknet", spoil)
     with pytest.raises(UserError, match="does not find what the checkpoint finds"):
         export.main(export.Config(str(plain), ("darknet",), str(tmp_path / "out"), (pictures,)))
     assert not list((tmp_path / "out").iterdir())
