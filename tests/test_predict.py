@@ -473,6 +473,25 @@ def test_ctrl_c_leaves_a_whole_video(config, tmp_path):
     assert 5 < len(frames_of(Path(config.out) / "long.mp4")) < 3000
 
 
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_closed_pipe_is_no_bug(config, video, unbuffered):
+    arguments = ["--weights", config.weights, "--out", config.out, "--device", "cpu", "--write", "counts", "jsonl"]
+    reader, writer = os.pipe()
+    os.close(reader)
+    process = subprocess.run(
+        [sys.executable, "predict.py", video, *arguments],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    os.close(writer)
+    assert (process.returncode, process.stderr) == (141, "stopped, since what reads the output has closed it\n")
+
+
 def test_stopping_does_not_wait_for_a_stream(address):
     """Which is being opened again and again, and has its own times."""
     stop, started = threading.Event(), time.monotonic()
