@@ -281,6 +281,11 @@ def test_broken_videos(config, video, tmp_path, expect_mistake, capsys):
         frames = frames_of(Path(config.out) / "damaged.mp4")
         assert len(frames) > 2  # and no black ones in between
         assert all(image.mean() > 40 for _, image in frames)
+    long = write_video(tmp_path / "long.mkv", 100).read_bytes()
+    (tmp_path / "half.mkv").write_bytes(long[: len(long) // 2])  # which FFmpeg reads without a word
+    predict.main(replace(config, source=(str(tmp_path / "half.mkv"), str(tmp_path / "long.mkv")), write=("jsonl",)))
+    errors = capsys.readouterr().err
+    assert re.search(r"1 problem: the pictures of \S+half.mkv end after \d\.\d of 8\.0 s; it may be cut off", errors)
     (tmp_path / "text.mp4").write_text("no video")
     (tmp_path / "cut.mp4").write_bytes(video.read_bytes()[:100])
     arguments = ["--weights", config.weights, "--out", config.out]
