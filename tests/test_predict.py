@@ -216,6 +216,13 @@ def test_labels_of_a_video_have_their_frames(config, video):
     assert len(list((folder / "Annotations").iterdir())) == 3
 
 
+def test_frames_that_were_not_looked_at_are_said(config, video, capsys):
+    predict.main(replace(config, source=(str(video),), write=("jsonl",), every=10))
+    assert f"objects in {FRAMES} image(s), of which 3 were looked at;" in capsys.readouterr().out
+    predict.main(replace(config, source=(str(video),), write=("jsonl",)))
+    assert f"objects in {FRAMES} image(s); the results" in capsys.readouterr().out
+
+
 def test_tracks_last(config, video):
     config = replace(
         config, source=(str(video),), track=True, only=("disc",), nms_iou=0.01, write=("jsonl", "pictures")
