@@ -275,6 +275,9 @@ def test_lists_and_stdin(config, video, tmp_path, monkeypatch):
     (tmp_path / "empty.txt").write_text("\n")
     with pytest.raises(UserError, match="names nothing"):
         open_sources(str(tmp_path / "empty.txt"), 0)
+    (tmp_path / "wrong.txt").write_text("no.jpg\n")
+    with pytest.raises(UserError, match=r"wrong\.txt: there is no .*'no\.jpg'.*seen from /"):
+        open_sources(str(tmp_path / "wrong.txt"), 0)
 
 
 def test_broken_videos(config, video, tmp_path, expect_mistake, capsys):
