@@ -21,6 +21,7 @@ from typing import ClassVar
 import av
 import numpy as np
 import pytest
+import supervision as sv
 import torch
 from PIL import Image
 from pycocotools.coco import COCO
@@ -34,7 +35,7 @@ from utils.annotations import read_annotation
 from utils.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from utils.detector import Detector
 from utils.errors import UserError, run_script
-from utils.images import encode_image, read_image, write_image
+from utils.images import draw_detections, encode_image, read_image, write_image
 from utils.live import Camera, Stream
 from utils.pipeline import Look, Pipeline
 from utils.runtimes import TorchNetwork
@@ -230,6 +231,17 @@ def test_tracks_last(config, video):
     predict.main(config)
     tracks = [line["track"] for line in lines_of(config) if "track" in line]
     assert len(tracks) > 3 * len(set(tracks))  # the network is untrained, and its boxes stand still
+
+
+def test_pictures_show_tracks():
+    image, box = drawn_frame(0, (200, 200)), np.array([[20.0, 60, 180, 180]])
+    pictures = []
+    for track in (None, -1, 7, 8):
+        tracker_id = None if track is None else np.array([track])
+        found = sv.Detections(box, confidence=np.array([0.5]), class_id=np.array([0]), tracker_id=tracker_id)
+        pictures.append(draw_detections(image, found, ("disc",)))
+    assert (pictures[0] == pictures[1]).all()  # -1: not followed yet
+    assert (pictures[1] != pictures[2]).any() and (pictures[2] != pictures[3]).any()
 
 
 def test_tiles_and_mirror_images_are_candidates(config, tmp_path):
