@@ -476,11 +476,12 @@ def test_a_stream_that_goes_away_is_opened_again_and_then_given_up(config, addre
         assert not [word for word in ("geh", "token") if word in str(content)]
 
 
-def test_a_stream_that_was_never_there_is_a_mistake():
+def test_a_stream_that_was_never_there_is_a_mistake(capfd):
     with pytest.raises(UserError, match="cannot read the video"):
         next(Stream("http://127.0.0.1:9/none", patience=60).frames([], threading.Event()))
     with pytest.raises(UserError, match="there is no camera 9"):
         next(Camera(9, patience=60).frames([], threading.Event()))
+    assert not capfd.readouterr().err  # OpenCV's own lines about it
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
