@@ -160,7 +160,8 @@ def report(config: Config, pipeline: Pipeline, done: Counter[str]) -> None:
         print(f"{number} problem{several}: {'; '.join(pipeline.problems[:SHOWN])}", file=sys.stderr)
     if done["images"]:
         print(f"confidence {pipeline.detector.describe_confidences()}")
-        print(f"{done['objects']} objects in {done['images']} image(s); the results are in {config.folder}")
+        part = f", of which {done['looked_at']} were looked at" if done["looked_at"] < done["images"] else ""
+        print(f"{done['objects']} objects in {done['images']} image(s){part}; the results are in {config.folder}")
         if not done["objects"]:
             print("nothing reached that confidence; a lower --confidence shows less certain detections")
 
@@ -175,7 +176,7 @@ def write_all(pipeline: Pipeline, sinks: Sequence[Sink], done: Counter[str]) -> 
         tqdm(total=total, desc="predicting", unit=" images", disable=None) as bar,
     ):
         for _, detections, new in results:
-            done.update(images=1, objects=len(detections) * new)
+            done.update(images=1, looked_at=int(new), objects=len(detections) * new)
             bar.update()
 
 

@@ -287,6 +287,8 @@ def test_mistakes(plain, devkit, pictures, tmp_path, monkeypatch, expect_mistake
     expect_mistake(export, ["--weights", plain, "--images", pictures, "--nms-iou", 2, *formats], "nms_iou is 2")
     (tmp_path / "x.weights").write_text("hello")
     expect_mistake(export, ["--weights", tmp_path / "x.weights", "--images", pictures, *formats], "no checkpoint")
+    (tmp_path / "x.onnx").write_text("hello")
+    expect_mistake(export, ["--weights", tmp_path / "x.onnx", "--images", pictures, *formats], "checkpoint that it was")
     (tmp_path / "file").touch()
     expect_mistake(
         export, ["--weights", plain, "--images", pictures, "--out", tmp_path / "file", *formats], "cannot write"

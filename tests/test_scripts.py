@@ -411,3 +411,14 @@ def test_labels_are_readable_at_any_size():
         picture = draw_detections(np.zeros((height, width, 3), np.uint8), box, ["cat"])
         rows = np.flatnonzero(picture[: height // 2 - 3].any(axis=(1, 2)))
         assert len(rows) >= min(10, 0.02 * height)
+
+
+def test_labels_leave_small_objects_to_be_seen():
+    corners = np.stack(np.meshgrid(np.arange(10, 2500, 180.0), np.arange(40, 1400, 180.0)), axis=-1).reshape(-1, 2)
+    shares = []
+    for side in (100, 1000):
+        boxes = np.hstack([corners, corners + side])
+        found = sv.Detections(boxes, class_id=np.zeros(len(boxes), int), confidence=np.full(len(boxes), 0.5))
+        picture = draw_detections(np.zeros((1440, 2560, 3), np.uint8), found, ["cell"])
+        shares.append(picture.any(axis=-1).mean())
+    assert shares[0] < shares[1] / 2

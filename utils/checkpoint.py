@@ -93,12 +93,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
     except (SafetensorError, AttributeError):  # the latter for types that torch does not have
-        hint = ""
-        if ".conv." in path.name:
-            hint = f"; {path.name} can only start a training, with train.py --weights"
-        elif path.suffix in (".pth", ".pt", ".weights"):
-            hint = f"; make one with tools/convert_weights.py --weights {path}"
-        raise UserError(f"{path} is no checkpoint of train.py (.safetensors), or it is damaged{hint}") from None
+        raise UserError(f"{path} is no checkpoint of train.py (.safetensors), or it is damaged{remedy(path)}") from None
     if metadata.get("format") != FORMAT:
         raise UserError(f"{path} is a safetensors file, but no checkpoint of train.py")
     if metadata.pop("sha256", None) != digest(tensors, metadata):
@@ -112,6 +107,17 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} describes no network that can be: {show(error, SHOWN)}") from None
     return Checkpoint(spec, weights, info, training)
+
+
+def remedy(path: Path) -> str:
+    """What to do about a file that is no checkpoint, as far as its name tells what it is."""
+    if ".conv." in path.name:
+        return f"; {path.name} can only start a training, with train.py --weights"
+    if path.suffix in (".pth", ".pt", ".weights"):
+        return f"; make one with tools/convert_weights.py --weights {path}"
+    if path.suffix in (".onnx", ".xml", ".pt2"):
+        return "; give the checkpoint that it was made of"
+    return ""
 
 
 def load_last(folder: Path, say: Callable[[str], None] = print) -> Checkpoint:

@@ -15,6 +15,7 @@ from utils.decode import decode_image, read_encoded
 PADDING = 114  # the gray around a letterboxed image
 VIEW_SIDE = 480  # pixels of an image shown with its boxes
 LEAST_SIDE = 3  # of a box in it
+LETTER, LEAST_TEXT_SCALE = 18, 0.4  # pixels of a letter of scale 1, about; what can still be read
 MOST_ZOOM = 4  # of a small part of it
 AROUND = 1.5  # sides of a marked box that are shown on each side of its centre
 MARK = (((0, 0, 0), 5), ((255, 230, 0), 2))  # colour and thickness of the lines around a marked box: seen on any image
@@ -51,18 +52,23 @@ def fit_image(image: np.ndarray, input_size: tuple[int, int], letterbox: bool) -
 
 
 def draw_detections(image: np.ndarray, detections: sv.Detections, class_names: Sequence[str]) -> np.ndarray:
-    """A copy of an RGB image with boxes and labels, sized to stay readable on it."""
+    """A copy of an RGB image with boxes and labels, those of tracks with their number, sized to stay readable on it."""
     size = image.shape[1], image.shape[0]
     thickness = sv.calculate_optimal_line_thickness(size)
-    text_scale = max(0.4, sv.calculate_optimal_text_scale(size))
-    confidence = detections.confidence
+    confidence, tracks = detections.confidence, detections.tracker_id
     labels = [
-        class_names[label] + (f" {confidence[i]:.2f}" if confidence is not None else "")
+        class_names[label]
+        + (f" #{tracks[i]}" if tracks is not None and tracks[i] >= 0 else "")
+        + (f" {confidence[i]:.2f}" if confidence is not None else "")
         for i, label in enumerate(detections.class_id)
     ]
+    text_scale = sv.calculate_optimal_text_scale(size)
+    if labels:  # which would cover many small objects
+        fitting = np.median(detections.xyxy[:, 2] - detections.xyxy[:, 0]) / (LETTER * max(map(len, labels)))
+        text_scale = min(text_scale, max(float(fitting), text_scale / 2))
     picture = sv.BoxAnnotator(thickness=thickness).annotate(image.copy(), detections)
     annotator = sv.LabelAnnotator(
-        text_scale=text_scale,
+        text_scale=max(LEAST_TEXT_SCALE, text_scale),
         text_thickness=max(1, thickness // 2),
         text_padding=max(2, thickness),
         smart_position=True,

@@ -121,6 +121,7 @@ class Camera(Live):
         return self.newest(self.read())
 
     def read(self) -> Iterator[Frame]:
+        cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # or ten lines say that there is none
         capture = cv2.VideoCapture(self.number)
         try:
             if not capture.isOpened():

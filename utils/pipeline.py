@@ -203,5 +203,7 @@ def refusals_of(sink: Sink) -> Iterator[None]:
     """What the system refuses to write as a UserError."""
     try:
         yield
+    except BrokenPipeError:  # of stdout, not of a file
+        raise
     except OSError as error:
         raise UserError(f"cannot write {error.filename or sink.folder}: {error.strerror}") from None

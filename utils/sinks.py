@@ -20,12 +20,12 @@ import av
 import cv2
 import numpy as np
 import supervision as sv
-from supervision.dataset.formats.pascal_voc import detections_to_pascal_voc
 from supervision.dataset.formats.yolo import detections_to_yolo_annotations
 
 from utils.errors import UserError
 from utils.files import replacing
 from utils.images import draw_detections, write_image
+from utils.label_writers import is_pixel, voc_xml
 from utils.video import Frame, Video, reason
 from utils.voc import IMAGE_SUFFIXES
 
@@ -235,7 +235,9 @@ class Voc(Labels):
         (self.folder / "Annotations").mkdir(parents=True, exist_ok=True)
 
     def label(self, name: str, frame: Frame, detections: sv.Detections) -> None:
-        text = detections_to_pascal_voc(detections, list(self.class_names), name, frame.image.shape)
+        found = zip(detections.class_id, detections.xyxy.astype(float).round(2).tolist(), strict=True)
+        objects = [(self.class_names[label], box, False) for label, box in found if is_pixel(box)]
+        text = voc_xml(name, frame.image.shape[:2], objects)
         (self.folder / "Annotations" / name).with_suffix(".xml").write_text(text, encoding="utf-8")
 
 

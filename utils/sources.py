@@ -108,7 +108,7 @@ def find_files(name: str) -> list[Path]:
     else:
         candidates = sorted(Path(match) for match in glob(name, recursive=True))
         if not candidates:
-            raise UserError(f"there is no image, video, folder or match {name!r}")
+            raise UserError(f"there is no image, video, folder or match {name!r}; correct the path")
     known = [path for path in candidates if path.suffix.lower() in IMAGE_SUFFIXES | VIDEO_SUFFIXES]
     known = [path for path in known if path.is_file() or not path.exists()]  # which is said when it is read
     if not known:
@@ -133,7 +133,10 @@ def read_list(lines: Sequence[str], source: str, patience: float) -> list[Source
     others = [name for name in names if not Path(name).is_file()]
     if len(files) + len(others) < len(names) or STDIN in others:
         raise UserError(f"{source} names another list; give both to predict.py instead")
-    return open_files(files) + [found for name in others for found in open_sources(name, patience)]
+    try:
+        return open_files(files) + [found for name in others for found in open_sources(name, patience)]
+    except UserError as error:
+        raise UserError(f"{source}: {error}; paths in a list are seen from {Path.cwd()}") from None
 
 
 def read_stdin(patience: float) -> list[Source]:

@@ -15,6 +15,7 @@ from utils.errors import UserError
 
 LONGEST_STEM = 100  # letters of a name for results
 DEFAULT_RATE = Fraction(30)  # frames a second, of a video that does not say
+MISSING = 1.0  # seconds before the end that a video says where its pictures may end
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,8 @@ def open_video(path: str, timeout: tuple[float, float] | None = None) -> av.cont
         options = {"rtsp_transport": "tcp"} if path.startswith("rtsp") else {}  # UDP is lost behind many routers
         container = av.open(path, timeout=timeout, options=options)
     except (av.FFmpegError, OSError) as error:
-        raise UserError(f"cannot read the video {public(path)}: {reason(error)}") from None
+        hint = "; it may be cut off, or no video" if isinstance(error, av.InvalidDataError) else ""
+        raise UserError(f"cannot read the video {public(path)}: {reason(error)}{hint}") from None
     if not container.streams.video:
         container.close()
         raise UserError(f"{public(path)} has no video in it")
@@ -104,7 +106,7 @@ def decode_video(name: str, container: av.container.InputContainer, problems: li
     stream = container.streams.video[0]
     stream.thread_type = "AUTO"
     video = Video(name, stream.average_rate or stream.guessed_rate or DEFAULT_RATE)
-    number, broken, damaged, first, previous = 0, 0, 0, None, None
+    number, broken, damaged, first, previous, end = 0, 0, 0, None, None, 0.0
     try:
         for packet in container.demux(stream):
             try:
@@ -121,10 +123,14 @@ def decode_video(name: str, container: av.container.InputContainer, problems: li
                 previous = image
                 when = number / float(video.rate) if picture.time is None else picture.time
                 first = when if first is None else first
+                end = when - first + float((picture.duration or 0) * picture.time_base)
                 yield Frame(Path(f"{video.stem}_{number:06d}.jpg"), image, video, number, when - first)
                 number += 1
     except (av.FFmpegError, OSError) as error:  # of the file's end, or of a connection
         problems.append(f"{name} breaks off after {number} frames: {reason(error)}")
+    length = (container.duration or 0) / av.time_base
+    if number and end < length - MISSING:
+        problems.append(f"the pictures of {name} end after {end:.1f} of {length:.1f} s; it may be cut off")
     if broken:
         problems.append(f"{broken} broken parts of {name} were left out")
     if damaged:
