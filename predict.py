@@ -26,7 +26,7 @@ from utils.errors import UserError, check_choice, check_range, make_folder, run_
 from utils.interrupt import StopSignals
 from utils.nms import Thresholds
 from utils.pipeline import Look, Pipeline, finishing, write_behind
-from utils.runtimes import precision_for
+from utils.runtimes import EXPORTED, precision_for
 from utils.sinks import SINKS, Sink, Window, WindowClosed
 from utils.sources import inputs, open_sources
 from utils.voc import load_classes
@@ -120,6 +120,8 @@ def load_detector(config: Config) -> Detector:
     if device.type == "cpu":
         keep_freed_memory()
     path = find_checkpoint(config.weights)
+    if config.compile == "on" and path.suffix in EXPORTED:
+        raise UserError(f"{path} is run by a program that compiles it by itself; leave out --compile on")
     dtype = precision_for(path, config.precision, device)
     compiled = choose_compile("off" if config.explain and config.compile == "auto" else config.compile, device)
     detector = Detector.load(path, device, dtype, config.thresholds(), compiled, config.flip)

@@ -382,6 +382,7 @@ def test_a_full_disk_is_said(config, video, expect_mistake, write, name):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (["good.png", "--weights", "a.onnx", "--compile", "on"], ["a.onnx", "leave out --compile on"]),
         (["missing.jpg"], ["no image, video, folder or match 'missing.jpg'"]),
         ([""], ["no image, video, folder or match ''"]),
         (["a" * 300], ["cannot read aaa", "File name too long"]),
