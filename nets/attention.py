@@ -298,8 +298,10 @@ def build_attention(phi: int, channels: int, arguments: dict[str, Any]) -> nn.Mo
         if arguments:
             raise ValueError(f"phi 0 has no attention block, so it takes no arguments (got {', '.join(arguments)})")
         return None
-    known = list(signature(block).parameters)[1:]  # after `channels`
-    for name in arguments:
+    known = dict(list(signature(block).parameters.items())[1:])  # after `channels`
+    for name, value in arguments.items():
         if name not in known:
             raise ValueError(f"phi {phi} ({block.__name__}) takes {', '.join(known)}, but no argument {name!r}")
+        if known[name].annotation is int and not isinstance(value, int):
+            raise ValueError(f"{name} of phi {phi} ({block.__name__}) is {value}, but must be a whole number")
     return block(channels, **arguments)

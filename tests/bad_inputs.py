@@ -390,6 +390,10 @@ def one_image(scene: Scene) -> None:
     scene.split("a")
 
 
+def large_split(scene: Scene) -> None:
+    os.truncate(scene.folder / "VOC" / "ImageSets" / "Main" / "train.txt", HUGE)
+
+
 SPLITS = [
     Row(61, "CRLF", lambda scene: scene.split("a\r\nb\r\nc\r\n"), OK),
     Row(62, "BOM", lambda scene: scene.split("\ufeffa\nb\nc\n"), OK),
@@ -406,6 +410,7 @@ SPLITS = [
     Row(71, "overlap", lambda scene: scene.split("v\nb", "val"), ERROR, ("b.jpg", "in the training and in the val")),
     Row(72, "empty", lambda scene: scene.split("\n \n"), ERROR, ("train.txt", "is empty")),
     Row(72, "one image", one_image, OK),
+    Row(72, "100 MB", large_split, ERROR, ("train.txt", "too large")),
 ]
 
 CLASSES = [
@@ -418,6 +423,13 @@ CLASSES = [
         lambda scene: scene.classes.write_text("cat\ndog\ncat"),
         ERROR,
         ("classes.txt", "'cat' 2 times"),
+    ),
+    Row(
+        75,
+        "too many",
+        lambda scene: scene.classes.write_text("\n".join(map(str, range(300_000)))),
+        ERROR,
+        ("classes.txt", "300,000 classes", "at most 10,000"),
     ),
     Row(76, "empty", lambda scene: scene.classes.write_text("\ufeff\n"), ERROR, ("classes.txt", "is empty")),
     Row(77, "odd count", lambda scene: scene.anchors.write_text("1,2, " * 5 + "3"), ERROR, ("anchors.txt", "has 11")),

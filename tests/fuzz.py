@@ -33,9 +33,11 @@ from tests.conftest import ANCHORS
 from utils.anchors import load_anchors
 from utils.annotations import read_annotation
 from utils.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from utils.coco import read_truth
 from utils.darknet import count, layers_for, read_darknet
 from utils.errors import UserError
 from utils.images import read_image
+from utils.label_readers import read_label
 from utils.problems import Problems
 from utils.voc import load_classes, read_split, split_file
 from utils.weights import read_weights
@@ -45,6 +47,10 @@ HANGS = 60  # seconds of waiting after which a reader that does not compute eith
 EXAMPLES = 1000  # between two fresh starts of the search
 FASTEST = Path("/dev/shm")  # a file system in memory, where there is one
 SPEC = ModelSpec(("cat", "dog"), ANCHORS, input_size=(32, 32))
+TRUTH = (
+    '{"images": [{"id": %s, "file_name": %s, "height": %s, "width": %s}], "categories": [{"id": %s, "name": %s}], '
+    '"annotations": [{"image_id": %s, "category_id": %s, "bbox": [%s, 2, 3, 4], "iscrowd": %s}]}'
+)
 Files = st.SearchStrategy[bytes]
 
 
@@ -186,6 +192,22 @@ def state_dicts() -> Files:
     return files(*contents)
 
 
+def truths() -> Files:
+    """COCO's JSON in which any value may be another."""
+    odd = ["null", "true", "-1", "0.5", "1e999", "NaN", "9" * 400, '"a"', '"\\ud800"', "[]", "{}", "[1, 2]", "1, 2"]
+    numbers = st.one_of(st.sampled_from(["1", "2", *odd]), st.integers().map(str))
+    parts = st.tuples(*[numbers] * 10).map(lambda values: TRUTH % values)
+    tokens = ['{"images": ', '"categories": ', '"annotations": ', '{"id": ', '"bbox": ', "[", "]", "{", "}", ",", *odd]
+    return st.one_of(parts.map(str.encode), words(*tokens), files((TRUTH % ((1,) * 10)).encode()))
+
+
+def labels() -> Files:
+    numbers = ["0", "1", "2", "0.5", "-0.5", "1e308", "9" * 400, "nan", "1_0", "\u0661", "0x1"]
+    return st.one_of(
+        words(*(f"{number} " for number in numbers), "0 0.5 0.5 0.1 0.1", "\n", "\ufeff", "\0"), files(b"1 1 1 1 1\n")
+    )
+
+
 # who reads it
 
 
@@ -208,6 +230,8 @@ TARGETS = {
     "checkpoint": Target("a.safetensors", lambda path: load_checkpoint(path).build_model(path), checkpoints),
     "weights": Target("a.pth", read_weights, state_dicts),
     "image": Target("a.jpg", read_image, images),
+    "coco": Target("a.json", read_truth, truths),
+    "yolo": Target("a.txt", lambda path: read_label(path, (30, 40), ["cat", "dog"], Problems()), labels),
 }
 
 

@@ -308,6 +308,7 @@ def test_block_arguments_shape_the_block(block, arguments, name, shape):
         (2, {"kernel_size": 5}, "3 or 7"),
         (1, {"kernel_size": 3}, "phi 1"),
         (1, {"ratio": 0}, "ratio is 0"),
+        (1, {"ratio": 2.5}, r"ratio of phi 1 \(se_block\) is 2.5, but must be a whole number"),
         (0, {"ratio": 4}, "phi 0 has no attention"),
         (6, {"factor": 3}, "factor is 3"),
         (7, {"kernel_size": 4}, "must be odd"),

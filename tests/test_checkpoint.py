@@ -1,5 +1,7 @@
 """Checkpoints and foreign weights: whole, checked, and nothing executed."""
 
+import os
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -32,6 +34,16 @@ def test_round_trip(saved):
     for name, value in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value)
     assert [file.name for file in path.parent.iterdir()] == ["a.safetensors"]
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_what_would_fill_the_memory_is_not_read(tmp_path, suffix):
+    path = tmp_path / f"a{suffix}"
+    header = b'{"a":{"dtype":"U8","shape":[100000000000],"data_offsets":[0,100000000000]}}'
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    os.truncate(path, 8 + len(header) + 10**11)  # of zeros, which take no room
+    with pytest.raises(UserError, match=f"a{suffix} is too large"):
+        read_weights(path)
 
 
 @pytest.mark.parametrize("at", [0.3, 0.6, 0.99])

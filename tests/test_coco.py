@@ -1,6 +1,8 @@
 """COCO's side: matching as pycocotools', AP of weighted images, ground truth and results in COCO's files."""
 
+import codecs
 import json
+import os
 from pathlib import Path
 
 import cv2
@@ -202,7 +204,7 @@ def test_mistakes_in_coco_truth(truth, tmp_path):
         read_coco(truth, tmp_path, ["a", "c"])
     with pytest.raises(UserError, match=r"ä b\.jpg, but it is not in .*--images"):
         read_coco(truth, tmp_path / "elsewhere", NAMES)
-    with pytest.raises(UserError, match=r"cannot read .*none\.json"):
+    with pytest.raises(UserError, match=r"none\.json does not exist"):
         read_coco(tmp_path / "none.json", tmp_path, NAMES)
     content = json.loads(truth.read_text())
     first, second = content["images"]
@@ -221,8 +223,27 @@ def test_mistakes_in_coco_truth(truth, tmp_path):
         content | {"annotations": [annotation | {"bbox": [1, 2]}]},
         content | {"annotations": [annotation | {"category_id": 5}]},
         content | {"annotations": [annotation | {"image_id": "70"}]},
+        content | {"images": [image, second | {"id": "70"}], "annotations": []},
+        content | {"categories": [category, category | {"id": "3", "name": "c"}], "annotations": []},
+        *(content | {"images": [image | {"height": side}, second]} for side in (None, "30", 0, 0.5, 10**400)),
     ]
     for text in ("", "[]", "null", "[" * 100_000, *map(json.dumps, broken)):
         truth.write_text(text)
         with pytest.raises(UserError, match=r"truth\.json is not COCO ground truth"):
             read_coco(truth, tmp_path, NAMES)
+    truth.write_text(json.dumps(content | {"images": [first | {"file_name": "a" * 5000}, second]}))
+    with pytest.raises(UserError, match="names the image aaa"):
+        read_coco(truth, tmp_path, NAMES)
+    os.truncate(truth, coco.MOST_BYTES + 1)
+    with pytest.raises(UserError, match="too large"):
+        read_coco(truth, tmp_path, NAMES)
+    truth.unlink()
+    os.mkfifo(truth)
+    with pytest.raises(UserError, match="pipe or device"):
+        read_coco(truth, tmp_path, NAMES)
+
+
+def test_a_byte_order_mark_does_not_matter(truth, tmp_path):
+    before = read_coco(truth, tmp_path, NAMES)[1].truth
+    truth.write_bytes(codecs.BOM_UTF8 + truth.read_bytes())
+    assert read_coco(truth, tmp_path, NAMES)[1].truth == before

@@ -95,6 +95,15 @@ def test_blocks_that_are_alike_are_said_to_be():
     assert "A difference of 0.0050 would have shown" in sentence
 
 
+def test_no_difference_at_all_is_none_that_would_have_shown():
+    rows = compare_phis(
+        {0: results_of(0.1, 0.2, 0.3), 3: results_of(0.1, 0.2, 0.3)}, dict.fromkeys((0, 3), Cost(1, 1.0))
+    )
+    assert conclude(rows) == [
+        "phi 3 (eca_block) gives exactly what phi 0 gives: these trainings were too short for its gain to grow."
+    ]
+
+
 def test_too_few_seeds_are_said_plainly(tmp_path):
     costs = dict.fromkeys((0, 1), Cost(1, 1.0))
     single = compare_phis({0: results_of(0.3), 1: results_of(0.4)}, costs)
@@ -182,3 +191,6 @@ def test_mistakes_are_explained(flags, expect_mistake, tmp_path):
     expect_mistake(compare_attention, ["--seeds"], "seeds is empty")
     words = ("train.py failed for phi 0 and seed 0", "phi0_seed0.log", "lr is 0.0, but must be")
     expect_mistake(compare_attention, [*flags, *out, "--", "--lr", 0], *words)
+    expect_mistake(compare_attention, [*flags, *out, "--", "--lr", -1], "lr is -1.0, but must be")  # nothing has begun
+    expect_mistake(compare_attention, [*flags, *out, "--test-sets", "Demo/tset"], "there is no data set Demo/tset")
+    expect_mistake(compare_attention, [*flags, *out, "--test-sets", "Demo/val"], "6 images are in the training and in")

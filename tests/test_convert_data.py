@@ -230,6 +230,32 @@ def test_mistakes_are_named(voc, expect_mistake, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_label_studio_leaves_a_note_beside_yolos_labels(voc, tmp_path):
+    convert(voc, "yolo", tmp_path / "yolo")
+    (tmp_path / "yolo" / "notes.json").write_text('{"categories": [], "info": {}}')
+    assert convert(tmp_path / "yolo", "voc", tmp_path / "out").class_names == CLASSES
+
+
+@pytest.mark.parametrize("name", ["a\nb", " a", "", "\ud800", "\0"])
+def test_names_that_are_no_lines_are_refused(tmp_path, name, expect_mistake):
+    """In classes.txt two lines would be two classes, and blanks would be lost."""
+    write_image(tmp_path / "a.png", np.zeros((30, 40, 3), np.uint8))
+    images = [{"id": 1, "file_name": "a.png", "height": 30, "width": 40}]
+    truth = {"images": images, "annotations": [], "categories": [{"id": 1, "name": name}]}
+    (tmp_path / "truth.json").write_text(json.dumps(truth))
+    for to in ("voc", "yolo", "coco"):
+        flags = ["--source", tmp_path / "truth.json", "--to", to, "--out", tmp_path / "out"]
+        expect_mistake(convert_data, flags, "truth.json has a class", "rename it")
+    assert not (tmp_path / "out").exists()
+
+
+def test_image_names_that_are_no_lines_are_refused(voc, tmp_path, expect_mistake):
+    convert(voc, "yolo", tmp_path / "yolo")
+    write_image(tmp_path / "yolo" / "images" / "a\nb.png", np.zeros((30, 40, 3), np.uint8))
+    flags = ["--source", tmp_path / "yolo", "--to", "voc", "--out", tmp_path / "out"]
+    expect_mistake(convert_data, flags, "images has an image named 'a", "rename it")
+
+
 @needs_shared
 def test_real_labels_stay(tmp_path):
     """A hundred of COCO's labels through VOC, and of a VOC set through COCO, box by box."""

@@ -22,7 +22,7 @@ from utils.errors import UserError
 from utils.explain import HEADS, Attended, Explainer, attend, weigh
 from utils.images import fit_image, read_image, write_image
 from utils.nms import Thresholds
-from utils.panels import View, draw_panel
+from utils.panels import LEAST_RANGE, View, draw_panel, scale_of
 from utils.runtimes import TorchNetwork
 from utils.sinks import VideoWriter
 
@@ -48,6 +48,13 @@ def test_the_gain_scales_what_the_gates_do():
     assert plain.has_channel
     assert not Attended(features, gates[:1], None).has_spatial
     assert not Attended(features, gates[1:], None).has_channel
+
+
+def test_a_scale_does_not_blow_up_small_differences():
+    assert scale_of(torch.tensor([0.25, 0.75])) == (0.25, 0.75)
+    low, high = scale_of(torch.tensor([1.0021, 1.0023]))
+    assert high - low == pytest.approx(LEAST_RANGE)
+    assert (low + high) / 2 == pytest.approx(1.0022)
 
 
 def test_features_are_weighed_by_gradients():

@@ -67,6 +67,8 @@ def test_splits_are_never_replaced(expect_mistake, unsplit):
     assert result.returncode == 0, result.stderr
     assert "1 images without an annotation" in result.stdout
     expect_mistake(make_splits, ["--folder", unsplit], "already has train.txt, val.txt, trainval.txt, test.txt")
+    (unsplit / "ImageSets" / "Main" / "val.txt").write_bytes("北京\n".encode("gbk"))
+    expect_mistake(make_splits, ["--folder", unsplit], "val.txt is not UTF-8 text")
     expect_mistake(make_splits, ["--folder", unsplit / "none"], "there is no data set")
     expect_mistake(make_splits, ["--folder", unsplit, "--val", 0.6, "--test", 0.4], "none to train on")
 
@@ -169,6 +171,7 @@ def test_anchors_are_written_for_training(devkit, expect_mistake, tmp_path, caps
     assert areas == sorted(areas)
     assert out.with_suffix(".png").stat().st_size > 10_000
     expect_mistake(kmeans_anchors, flags, f"{out} exists", "--out")
+    expect_mistake(kmeans_anchors, ["--input-size", 100, 96], "must be multiples of 32")
 
 
 def figures_of(tmp_path, *arguments):

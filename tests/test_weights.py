@@ -1,5 +1,6 @@
 """Darknet's files: read as an independent forward of Darknet saw them, written back bit by bit, mistakes named."""
 
+import os
 import struct
 from dataclasses import replace
 from itertools import accumulate
@@ -111,6 +112,10 @@ def test_what_cannot_be_converted(voc_file, pair_file, expect_mistake, tmp_path)
     other = tmp_path / "other.pth"
     torch.save({"layer.weight": torch.zeros(3)}, other)
     expect_mistake(convert_weights, ["--weights", other], "no parameter has a name of this network")
+    torch.save({"yolo_headP5.1.weight": torch.tensor(1.0)}, other)
+    expect_mistake(convert_weights, ["--weights", other], "other.pth has 1 rows in yolo_headP5.1.weight")
+    torch.save(replace(VOC, phi=3).build().state_dict(), other)
+    expect_mistake(convert_weights, ["--weights", other], "other.pth has the gains of train.py's attention")
     for script, flags in ((predict, [ROOT / "docs" / "images" / "demo_batch.jpg"]), (eval_script, [])):
         expect_mistake(script, [*flags, "--weights", pair], f"make one with tools/convert_weights.py --weights {pair}")
     assert [path.name for path in tmp_path.iterdir()] == ["yolov4-tiny.conv.29", "other.pth"]
@@ -139,6 +144,14 @@ def test_sizes_are_the_published_ones(voc_file):
     assert voc_file.stat().st_size == 23_696_876
     assert 20 + 4 * count(layers_for(80)) == 24_251_276
     assert 20 + 4 * count(layers_for(80)[:START]) == 19_789_716
+
+
+def test_a_size_of_more_classes_than_a_network_has(tmp_path):
+    path = tmp_path / "a.weights"
+    path.write_bytes(HEADER)
+    os.truncate(path, len(HEADER) + 4 * count(layers_for(10_001)))  # of zeros, which take no room
+    with pytest.raises(UserError, match="is another network"):
+        read_weights(path)
 
 
 def test_a_start_of_17_convolutions_is_for_training_alone(voc_file, tmp_path):

@@ -38,6 +38,7 @@ from utils.interrupt import StopSignals
 from utils.runlog import CONFIG, DATA, METRICS, load_settings, read_records, save_settings
 from utils.runtimes import CompiledNetwork, Network, TorchNetwork
 from utils.timing import time_in_turns
+from utils.voc import read_split
 
 ROOT = Path(__file__).resolve().parent.parent
 SPEEDS = "speeds.json"  # milliseconds of each phi on this device
@@ -220,14 +221,29 @@ def open_comparison(config: Config) -> Config:
     folder = Path(config.out)
     make_folder(folder)
     with lock(folder / LOCK, wait=True):
-        if (folder / CONFIG).is_file():
+        if (folder / CONFIG).is_file() and any(folder.glob(f"phi*/{CONFIG}")):  # a run has begun
             return replace(load_settings(folder, config, FREE), out=config.out)
         save_settings(folder, config)
     return config
 
 
+def check_sets(config: Config) -> None:
+    """Raise UserError for a set that is not there, and for images both to train and to measure on."""
+    trained, measured = (
+        {(name.rpartition("/")[0], image) for name in sets for image in read_split(Path(config.devkit), name)}
+        for sets in (config.train_sets, config.test_sets)
+    )
+    shared = sorted(trained & measured)
+    if shared:
+        raise UserError(
+            f"{len(shared)} images are in the training and in the test sets, such as {shared[0][1]} of {shared[0][0]}; "
+            "tools/make_splits.py can make sets apart"
+        )
+
+
 def main(config: Config) -> None:
     config = open_comparison(config)
+    check_sets(config)
     runs = [Run(config, phi, seed) for seed in config.seeds for phi in sorted(config.phis)]
     with StopSignals():
         work(runs)

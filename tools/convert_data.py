@@ -13,7 +13,7 @@ from typing import Literal
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils.errors import UserError, run_script
-from utils.label_readers import LabelSet, read_coco, read_voc, read_yolo
+from utils.label_readers import LabelSet, is_line, read_coco, read_voc, read_yolo
 from utils.label_writers import without_thin, write_coco, write_voc, write_yolo
 from utils.problems import Problems
 
@@ -44,6 +44,9 @@ def main(config: Config) -> LabelSet:
     labels, layout = read(config, problems)
     if not labels.items:
         raise UserError(f"{config.source} has no labels in the layout of {layout}")
+    odd = [name for name in labels.class_names if not is_line(name)]
+    if odd:
+        raise UserError(f"{config.source} has a class {odd[0]!r}, which is no line of a class file; rename it")
     lost = list(labels.notes)
     if config.to == "voc":
         labels, thin = without_thin(labels)
@@ -67,10 +70,12 @@ def read(config: Config, problems: Problems) -> tuple[LabelSet, str]:
     source, images, classes = config.paths()
     if not source.exists():
         raise UserError(f"there is no data set {source}")
-    if source.suffix == ".json" or any(source.glob("*.json")) or any(source.glob("annotations/*.json")):
+    if source.suffix == ".json" or any(source.glob("annotations/*.json")):
         return read_coco(source, images, problems), "COCO"
-    if (source / "labels").is_dir():
+    if (source / "labels").is_dir():  # where Label Studio also leaves a notes.json
         return read_yolo(source, images, classes, problems), "YOLO"
+    if any(source.glob("*.json")):
+        return read_coco(source, images, problems), "COCO"
     if source.is_dir() and next(source.rglob("*.xml"), None):
         return read_voc(source, images, classes, problems), "VOC"
     raise UserError(f"{source} has no Annotations/ of VOC, no .json of COCO and no labels/ of YOLO")

@@ -21,7 +21,7 @@ from utils.anchors import load_anchors
 from utils.checkpoint import Checkpoint, save_checkpoint
 from utils.errors import UserError, make_folder, run_script
 from utils.voc import load_classes
-from utils.weights import DARKNET, fill, read_weights
+from utils.weights import DARKNET, GAIN, fill, read_weights
 
 HEAD = "yolo_headP5.1.weight"  # whose rows tell how many classes there are
 SCALE_XY = {"darknet": 1.05, "pth": 1.0}  # of the decoding that they were trained with: scale_x_y, and none
@@ -67,13 +67,19 @@ def find_spec(config: Config, path: Path, weights: Mapping[str, Tensor]) -> Mode
     """What the weights are of, by the names and shapes in them; raises UserError when they are no whole network."""
     if not weights.keys() & parameter_names(0):
         raise UserError(f"{path}: no parameter has a name of this network; is it YOLOv4-tiny?")
+    if any(name.startswith(GAIN) for name in weights):
+        raise UserError(
+            f"{path} has the gains of train.py's attention, so that it is no published file; take the checkpoint that "
+            "it comes from"
+        )
     if HEAD not in weights:
         raise UserError(
             f"{path} has no heads: it is a start to train from, with train.py --weights, and no network to predict with"
         )
-    num_classes, rest = divmod(len(weights[HEAD]) - 15, 3)
+    rows = weights[HEAD].shape[0] if weights[HEAD].ndim else 1
+    num_classes, rest = divmod(rows - 15, 3)
     if rest or num_classes < 1:
-        raise UserError(f"{path} has {len(weights[HEAD])} rows in {HEAD}, but three anchors need 3 * (5 + classes)")
+        raise UserError(f"{path} has {rows} rows in {HEAD}, but three anchors need 3 * (5 + classes)")
     classes = config.classes or CLASS_FILES.get(num_classes)
     if classes is None:
         raise UserError(f"{path} has {num_classes} classes; name a file with their names, in their order, as --classes")

@@ -44,7 +44,7 @@ def main(config: Config) -> list[Path]:
         raise UserError(f"there are no published weights {', '.join(unknown)}; there are {', '.join(remotes)}")
     if not config.names:
         for remote in REMOTES:
-            print(f"{remote.name:30} {remote.url}")
+            print(f"{remote.name:32} {remote.url}")
     return [get(remotes[name].at(config.mirror), Path(config.folder)) for name in config.names]
 
 

@@ -47,8 +47,8 @@ class Config:
     def __post_init__(self) -> None:
         """Raise UserError for a value that cannot work."""
         check_range(self, 1, 1000, "starts")
-        if min(self.input_size) < 32:
-            raise UserError(f"input_size is {self.input_size}, but both sides must be at least 32")
+        if min(self.input_size) < 32 or any(side % 32 for side in self.input_size):
+            raise UserError(f"input_size is {self.input_size}, but both sides must be multiples of 32")
 
 
 def main(config: Config) -> Tensor:

@@ -21,6 +21,7 @@ from utils.annotations import AnnotationIndex
 from utils.errors import UserError, check_range, run_script
 from utils.files import replacing
 from utils.problems import Problems
+from utils.text import read_lines
 from utils.voc import index_images
 
 Counts = Mapping[str, Counter[str]]  # of an image's name: how many objects of each class it has
@@ -66,7 +67,7 @@ def main(config: Config) -> dict[str, list[str]]:
     counts = count_objects(folder / "Annotations", names)
     splits = split_names(names, config, counts)
     files = [target / f"{split}.txt" for split in splits]
-    existing = [file.name for file in files if file.exists() and file.read_text(encoding="utf-8").strip()]
+    existing = [file.name for file in files if file.exists() and any(read_lines(file))]
     if existing:
         raise UserError(f"{target} already has {', '.join(existing)}; to split anew, remove them")
     target.mkdir(parents=True, exist_ok=True)

@@ -20,12 +20,13 @@ from torch import Tensor
 
 from nets.yolo import ModelSpec, YoloBody
 from utils.errors import UserError
-from utils.files import replacing
+from utils.files import expect_file, replacing
 from utils.text import show
 
 FORMAT = "yolov4-tiny/2"
 TRAINING = "training/"
 SHOWN = 200  # letters of an error in a message
+MOST_BYTES = 500_000_000  # of a checkpoint, or of weights; with MOST_CLASSES and a training state it has 440 million
 LAST, PREVIOUS, BEST = "last.safetensors", "previous.safetensors", "best.safetensors"  # of a run
 DAMAGED = "damaged.safetensors"  # what was `last` and cannot be read
 
@@ -86,6 +87,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"there is no checkpoint {path}; correct the path, or run train.py, which writes checkpoints")
+    expect_file(path, MOST_BYTES)
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

@@ -5,6 +5,7 @@ import copy
 import io
 import json
 import math
+import os
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,11 +19,13 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from utils.errors import UserError
-from utils.files import replacing
+from utils.files import read_file, replacing
+from utils.text import show
 from utils.voc import Sample
 from utils.weighted_ap import ClassMatches
 
 RESULTS = "coco_results.json"
+MOST_BYTES = 500_000_000  # of a JSON file; COCO's largest, instances_train2017.json, has 470 million
 COCO_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 
 
@@ -213,7 +216,7 @@ def read_coco(path: str | Path, images: str | Path, class_names: Sequence[str]) 
     for image in truth["images"]:
         name = image["file_name"]
         check_within(path, name)
-        if not (folder / name).is_file():
+        if not os.path.isfile(folder / name):
             raise UserError(f"{path} names the image {name}, but it is not in {folder}; give the folder as --images")
         found = [item for item in objects[image["id"]] if min(item["bbox"][2:]) > 0]
         boxes = np.array([item["bbox"] for item in found], dtype=np.float64).reshape(-1, 4)
@@ -235,9 +238,10 @@ def read_coco(path: str | Path, images: str | Path, class_names: Sequence[str]) 
 def read_truth(path: Path) -> dict[str, list[dict[str, Any]]]:
     """What an evaluation needs of a COCO JSON file, checked; its annotations, which a test set lacks, from 1 on."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_file(path, MOST_BYTES))
         images = [
-            {"id": item["id"], "file_name": str(item["file_name"]), "height": item["height"], "width": item["width"]}
+            {"id": item["id"], "file_name": str(item["file_name"])}
+            | {side: read_side(item, side) for side in ("height", "width")}
             for item in content["images"]
         ]
         categories = [{"id": item["id"], "name": str(item["name"])} for item in content["categories"]]
@@ -256,15 +260,21 @@ def read_truth(path: Path) -> dict[str, list[dict[str, Any]]]:
                 raise ValueError(f"annotation {item['id']} is of an image or a category that it does not list")
         listed = [item["id"] for item in images], [item["id"] for item in categories]
         for values in (*listed, [item["name"] for item in categories]):
-            if len(set(values)) < len(values) or not values:
+            if len(sorted(set(values))) < len(values) or not values:  # ids of one type alone can be sorted
                 raise ValueError("an image or a category is there twice, or there is none")
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
     except KeyError as error:
         raise UserError(f"{path} is not COCO ground truth: something in it has no {error}") from None
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is not COCO ground truth: {error}") from None
     return {"images": images, "categories": categories, "annotations": annotations}
+
+
+def read_side(image: dict[str, Any], name: str) -> int:
+    """An image's height or width in pixels; raises ValueError for what none can have."""
+    side = image[name]
+    if not (isinstance(side, int | float) and 0 < side < 2**31 and side == int(side)):
+        raise ValueError(f"the {name} of {show(image['file_name'])} is {show(side)}")
+    return int(side)
 
 
 def check_within(path: Path, name: str) -> None:

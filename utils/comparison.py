@@ -117,6 +117,8 @@ def conclude(rows: Sequence[Row]) -> list[str]:
         who = f"phi {row.phi} ({row.name})"
         if row.verdict in ("better", "worse"):
             said.append(f"{who} is {row.verdict} than phi 0: {show(row.difference, '+')} AP.")
+        elif row.verdict != "unknown" and not any(row.differences):
+            said.append(f"{who} gives exactly what phi 0 gives: these trainings were too short for its gain to grow.")
         elif row.verdict != "unknown":
             chance = ", but one of so many comparisons may come out so by chance" if "perhaps" in row.verdict else ""
             enough, wanted = seeds_needed(row.differences, len(others)), max(abs(row.difference.value), RESOLUTION)

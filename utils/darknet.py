@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from nets.darknet53_tiny import BasicConv
-from nets.yolo import ModelSpec, YoloBody
+from nets.yolo import MOST_CLASSES, ModelSpec, YoloBody
 from utils.errors import UserError
 from utils.files import replacing
 
@@ -110,7 +110,7 @@ def fitting_layers(path: Path, size: int, header: int) -> list[Layer]:
     if size == header + 4 * count(start):
         return start
     classes, rest = divmod(size - header - 4 * none, 4 * (one - none))
-    if rest or classes < 1:
+    if rest or not 1 <= classes <= MOST_CLASSES:
         coco = header + 4 * count(layers_for(COCO_CLASSES))
         raise UserError(
             f"{path} has {size:,} bytes, but YOLOv4-tiny has {coco:,} with {COCO_CLASSES} classes, "

@@ -24,21 +24,25 @@ TEMPORARY = ".tmp"  # suffix of a file that is being written
 
 
 def read_file(path: str | Path, most: int) -> bytes:
-    """The content of a regular file of up to `most` bytes.
+    """The content of a regular file of up to `most` bytes; raises Mistake for any other, as `expect_file` does."""
+    expect_file(path, most)
+    try:
+        with open(path, "rb") as file:
+            content = file.read(most + 1)
+    except OSError as error:
+        raise Mistake(path, f"cannot be read: {error.strerror}") from None
+    if len(content) > most:  # files of /proc have no size of their own
+        raise too_large(path, most)
+    return content
 
-    Raises Mistake for any other, at once for a pipe or device, whose reading could wait or go on forever.
+
+def expect_file(path: str | Path, most: int) -> None:
+    """Raise Mistake for all but a regular file of up to `most` bytes, before it is opened.
+
+    Reading a pipe or device could wait or go on forever.
     """
     try:
         state = os.stat(path)
-        if stat.S_ISDIR(state.st_mode):
-            raise Mistake(path, "is a folder, but must be a file")
-        if not stat.S_ISREG(state.st_mode):
-            raise Mistake(path, "is a pipe or device, but must be a regular file")
-        if state.st_size <= most:
-            with open(path, "rb") as file:
-                content = file.read(most + 1)
-            if len(content) <= most:  # files of /proc have no size of their own
-                return content
     except FileNotFoundError:
         missing = "is a link to what does not exist" if os.path.islink(path) else "does not exist"
         raise Mistake(path, missing) from None
@@ -46,7 +50,16 @@ def read_file(path: str | Path, most: int) -> bytes:
         raise Mistake(path, f"cannot be read: {error.strerror}") from None
     except ValueError:  # a zero byte in the path
         raise Mistake(path, "is no name that a file can have") from None
-    raise Mistake(path, f"is too large: it must not have more than {most / 1e6:.0f} MB")
+    if stat.S_ISDIR(state.st_mode):
+        raise Mistake(path, "is a folder, but must be a file")
+    if not stat.S_ISREG(state.st_mode):
+        raise Mistake(path, "is a pipe or device, but must be a regular file")
+    if state.st_size > most:
+        raise too_large(path, most)
+
+
+def too_large(path: str | Path, most: int) -> Mistake:
+    return Mistake(path, f"is too large: it must not have more than {most / 1e6:.0f} MB")
 
 
 @contextmanager

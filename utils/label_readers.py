@@ -13,13 +13,14 @@ from utils.coco import check_within, read_truth
 from utils.decode import file_size, is_turned_unseen
 from utils.errors import UserError
 from utils.problems import Mistake, Problems, Unusable
-from utils.text import parse_number, read_lines, show
+from utils.text import parse_number, read_lines, show, strip
 from utils.voc import IMAGE_SUFFIXES, load_classes
 
 IMAGE_FOLDERS = ("JPEGImages", "images", "Images", "data", ".")  # where images of a data set may be
 YOLO_SPLITS = ("train", "val", "valid", "test")
 EVERYTHING = "all"  # the name of what is no split
 DECIMALS = 8  # of a pixel; what arithmetic adds behind them is dropped
+UNWRITABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff\ufffe\uffff]")  # of a line, or of XML
 POLYGON = "is a polygon; the box around it counts"
 FLAT = "has no width or height"
 
@@ -108,7 +109,7 @@ def read_coco(path: Path, images: Path | None, problems: Problems) -> LabelSet:
         names |= dict.fromkeys(categories.values())
         if list(categories) != list(range(1, len(categories) + 1)):
             notes.add("COCO's ids of classes, whose order stays")
-        if re.search(r'"(segmentation|keypoints)":\s*[\[{]+\s*[^\]}\s]', file.read_text(encoding="utf-8")):
+        if re.search(rb'"(segmentation|keypoints)":\s*[\[{]+\s*[^\]}\s]', file.read_bytes()):
             notes.add("COCO's segmentation and keypoints")
         objects = defaultdict(list)
         for item in truth["annotations"]:
@@ -133,9 +134,7 @@ def coco_image(
     """Add an image of a COCO file to `items`; returns its name."""
     name, size = about["file_name"], (about["height"], about["width"])
     check_within(file, name)
-    if not all(isinstance(side, int) and side > 0 for side in size):
-        raise Mistake(file, f"states that {show(name)} is {show(size[1])} wide and {show(size[0])} high")
-    image = next((path for root in roots if (path := root / name).is_file()), None)
+    image = next((path for root in roots if os.path.isfile(path := root / name)), None)
     if image is None:
         raise Mistake(file, f"names {show(name)}, which is not there; give the folder of the images as --images")
     stem = PurePosixPath(name).with_suffix("").as_posix()
@@ -242,6 +241,8 @@ def single_image(images: Mapping[str, Sequence[Path]], stem: str, source: Path) 
 def flat(stem: str, taken: Mapping[str, object], source: Path) -> str:
     """A name without folders, which VOC's split files cannot have."""
     name = stem.replace("/", "_")
+    if not is_line(name):
+        raise Mistake(source, f"has an image named {name!r}, which is no line of a split file; rename it")
     if name in taken:
         raise Mistake(source, f"has two images that would both be {show(name)!r}; rename one")
     return name
@@ -253,6 +254,11 @@ def known(lines: Sequence[str], items: Mapping[str, object], path: Path) -> list
     if missing:
         raise Mistake(path, f"names {show(missing[0])!r}, which has no image with labels")
     return list(dict.fromkeys(lines))
+
+
+def is_line(text: str) -> bool:
+    """Whether a name can stand on a line of a file, to be read as it was."""
+    return bool(text) and text == strip(text) and not UNWRITABLE.search(text)
 
 
 def expect_classes(used: set[str], names: Sequence[str], source: Path) -> None:

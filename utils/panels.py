@@ -9,6 +9,7 @@ import cv2
 import matplotlib
 import numpy as np
 import supervision as sv
+import torch
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -30,6 +31,7 @@ from utils.video import Frame
 VIEW_SIDE = 480  # pixels of the longer side of the image in a panel
 WIDTH, TITLES = 12.0, 0.6  # inches: of a panel, and of the titles of a row
 BARS = 1.8  # inches: the height of a row of bars
+LEAST_RANGE = 0.01  # of a scale of factors; smaller differences should look like none
 BOOSTED = 2  # channels shown of each place
 COLOURS, OPACITY = "viridis", 0.55  # lighter all the way up, so that it can be read in print without colour
 PALE = 0.4  # how light the black of the image is under a map
@@ -130,7 +132,15 @@ def draw_places(view: View, attention: dict[str, Attended], part: SubFigure) -> 
     for axes, (place, attended) in zip(
         part.subplots(1, len(attention), squeeze=False)[0], attention.items(), strict=True
     ):
-        view.draw(axes, attended.factor[0].mean(dim=0), f"{place}, {describe_gain(attended)}", (None, None))
+        factors = attended.factor[0].mean(dim=0)
+        view.draw(axes, factors, f"{place}, {describe_gain(attended)}", scale_of(factors))
+
+
+def scale_of(factors: Tensor) -> tuple[float, float]:
+    """From the least factor to the greatest, and at least LEAST_RANGE around them."""
+    low, high = float(factors.min()), float(factors.max())
+    more = max(0.0, LEAST_RANGE - (high - low)) / 2
+    return low - more, high + more
 
 
 def describe_gain(attended: Attended) -> str:
@@ -143,7 +153,9 @@ def draw_bars(attention: dict[str, Attended], part: SubFigure) -> None:
     for axes, (place, attended) in zip(
         part.subplots(1, len(attention), squeeze=False)[0], attention.items(), strict=True
     ):
-        values = channel_factors(attended).sort(descending=True).values.cpu().numpy()
+        factors = channel_factors(attended).sort(descending=True).values.cpu()
+        values = factors.numpy()
+        axes.set_ylim(*scale_of(torch.cat([factors, torch.ones(1)])))
         axes.fill_between(np.arange(len(values)), 1, values, step="mid")  # as bars, of which there are many
         axes.axhline(1, color="black", linewidth=0.8)
         axes.set_title(f"{place}, {describe_gain(attended)}; 1 leaves a channel as it is", fontsize="small")

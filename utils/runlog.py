@@ -199,7 +199,10 @@ def load_settings(folder: Path, config: Settings, free: Sequence[str]) -> Settin
     for name, value in given.items():
         own = getattr(settings, name)
         if name not in free and value != own:
-            raise UserError(f"a resumed run keeps its settings: {name} is {own} there, not {value}; leave it out")
+            raise UserError(
+                f"what goes on keeps its settings, which are in {path}: {name} is {own} there, not {value}; leave it "
+                "out, or choose another folder"
+            )
     return replace(settings, **{name: value for name, value in given.items() if name in free})
 
 

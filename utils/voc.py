@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -12,6 +12,7 @@ from unicodedata import normalize
 import numpy as np
 from tqdm import tqdm
 
+from nets.yolo import MOST_CLASSES
 from utils.annotations import Annotation, AnnotationIndex
 from utils.errors import UserError
 from utils.problems import Mistake, Problem, Problems
@@ -56,9 +57,11 @@ def load_classes(path: str | Path, problems: Problems | None = None) -> tuple[st
         raise Mistake(path, "is empty; write a class name on each line")
     if "" in names:
         raise Mistake(path, "is blank; remove it", f"line {names.index('') + 1}")
-    for name in names:
-        if names.count(name) > 1:
-            raise Mistake(path, f"has the class {show(name)!r} {names.count(name)} times; keep one")
+    name, times = Counter(names).most_common(1)[0]
+    if times > 1:
+        raise Mistake(path, f"has the class {show(name)!r} {times} times; keep one")
+    if len(names) > MOST_CLASSES:
+        raise Mistake(path, f"has {len(names):,} classes, but a network has at most {MOST_CLASSES:,}")
     if problems and BOM in read_text(path):
         problems.repaired(path, "a byte-order mark before a class; it counts without", "line 1")
     return tuple(names)

@@ -10,9 +10,10 @@ from zipfile import BadZipFile, ZipFile
 import torch
 from torch import Tensor, nn
 
-from utils.checkpoint import load_checkpoint
+from utils.checkpoint import MOST_BYTES, load_checkpoint
 from utils.darknet import read_darknet
 from utils.errors import UserError
+from utils.files import expect_file
 from utils.problems import Problems
 from utils.text import show
 
@@ -56,6 +57,7 @@ def read_weights(path: str | Path, problems: Problems | None = None) -> dict[str
 def read_state_dict(path: Path, problems: Problems) -> dict[str, Tensor]:
     if not os.path.isfile(path):
         raise UserError(f"there is no weights file {path}")
+    expect_file(path, MOST_BYTES)
     check_archive(path)
     try:
         with warnings.catch_warnings(action="ignore"):  # of what a damaged file seems to hold
@@ -68,7 +70,10 @@ def read_state_dict(path: Path, problems: Problems) -> dict[str, Tensor]:
     if not isinstance(loaded, Mapping) or not all(
         isinstance(name, str) and isinstance(value, Tensor) for name, value in loaded.items()
     ):
-        raise UserError(f"{path} does not hold a state dict, that is tensors by name")
+        raise UserError(
+            f"{path} does not hold a state dict, that is tensors by name; give a file that was written by "
+            "torch.save(model.state_dict(), path)"
+        )
     if any(name.startswith(PARALLEL) for name in loaded):
         problems.repaired(path, f"has names that begin with {PARALLEL}, from DataParallel; they count without")
     return {standard_name(name): value for name, value in loaded.items()}
