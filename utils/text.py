@@ -7,7 +7,7 @@ from utils.files import read_file
 from utils.problems import Mistake
 
 BOM = "\ufeff"  # which Windows puts before a file's first word, and str.strip() keeps
-MOST_BYTES = 50_000_000  # of a text file; 2 million names of 20 letters
+MOST_BYTES = 20_000_000  # of a text file; a million names of 20 letters
 SHOWN = 60  # letters of a text in a message
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
 
