@@ -264,7 +264,7 @@ def read_truth(path: Path) -> dict[str, list[dict[str, Any]]]:
                 raise ValueError("an image or a category is there twice, or there is none")
     except KeyError as error:
         raise UserError(f"{path} is not COCO ground truth: something in it has no {error}") from None
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, OverflowError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is not COCO ground truth: {error}") from None
     return {"images": images, "categories": categories, "annotations": annotations}
 
