@@ -2,6 +2,7 @@
 
 import os
 import struct
+import time
 from dataclasses import replace
 from itertools import accumulate
 
@@ -308,3 +309,14 @@ def test_the_cfg_describes_the_network(pair_file):
     assert "width=96\nheight=64\n" in text
     assert text.count("anchors=10,14, 23,27, 37,58, 81,82, 135,169, 344,319\nclasses=2\nnum=6\nscale_x_y=1.5\n") == 2
     assert text.index("mask=3,4,5") < text.index("mask=0,1,2")
+
+
+def test_a_long_name_of_a_class_takes_no_time(tmp_path):
+    """Of which torch.load makes its message."""
+    path = tmp_path / "long.pth"
+    torch.save({"weight": torch.ones(1)}, path, _use_new_zipfile_serialization=False)
+    path.write_bytes(path.read_bytes().replace(b"ctorch._utils\n", b"c" + b"a" * 100_000 + b"\n"))
+    started = time.process_time()
+    with pytest.raises(UserError, match="more than weights"):
+        read_weights(path)
+    assert time.process_time() - started < 5

@@ -3,8 +3,10 @@
 import os
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from zipfile import BadZipFile, ZipFile
 
 import torch
@@ -19,6 +21,7 @@ from utils.text import show
 
 GAIN = "attention_gain."
 TOLD = 8  # names in a line
+MOST_SEARCHED = 1000  # letters of a message of torch.load
 COUNTER = "num_batches_tracked"  # of batch norms; nothing depends on it
 TYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int32, torch.int64}  # of parameters
 PARALLEL = "module."  # what DataParallel puts before a name
@@ -60,7 +63,7 @@ def read_state_dict(path: Path, problems: Problems) -> dict[str, Tensor]:
     expect_file(path, MOST_BYTES)
     check_archive(path)
     try:
-        with warnings.catch_warnings(action="ignore"):  # of what a damaged file seems to hold
+        with warnings.catch_warnings(action="ignore"), short_searches():  # of what a damaged file seems to hold
             loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # a damaged file leads the unpickler into errors of any type
         raise UserError(
@@ -77,6 +80,20 @@ def read_state_dict(path: Path, problems: Problems) -> dict[str, Tensor]:
     if any(name.startswith(PARALLEL) for name in loaded):
         problems.repaired(path, f"has names that begin with {PARALLEL}, from DataParallel; they count without")
     return {standard_name(name): value for name, value in loaded.items()}
+
+
+@contextmanager
+def short_searches() -> Iterator[None]:
+    """Let torch.load look for its reasons in the beginning of a message alone.
+
+    A refused file can make the message as long as itself, and the search takes the square of its length.
+    """
+    search = {"search": lambda pattern, message: re.search(pattern, message[:MOST_SEARCHED])}
+    torch.serialization.re = SimpleNamespace(**vars(re) | search)
+    try:
+        yield
+    finally:
+        torch.serialization.re = re
 
 
 def check_archive(path: Path) -> None:
