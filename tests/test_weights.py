@@ -110,6 +110,7 @@ def test_what_cannot_be_converted(voc_file, pair_file, expect_mistake, tmp_path)
     classes = ["--classes", ROOT / "model_data" / "coco_classes.txt"]
     expect_mistake(convert_weights, ["--weights", voc_file, *classes], "has 20 classes, but", "has 80")
     expect_mistake(convert_weights, ["--weights", pair, "--masks", 3, 4, 5, 0, 1, 6], "there are six anchors, 0 to 5")
+    expect_mistake(convert_weights, ["--weights", voc_file, "--out", start], f"{start} exists; remove it, or choose")
     other = tmp_path / "other.pth"
     torch.save({"layer.weight": torch.zeros(3)}, other)
     expect_mistake(convert_weights, ["--weights", other], "no parameter has a name of this network")

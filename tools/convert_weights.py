@@ -19,7 +19,7 @@ from nets.attention import ATTENTION
 from nets.yolo import ModelSpec, YoloBody
 from utils.anchors import load_anchors
 from utils.checkpoint import Checkpoint, save_checkpoint
-from utils.errors import UserError, make_folder, run_script
+from utils.errors import UserError, check_new, make_folder, run_script
 from utils.voc import load_classes
 from utils.weights import DARKNET, GAIN, fill, read_weights
 
@@ -52,11 +52,12 @@ def main(config: Config) -> Path:
     path = Path(config.weights)
     if path.suffix == ".safetensors":
         raise UserError(f"{path} is no foreign file; eval.py and predict.py take checkpoints as they are")
+    out = Path(config.out) if config.out else path.with_suffix(".safetensors")
+    check_new(out)
     weights = read_weights(path)
     spec = find_spec(config, path, weights)
     model = spec.build()
     print("\n".join(fill(model, weights, path)))
-    out = Path(config.out) if config.out else path.with_suffix(".safetensors")
     make_folder(out.parent)
     save_checkpoint(out, Checkpoint(spec, model.state_dict(), {"source": path.name}, {}))
     print(f"{out}: {spec.num_classes} classes, phi {spec.phi}, scale_xy {spec.scale_xy}, {spec.class_names[0]} first")

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from nets.yolo import ModelSpec
 from utils.anchors import load_anchors
 from utils.boxes import shape_iou
-from utils.errors import UserError, check_range, make_folder, run_script
+from utils.errors import UserError, check_new, check_range, make_folder, run_script
 from utils.files import replacing
 from utils.plots import draw_shapes
 from utils.problems import Problems
@@ -54,8 +54,7 @@ class Config:
 def main(config: Config) -> Tensor:
     """Find and write the anchors (6, 2); returns them."""
     out, old = Path(config.out), torch.tensor(load_anchors(config.anchors))
-    if out.exists():
-        raise UserError(f"{out} exists; remove it, or choose another --out")
+    check_new(out)
     problems = Problems()
     samples = load_samples(config.devkit, config.sets, load_classes(config.classes, problems), problems)
     problems.tell(", ".join(config.sets), print)

@@ -41,6 +41,12 @@ def make_folder(path: Path) -> None:
         raise UserError(f"cannot write to {path}: no permission; choose another folder")
 
 
+def check_new(path: Path) -> None:
+    """Raise UserError where a file is that writing would lose."""
+    if path.exists():
+        raise UserError(f"{path} exists; remove it, or choose another --out")
+
+
 def check_choice(settings: object, name: str, choices: Sequence[str]) -> None:
     """Raise UserError unless the named field is one of `choices`."""
     if getattr(settings, name) not in choices:
