@@ -84,7 +84,6 @@ class Config:
     attention_places: tuple[str, ...] = ModelSpec.places  # where it stands: feat1, feat2, upsample
     identity_start: bool = True  # let attention begin as the identity, so that it cannot harm the first steps
     input_size: tuple[int, int] = (416, 416)  # height and width of the network's input, multiples of 32
-    multi_scale: tuple[float, ...] = ()  # train at these multiples of input_size, such as 0.8 1 1.2; empty: at 1
     letterbox: bool = False  # keep the aspect ratio of images with gray bars instead of stretching them
     weights: str = ""  # start from a checkpoint, a published .pth or Darknet's .weights; empty: from nothing
 
@@ -143,8 +142,6 @@ class Config:
         check_range(self, 1e-6, 1, "ema")
         check_choice(self, "cache", PLACES)
         check_choice(self, "compile", ("auto", "on", "off"))
-        if not all(0.25 <= factor <= 4 for factor in self.multi_scale):
-            raise UserError(f"multi_scale is {self.multi_scale}, but its factors must be between 0.25 and 4")
         if self.extend and not self.resume:
             raise UserError("extend adds epochs to a run that has finished; it needs --resume")
 
@@ -156,14 +153,6 @@ class Config:
     def compiles(self, device: torch.device) -> bool:
         """Whether to compile, which batch norm over several processes breaks into parts."""
         return choose_compile(self.compile, device) and not self.sync_bn
-
-    def train_sizes(self) -> tuple[tuple[int, int], ...]:
-        """The input sizes of training, largest first."""
-        sizes = {
-            tuple(max(32, 32 * round(side * factor / 32)) for side in self.input_size)
-            for factor in self.multi_scale or (1.0,)
-        }
-        return tuple(sorted(sizes, key=math.prod, reverse=True))
 
 
 def build_trainer(
@@ -191,7 +180,6 @@ def build_trainer(
     )
     loss = YoloLoss(spec, LossSettings(), device, ranks)
     if config.compiles(device):
-        torch._dynamo.config.recompile_limit = 4 + 4 * len(config.train_sizes())  # a graph per size, frozen or not
         model.compile(dynamic=False)
         loss.sums = torch.compile(loss.sums, dynamic=False)
     return Trainer(state, spec, loss, device, dtype, accumulate)
@@ -201,7 +189,7 @@ def epoch_batches(config: Config, cache: ImageCache, progress: Progress, ranks: 
     """The batches of the epoch under way."""
     share = (progress.epoch - progress.start) / (progress.end - progress.start)
     settings = config.augment_settings(share)
-    return Batches(cache, config.batch_size, config.seed, progress.epoch, settings, config.train_sizes(), ranks)
+    return Batches(cache, config.batch_size, config.seed, progress.epoch, settings, ranks)
 
 
 def run_epoch(
@@ -336,7 +324,7 @@ def share_batch(config: Config, spec: ModelSpec, cache: ImageCache, device: torc
             raise UserError("batch_size 0 picks what fits into a GPU; on the CPU give a number, such as 8")
         alone = replace(config, batch_size=1, nominal_batch=1, compile="off")
         probe = build_trainer(alone, spec, len(cache), device, Ranks(), Progress(end=1))
-        fits = largest_batch(probe, 2 * cache.labels.shape[1], config.train_sizes()[0], len(cache) // ranks.size)
+        fits = largest_batch(probe, 2 * cache.labels.shape[1], len(cache) // ranks.size)
         size = ranks.size * min(ranks.everyone(fits))
         ranks.say(
             f"batch size {size} fits; an epoch then has {len(cache) // size} batches, which should not be too few"
@@ -351,17 +339,17 @@ def share_batch(config: Config, spec: ModelSpec, cache: ImageCache, device: torc
 
 def rehearse(trainer: Trainer, config: Config, caches: tuple[ImageCache, ImageCache | None]) -> None:
     """Try the largest batch, also to compile it, and say what it takes; the state stays as it was."""
-    (train, val), progress, sizes = caches, trainer.state.progress, config.train_sizes()
+    (train, val), progress = caches, trainer.state.progress
+    height, width = trainer.spec.input_size
     compiled = config.compiles(trainer.device)
     modes = (False, True) if compiled and progress.epoch < config.freeze_epochs else (False,)
     objects = 2 * train.labels.shape[1]
-    trial = try_largest(trainer, config.batch_size, objects, sizes if compiled else sizes[:1], modes)
+    trial = try_largest(trainer, config.batch_size, objects, modes)
     epochs = progress.end - progress.epoch
     validated = len(val) * math.ceil(epochs / config.eval_every) * VALIDATION_COST if val else 0
-    area = sum(map(math.prod, sizes)) / len(sizes) / math.prod(sizes[0])
-    seconds = trial.seconds / config.batch_size * (epochs * len(train) * area + validated)
+    seconds = trial.seconds / config.batch_size * (epochs * len(train) + validated)
     trainer.ranks.say(
-        f"a step of {config.batch_size} images at {sizes[0][0]}x{sizes[0][1]} takes {trial.seconds:.3f} s and "
+        f"a step of {config.batch_size} images at {height}x{width} takes {trial.seconds:.3f} s and "
         f"{trial.memory / 1e9:.1f} GB; {epochs} epochs about {timedelta(seconds=round(seconds))} h"
     )
 
@@ -422,7 +410,7 @@ def train_epochs(
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        raise too_large(config.batch_size, config.train_sizes()[0]) from None
+        raise too_large(config.batch_size, trainer.spec.input_size) from None
     log.finish_saving()
     return trainer.state.progress, caches[1]
 

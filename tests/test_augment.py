@@ -40,8 +40,8 @@ def in_memory(images, boxes, labels) -> ImageCache:
     return ImageCache([], images, boxes, labels, [Fit(1, 1, 0, 0)] * count, [size] * count, [0] * count, "ram")
 
 
-def augment(cache, order, random, settings, size=None):
-    batch = prepare(cache, order, random, settings, size or tuple(cache.images.shape[2:]))
+def augment(cache, order, random, settings):
+    batch = prepare(cache, order, random, settings)
     return draw(batch), batch.boxes, batch.labels
 
 
@@ -75,19 +75,6 @@ def test_boxes_follow_the_pixels(cache, settings):
                 seen += 1
     assert seen > 80
     assert beside <= (0.05 * seen if settings.mosaic else 0)
-
-
-def test_another_input_size_is_the_same_picture(cache):
-    """Twice the size: pixels and boxes lie where they lay, at twice the distance."""
-    settings = replace(GEOMETRY, mosaic=0.5)
-    order, random = epoch_order(0, 0, len(cache))
-    images, boxes, labels = augment(cache, order, random, settings)
-    double = tuple(2 * side for side in SIZE)
-    larger, moved, same = augment(cache, order, random, settings, double)
-    assert larger.shape[2:] == double
-    assert torch.equal(labels, same)
-    torch.testing.assert_close(moved, 2 * boxes)
-    assert (torch.nn.functional.avg_pool2d(larger, 2) - images).abs().mean() < 0.01
 
 
 def test_flip_mirrors_exactly(cache):
@@ -165,7 +152,7 @@ def test_drawing_tile_by_tile_gives_what_drawing_all_at_once_does(cache):
     order, random = epoch_order(3, 1, len(cache))
     for mosaic, mixup in ((0.0, 0.0), (0.5, 0.5), (1.0, 0.0)):
         settings = replace(GEOMETRY, mosaic=mosaic, mixup=mixup)
-        planned = prepare(cache, order, random, settings, SIZE)
+        planned = prepare(cache, order, random, settings)
         ends = torch.searchsorted(planned.rows, torch.arange(len(order) + 1)).tolist()
         alone = torch.stack([draw_image(planned, range(start, stop)) for start, stop in pairwise(ends)])
         torch.testing.assert_close(alone, draw_tiles(planned), atol=1e-3, rtol=0)

@@ -9,14 +9,13 @@ from nets.yolo import ModelSpec
 from tests.conftest import ANCHORS
 from utils import cache as cache_module
 from utils.augment import AugmentSettings, draw
-from utils.batches import SIZE_STEPS, Batches
+from utils.batches import Batches
 from utils.cache import ImageCache, build_cache, choose_place
 from utils.distributed import Ranks
 from utils.errors import UserError
 from utils.voc import load_classes, load_samples
 
 CPU = torch.device("cpu")
-SIZES = ((64, 96), (32, 64), (96, 96))
 SETTINGS = AugmentSettings(0.5, 0.5, scale=0.3, aspect=0.1, translate=0.1, flip=0.5, hue=0.1, saturation=0.5, value=0.3)
 
 
@@ -32,7 +31,7 @@ def cache(devkit, spec) -> ImageCache:
 
 @pytest.fixture
 def batches(cache) -> Batches:
-    return Batches(cache, 4, 0, 3, SETTINGS, SIZES[:1], Ranks())
+    return Batches(cache, 4, 0, 3, SETTINGS, Ranks())
 
 
 def test_what_is_loaded_ahead_is_what_was_planned(batches):
@@ -50,7 +49,7 @@ def test_what_is_loaded_ahead_is_what_was_planned(batches):
 
 def test_processes_share_a_batch(cache, batches):
     """Two halves are the whole, and the images named are the whole batch's."""
-    halves = [Batches(cache, 4, 0, 3, SETTINGS, SIZES[:1], Ranks(rank, 2)) for rank in range(2)]
+    halves = [Batches(cache, 4, 0, 3, SETTINGS, Ranks(rank, 2)) for rank in range(2)]
     for number in range(len(batches)):
         (whole,) = batches.load([number], CPU)
         parts = zip(*(next(half.load([number], CPU)) for half in halves), strict=True)
@@ -60,22 +59,8 @@ def test_processes_share_a_batch(cache, batches):
     assert len({name for number in range(len(batches)) for name in batches.names(number)}) == 24
 
 
-def test_sizes_change_every_few_batches(cache):
-    one, same, other = (Batches(cache, 1, seed, 0, SETTINGS, SIZES, Ranks()) for seed in (0, 0, 1))
-    chosen = [one.size(number) for number in range(len(one))]
-    assert chosen == [same.size(number) for number in range(len(one))]
-    blocks = [set(chosen[start : start + SIZE_STEPS]) for start in range(0, len(one), SIZE_STEPS)]
-    assert all(len(block) == 1 for block in blocks)
-    seen = {replace(one, epoch=epoch).size(0) for epoch in range(20)}
-    assert seen == set(SIZES)
-    assert any(one.size(n) != other.size(n) for n in range(len(one)))
-    (images, boxes, _), *_ = replace(one, sizes=((128, 160),)).load([0], CPU)
-    assert images.shape[2:] == (128, 160)
-    assert boxes[..., 2].max() > 96
-
-
 def test_an_error_while_loading_ahead_is_not_lost(cache):
-    broken = Batches(replace(cache, boxes=cache.boxes[:3]), 4, 0, 0, SETTINGS, SIZES[:1], Ranks())
+    broken = Batches(replace(cache, boxes=cache.boxes[:3]), 4, 0, 0, SETTINGS, Ranks())
     with pytest.raises(IndexError):
         list(broken.load(range(6), CPU))
 

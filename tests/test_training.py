@@ -82,7 +82,7 @@ def test_batch_size_0_needs_a_gpu(config, tmp_path):
         train.main(replace(config, batch_size=0, run_dir=str(tmp_path)))
 
 
-def test_a_compiled_run_compiles_once_per_size(config, tmp_path, monkeypatch):
+def test_a_compiled_run_compiles_once(config, tmp_path, monkeypatch):
     """With a compiler that does nothing: what is counted is how often it is asked."""
     monkeypatch.setattr(logging.getLogger("torch.__trace"), "handlers", [])  # pytest would keep all of it
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
@@ -95,9 +95,9 @@ def test_a_compiled_run_compiles_once_per_size(config, tmp_path, monkeypatch):
         asked.append(counters["stats"]["unique_graphs"])
 
     monkeypatch.setattr(train, "rehearse", count)
-    settings = replace(config, compile="on", multi_scale=(1.0, 1.5), batch_size=2, mixup=0.5)
+    settings = replace(config, compile="on", batch_size=2, mixup=0.5)
     folder = train.main(replace(settings, run_dir=str(tmp_path / "a")))
-    assert asked == [2 * 2]  # the network and the loss at each of two sizes
+    assert asked == [2]  # the network and the loss
     assert counters["stats"]["unique_graphs"] == asked[0]
     eager = train.main(replace(settings, compile="off", run_dir=str(tmp_path / "b")))
     for ours, theirs in zip(records(folder), records(eager), strict=True):
@@ -155,7 +155,6 @@ def send_signals() -> None:
 
 def test_settings_of_a_run_that_cannot_work(config, tmp_path):
     for change, words in (
-        ({"multi_scale": (0.1,)}, "multi_scale is"),
         ({"extend": 3}, "needs --resume"),
         ({"cache": "tape"}, "cache is 'tape'"),
         ({"compile": "maybe"}, "compile is 'maybe'"),

@@ -201,7 +201,7 @@ class FixedBatch:
         samples = load_samples(devkit, ["Demo/train"], spec.class_names)
         cache = build_cache(samples, spec, self.device, "device" if self.device.type == "cuda" else "ram")
         settings = AugmentSettings(config.mosaic, config.mixup, **STRENGTHS)
-        self.batches = Batches(cache, config.batch_size, 0, 0, settings, (config.input_size,), Ranks())
+        self.batches = Batches(cache, config.batch_size, 0, 0, settings, Ranks())
         with closing(self.batches.load([0], self.device)) as loaded:
             self.batch = next(loaded)
 

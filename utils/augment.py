@@ -67,10 +67,8 @@ class Prepared(NamedTuple):
     labels: Tensor  # (B, 2M) padded with -1
 
 
-def prepare(
-    cache: ImageCache, indices: Tensor, random: Tensor, settings: AugmentSettings, output: tuple[int, int]
-) -> Prepared:
-    """Plan a batch of samples `indices` (B,) with random rows (B, NUM_COLUMNS) for an output of (height, width).
+def prepare(cache: ImageCache, indices: Tensor, random: Tensor, settings: AugmentSettings) -> Prepared:
+    """Plan a batch of samples `indices` (B,) with random rows (B, NUM_COLUMNS).
 
     Everything but the images is on the CPU; they are where the cache is. What a crowded mosaic has beyond 2M objects is
     dropped.
@@ -78,15 +76,14 @@ def prepare(
     tiles = plan_tiles(indices, random, settings, cache)
     boxes, labels = move_boxes(cache, tiles, len(indices))
     height, width = cache.images.shape[2:]
-    zoom = torch.tensor([output[1] / width, output[0] / height] * 2)
     return Prepared(
         gather_images(cache.images, tiles.sources),
-        source_coordinates(tiles, 0, width, output[1]),
-        source_coordinates(tiles, 1, height, output[0]),
+        source_coordinates(tiles, 0, width),
+        source_coordinates(tiles, 1, height),
         tiles.rows,
         tiles.weights,
         plan_colours(random, settings),
-        boxes * zoom,
+        boxes,
         labels,
     )
 
@@ -208,12 +205,12 @@ def place(numbers: Tensor, rects: Tensor, size: tuple[int, int], settings: Augme
     return scales, offsets
 
 
-def source_coordinates(tiles: Tiles, axis: int, length: int, output: int) -> Tensor:
-    """For each of `output` pixels along an axis, where in the source of `length` it lies: (T, output) in -1..1.
+def source_coordinates(tiles: Tiles, axis: int, length: int) -> Tensor:
+    """For each pixel along an axis of `length`, where in the source it lies: (T, length) in -1..1.
 
     Pixels beyond the tile's rectangle get OUTSIDE.
     """
-    pixel = (torch.arange(output) + 0.5) * (length / output)
+    pixel = torch.arange(length) + 0.5
     source = (pixel - tiles.offsets[:, axis, None]) / tiles.scales[:, axis, None]
     inside = (pixel > tiles.rects[:, axis, None]) & (pixel < tiles.rects[:, axis + 2, None])
     return torch.where(inside, 2 * source / length - 1, OUTSIDE)

@@ -7,7 +7,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,7 +15,6 @@ from utils.cache import ImageCache
 from utils.distributed import Ranks
 
 AHEAD = 2  # batches on their way while one is in use
-SIZE_STEPS = 10  # batches between two changes of the input size
 
 
 @dataclass
@@ -28,22 +26,15 @@ class Batches:
     seed: int
     epoch: int
     settings: AugmentSettings
-    sizes: tuple[tuple[int, int], ...]  # input sizes to choose from, height and width
     ranks: Ranks
     order: Tensor = field(init=False)  # (N,) of the samples
     random: Tensor = field(init=False)  # (N, NUM_COLUMNS) a row per position in the order
-    chosen: np.ndarray = field(init=False)  # which of the sizes, in turn
 
     def __post_init__(self) -> None:
         self.order, self.random = epoch_order(self.seed, self.epoch, len(self.cache))
-        self.chosen = np.random.default_rng([self.seed, self.epoch]).integers(len(self.sizes), size=1 + len(self))
 
     def __len__(self) -> int:
         return len(self.cache) // self.batch_size  # what does not fill a batch comes in another epoch
-
-    def size(self, number: int) -> tuple[int, int]:
-        """The input size of a batch."""
-        return self.sizes[self.chosen[number // SIZE_STEPS]]
 
     def names(self, number: int) -> list[str]:
         """The images of a batch, of all processes."""
@@ -55,7 +46,7 @@ class Batches:
         own = self.batch_size // self.ranks.size
         start = number * self.batch_size + self.ranks.rank * own
         rows = slice(start, start + min(own, most or own))
-        return prepare(self.cache, self.order[rows], self.random[rows], self.settings, self.size(number))
+        return prepare(self.cache, self.order[rows], self.random[rows], self.settings)
 
     def load(self, numbers: Iterable[int], device: torch.device) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Batches on `device`: images (B, 3, H, W) float in 0..1, channels-last, boxes (B, 2M, 4), labels (B, 2M).

@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import product
 
 import torch
 
@@ -62,29 +61,27 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
 
 
-def try_largest(
-    trainer: Trainer, batch_size: int, objects: int, sizes: Sequence[tuple[int, int]], modes: Sequence[bool]
-) -> Trial:
-    """Run the largest batch, at each of the input `sizes` and with the backbone frozen or not as `modes` say.
+def try_largest(trainer: Trainer, batch_size: int, objects: int, modes: Sequence[bool]) -> Trial:
+    """Run the largest batch, with the backbone frozen or not as `modes` say.
 
     The state stays as it was. Returns what the first took; raises UserError with a batch size to try when memory does
     not suffice.
     """
     images, trials = batch_size // trainer.ranks.size, []
     try:
-        for frozen, size in product(modes, sizes):
+        for frozen in modes:
             trainer.set_mode(frozen)
-            trials.append(try_steps(partial(trainer.try_batch, images, objects, size), trainer.device))
+            trials.append(try_steps(partial(trainer.try_batch, images, objects), trainer.device))
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        raise too_large(batch_size, sizes[0]) from None
+        raise too_large(batch_size, trainer.spec.input_size) from None
     restore_training(trainer.state, trainer.kept)
     return trials[0]
 
 
-def largest_batch(trainer: Trainer, objects: int, size: tuple[int, int], most: int) -> int:
-    """The most images, up to `most`, whose step at an input of `size` fits into the GPU; uses the trainer up.
+def largest_batch(trainer: Trainer, objects: int, most: int) -> int:
+    """The most images, up to `most`, whose step fits into the GPU; uses the trainer up.
 
     Found by doubling, then by halving the interval; from 8 on a multiple of 8. Raises UserError when not even one fits.
     """
@@ -93,10 +90,7 @@ def largest_batch(trainer: Trainer, objects: int, size: tuple[int, int], most: i
 
     def fits(images: int) -> bool:
         try:
-            return (
-                try_steps(partial(trainer.try_batch, images, objects, size), trainer.device).memory
-                < MEMORY_SHARE * total
-            )
+            return try_steps(partial(trainer.try_batch, images, objects), trainer.device).memory < MEMORY_SHARE * total
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise

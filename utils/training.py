@@ -212,9 +212,10 @@ class Trainer:
         self.ranks.say(f"the loss or gradient of {what} is not finite: going back, and on without its images: {names}")
         return False
 
-    def try_batch(self, images: int, objects: int, size: tuple[int, int]) -> None:
-        """A step on an empty batch of this process, with so many objects on each image and an input of `size`."""
-        empty = torch.zeros(images, 3, *size, device=self.device).contiguous(memory_format=torch.channels_last)
+    def try_batch(self, images: int, objects: int) -> None:
+        """A step on an empty batch of this process, with so many objects on each image."""
+        empty = torch.zeros(images, 3, *self.spec.input_size, device=self.device)
         boxes = torch.tensor([0.0, 0.0, 32.0, 32.0], device=self.device).repeat(images, objects, 1)
+        empty = empty.contiguous(memory_format=torch.channels_last)
         self.backward(empty, boxes, torch.zeros(images, objects, dtype=torch.long, device=self.device))
         self.state.step()
