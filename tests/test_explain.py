@@ -24,7 +24,7 @@ from utils.images import fit_image, read_image, write_image
 from utils.nms import Thresholds
 from utils.panels import LEAST_RANGE, View, draw_panel, scale_of
 from utils.runtimes import TorchNetwork
-from utils.sinks import VideoWriter
+from utils.video import VideoWriter
 
 
 def test_cells_are_spread_over_the_pixels_of_the_image():

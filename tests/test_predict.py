@@ -39,9 +39,8 @@ from utils.images import draw_detections, encode_image, read_image, write_image
 from utils.live import Camera, Stream
 from utils.pipeline import Look, Pipeline
 from utils.runtimes import TorchNetwork
-from utils.sinks import VideoWriter
 from utils.sources import inputs, open_sources
-from utils.video import Frame, Video, open_video, public
+from utils.video import Frame, Video, VideoWriter, open_video, public
 
 RATE, FRAMES, SIZE = Fraction(25, 2), 23, (71, 110)  # of the video: odd sides and an odd rate
 

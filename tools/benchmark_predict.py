@@ -39,10 +39,10 @@ from utils.images import read_image
 from utils.interrupt import StopSignals
 from utils.pipeline import Look, Pipeline, write_behind
 from utils.runtimes import EXPORTED, CompiledNetwork, Network, TorchNetwork, open_exported, precision_for
-from utils.sinks import JsonLines, Pictures, Sink, VideoWriter
+from utils.sinks import JsonLines, Pictures, Sink
 from utils.sources import Images, Source, open_sources
 from utils.timing import time_in_turns
-from utils.video import Frame, VideoFile
+from utils.video import Frame, VideoFile, VideoWriter
 
 ROOT = Path(__file__).resolve().parent.parent
 ANCHORS = ROOT / "model_data" / "yolo_anchors.txt"

@@ -12,26 +12,21 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import av
 import cv2
 import numpy as np
 import supervision as sv
 from supervision.dataset.formats.yolo import detections_to_yolo_annotations
 
-from utils.errors import UserError
 from utils.files import replacing
 from utils.images import draw_detections, write_image
 from utils.label_writers import is_pixel, voc_xml
-from utils.video import Frame, Video, reason
+from utils.video import Frame, Video, VideoWriter
 from utils.voc import IMAGE_SUFFIXES
 
 VIDEO_SUFFIX = ".mp4"
-CLOCK = 90_000  # ticks a second, in which a video's times are written
-ENCODER = {"crf": "23", "preset": "veryfast"}  # of x264
 WINDOW = "detections; q or Esc closes"
 CLOSING_KEYS, NO_KEY = (ord("q"), 27), 255
 HEAT_SIDE = 640  # pixels of a heat map's longer side, at most
@@ -99,47 +94,6 @@ class Pictures(Sink):
         if self.video is not None:
             self.video.close()
             self.video = None
-
-
-class VideoWriter:
-    """An H.264 MP4, which browsers play, of frames (height, width)."""
-
-    def __init__(self, path: Path, rate: Fraction, size: tuple[int, int]) -> None:
-        self.path, self.last = path, -1
-        self.failure: UserError | None = None  # after which FFmpeg may not write on, since that can end the process
-        self.padding = [side % 2 for side in size]  # H.264 wants even sides
-        try:
-            self.container = av.open(str(path), "w", options={"movflags": "+faststart"})
-            self.stream = self.container.add_stream("libx264", rate=rate, options=ENCODER)
-        except (av.FFmpegError, OSError, ValueError) as error:
-            raise UserError(f"cannot write the video {path}: {error}") from None
-        self.stream.height, self.stream.width = (side + more for side, more in zip(size, self.padding, strict=True))
-        self.stream.pix_fmt = "yuv420p"
-        self.stream.codec_context.time_base = Fraction(1, CLOCK)
-
-    def write(self, image: np.ndarray, seconds: float) -> None:
-        """An RGB image at its time, or just behind the one before."""
-        if any(self.padding):
-            image = cv2.copyMakeBorder(image, 0, self.padding[0], 0, self.padding[1], cv2.BORDER_REPLICATE)
-        picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
-        self.last = picture.pts = max(self.last + 1, round(seconds * CLOCK))
-        picture.time_base = Fraction(1, CLOCK)
-        self.mux(picture)
-
-    def mux(self, picture: av.VideoFrame | None) -> None:
-        if self.failure is not None:
-            raise self.failure
-        try:
-            self.container.mux(self.stream.encode(picture))
-        except (av.FFmpegError, OSError) as error:
-            self.failure = UserError(f"cannot write the video {self.path}: {reason(error)}")
-            raise self.failure from None
-
-    def close(self) -> None:
-        try:
-            self.mux(None)
-        finally:
-            self.container.close()
 
 
 class Window(Sink):

@@ -1,4 +1,4 @@
-"""Video files, and what they share with cameras and streams: frames with their times, opening and decoding."""
+"""Video files: frames with their times, opening, decoding, which cameras and streams share, and writing."""
 
 import re
 from collections.abc import Iterator
@@ -9,12 +9,15 @@ from pathlib import Path
 from threading import Event
 
 import av
+import cv2
 import numpy as np
 
 from utils.errors import UserError
 
 LONGEST_STEM = 100  # letters of a name for results
 DEFAULT_RATE = Fraction(30)  # frames a second, of a video that does not say
+CLOCK = 90_000  # ticks a second, in which a video's times are written
+ENCODER = {"crf": "23", "preset": "veryfast"}  # of x264
 MISSING = 1.0  # seconds before the end that a video says where its pictures may end
 
 
@@ -137,3 +140,44 @@ def decode_video(name: str, container: av.container.InputContainer, problems: li
         problems.append(f"{damaged} frames of {name} are damaged, and shown as far as they could be decoded")
     if not number:
         raise UserError(f"{name} has no frame that can be decoded")
+
+
+class VideoWriter:
+    """An H.264 MP4, which browsers play, of frames (height, width)."""
+
+    def __init__(self, path: Path, rate: Fraction, size: tuple[int, int]) -> None:
+        self.path, self.last = path, -1
+        self.failure: UserError | None = None  # after which FFmpeg may not write on, since that can end the process
+        self.padding = [side % 2 for side in size]  # H.264 wants even sides
+        try:
+            self.container = av.open(str(path), "w", options={"movflags": "+faststart"})
+            self.stream = self.container.add_stream("libx264", rate=rate, options=ENCODER)
+        except (av.FFmpegError, OSError, ValueError) as error:
+            raise UserError(f"cannot write the video {path}: {error}") from None
+        self.stream.height, self.stream.width = (side + more for side, more in zip(size, self.padding, strict=True))
+        self.stream.pix_fmt = "yuv420p"
+        self.stream.codec_context.time_base = Fraction(1, CLOCK)
+
+    def write(self, image: np.ndarray, seconds: float) -> None:
+        """An RGB image at its time, or just behind the one before."""
+        if any(self.padding):
+            image = cv2.copyMakeBorder(image, 0, self.padding[0], 0, self.padding[1], cv2.BORDER_REPLICATE)
+        picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
+        self.last = picture.pts = max(self.last + 1, round(seconds * CLOCK))
+        picture.time_base = Fraction(1, CLOCK)
+        self.mux(picture)
+
+    def mux(self, picture: av.VideoFrame | None) -> None:
+        if self.failure is not None:
+            raise self.failure
+        try:
+            self.container.mux(self.stream.encode(picture))
+        except (av.FFmpegError, OSError) as error:
+            self.failure = UserError(f"cannot write the video {self.path}: {reason(error)}")
+            raise self.failure from None
+
+    def close(self) -> None:
+        try:
+            self.mux(None)
+        finally:
+            self.container.close()
