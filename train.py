@@ -113,8 +113,7 @@ class Config:
 
     # augmentation
     mosaic: float = 1.0  # probability of four images in one
-    mixup: float = 0.0  # probability of a second image on top
-    mosaic_until: float = 0.5  # share of the run after which mosaic and mixup stop
+    mosaic_until: float = 0.5  # share of the run after which mosaics stop
     scale: float = 0.3  # size times 1 - scale to 1 + scale
     aspect: float = 0.1  # width / height times 1 / (1 + aspect) to 1 + aspect
     translate: float = 0.1  # shift as a share of the side
@@ -137,7 +136,7 @@ class Config:
         check_range(self, 1e-9, 1e3, "lr")
         check_range(self, 0, 1e3, "weight_decay", "aspect")
         check_range(self, 0, 2**63, "seed")
-        check_range(self, 0, 1, "warmup", "mosaic", "mixup", "mosaic_until", "flip")
+        check_range(self, 0, 1, "warmup", "mosaic", "mosaic_until", "flip")
         check_range(self, 0, 0.99, "scale", "translate", "hue", "saturation", "value")
         check_range(self, 1e-6, 1, "ema")
         check_choice(self, "cache", PLACES)
@@ -146,9 +145,9 @@ class Config:
             raise UserError("extend adds epochs to a run that has finished; it needs --resume")
 
     def augment_settings(self, share: float) -> AugmentSettings:
-        """The strengths after a share of the run: mosaic and mixup stop for the last part."""
+        """The strengths after a share of the run: mosaics stop for the last part."""
         settings = AugmentSettings(**{item.name: getattr(self, item.name) for item in fields(AugmentSettings)})
-        return settings if share < self.mosaic_until else replace(settings, mosaic=0.0, mixup=0.0)
+        return settings if share < self.mosaic_until else replace(settings, mosaic=0.0)
 
     def compiles(self, device: torch.device) -> bool:
         """Whether to compile, which batch norm over several processes breaks into parts."""

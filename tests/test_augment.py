@@ -12,10 +12,8 @@ from utils.augment import FILL, AugmentSettings, colour_matrices, draw, draw_ima
 from utils.boxes import Fit
 from utils.cache import ImageCache
 
-OFF = AugmentSettings(mosaic=0, mixup=0, scale=0, aspect=0, translate=0, flip=0, hue=0, saturation=0, value=0)
-GEOMETRY = AugmentSettings(
-    mosaic=0, mixup=0, scale=0.4, aspect=0.3, translate=0.2, flip=0.5, hue=0, saturation=0, value=0
-)
+OFF = AugmentSettings(mosaic=0, scale=0, aspect=0, translate=0, flip=0, hue=0, saturation=0, value=0)
+GEOMETRY = AugmentSettings(mosaic=0, scale=0.4, aspect=0.3, translate=0.2, flip=0.5, hue=0, saturation=0, value=0)
 SIZE = (96, 128)
 
 
@@ -92,14 +90,6 @@ def test_mosaic_takes_four_images(cache):
     assert images.isfinite().all()
 
 
-def test_mixup_blends_and_joins_the_boxes(cache):
-    order, images, _, labels = batch(cache, replace(OFF, mixup=1.0))
-    assert ((labels >= 0).sum(dim=1) > (cache.labels[order] >= 0).sum(dim=1)).all()
-    levels = images[images > 0.05]
-    assert ((levels > 0.35) & (levels < 0.65)).any()  # white over black at 0.4 to 0.6
-    assert images.max() <= 1
-
-
 def test_outside_is_gray(cache):
     _, images, _, _ = batch(cache, replace(OFF, translate=0.9))
     assert (images.flatten(2)[:, 0] - FILL / 255).abs().amin(dim=1).max() < 1e-4
@@ -126,7 +116,7 @@ def test_order_and_numbers_depend_on_seed_and_epoch_alone():
 
 
 def test_a_sample_does_not_depend_on_its_batch(cache):
-    settings = replace(GEOMETRY, mosaic=0.5, mixup=0.5, hue=0.1, saturation=0.5, value=0.5)
+    settings = replace(GEOMETRY, mosaic=0.5, hue=0.1, saturation=0.5, value=0.5)
     order, random = epoch_order(0, 0, len(cache))
     together = augment(cache, order, random, settings)
     for i in range(len(cache)):
@@ -150,8 +140,8 @@ def test_colours():
 def test_drawing_tile_by_tile_gives_what_drawing_all_at_once_does(cache):
     """The CPU's way and the GPU's."""
     order, random = epoch_order(3, 1, len(cache))
-    for mosaic, mixup in ((0.0, 0.0), (0.5, 0.5), (1.0, 0.0)):
-        settings = replace(GEOMETRY, mosaic=mosaic, mixup=mixup)
+    for mosaic in (0.0, 0.5, 1.0):
+        settings = replace(GEOMETRY, mosaic=mosaic)
         planned = prepare(cache, order, random, settings)
         ends = torch.searchsorted(planned.rows, torch.arange(len(order) + 1)).tolist()
         alone = torch.stack([draw_image(planned, range(start, stop)) for start, stop in pairwise(ends)])

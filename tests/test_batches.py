@@ -16,7 +16,7 @@ from utils.errors import UserError
 from utils.voc import load_classes, load_samples
 
 CPU = torch.device("cpu")
-SETTINGS = AugmentSettings(0.5, 0.5, scale=0.3, aspect=0.1, translate=0.1, flip=0.5, hue=0.1, saturation=0.5, value=0.3)
+SETTINGS = AugmentSettings(0.5, scale=0.3, aspect=0.1, translate=0.1, flip=0.5, hue=0.1, saturation=0.5, value=0.3)
 
 
 @pytest.fixture(scope="module")

@@ -93,7 +93,6 @@ def config(devkit, folder) -> train.Config:
         checkpoint_every=1,
         mosaic_until=1.0,
         mosaic=0.5,
-        mixup=0.3,
         precision="fp32",
     )
 

@@ -38,7 +38,6 @@ def config(devkit) -> train.Config:
         freeze_epochs=1,
         eval_every=2,
         phi=4,
-        mixup=0.3,
     )
 
 

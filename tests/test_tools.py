@@ -188,7 +188,7 @@ SMALL = ("--input-size", 64, 64, "--device", "cpu")
 
 
 def test_benchmark_train(tmp_path):
-    flags = ["--rounds", 1, "--steps", 2, "--batch-size", 2, "--mosaic", 1, "--mixup", 1]
+    flags = ["--rounds", 1, "--steps", 2, "--batch-size", 2, "--mosaic", 1]
     figures = figures_of(tmp_path, "train", *SMALL, *flags)
     assert figures["ratio"] == pytest.approx(figures["images_per_second"] / figures["fixed_batch_images_per_second"])
     assert len(figures["epochs"]) == 3

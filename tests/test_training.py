@@ -95,7 +95,7 @@ def test_a_compiled_run_compiles_once(config, tmp_path, monkeypatch):
         asked.append(counters["stats"]["unique_graphs"])
 
     monkeypatch.setattr(train, "rehearse", count)
-    settings = replace(config, compile="on", batch_size=2, mixup=0.5)
+    settings = replace(config, compile="on", batch_size=2)
     folder = train.main(replace(settings, run_dir=str(tmp_path / "a")))
     assert asked == [2]  # the network and the loss
     assert counters["stats"]["unique_graphs"] == asked[0]
@@ -170,7 +170,7 @@ def test_settings_of_a_run_that_cannot_work(config, tmp_path):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")
 @pytest.mark.parametrize("place", ["device", "ram"])
 def test_a_step_on_a_gpu_waits_for_nothing(config, place):
-    config = replace(config, device="cuda", compile="off", precision="bf16", mosaic=0.5, mixup=0.5, cache=place)
+    config = replace(config, device="cuda", compile="off", precision="bf16", mosaic=0.5, cache=place)
     device = torch.device("cuda", 0)
     spec = train.new_spec(config, {}, Problems())
     trainer = train.build_trainer(config, spec, 24, device, Ranks(), Progress(end=2))

@@ -87,7 +87,6 @@ class Train:
     input_size: tuple[int, int] = (416, 416)  # height and width
     batch_size: int = 8  # images of a step
     mosaic: float = 1.0  # probability, in all epochs
-    mixup: float = 0.0  # the same
     steps: int = 0  # of an epoch, and of a turn of the fixed batch; 0: 60 on the CPU, 200 on a GPU
     rounds: int = 3  # runs of train.py, with turns of the fixed batch before and after each
     cache: str = "auto"  # where the images are: auto, device, ram or disk
@@ -102,7 +101,6 @@ class Gpu:
     json: str = ""  # file for the figures, written after each
     runs: tuple[tuple[int, int], ...] = ((0, 64), (0, 128), (1, 64), (2, 64), (3, 64), (4, 64))  # phi, batch size
     mosaic: float = 1.0  # probability
-    mixup: float = 0.15  # the same
     steps: int = 0  # as of `train`
     rounds: int = 1  # as of `train`
 
@@ -200,7 +198,7 @@ class FixedBatch:
             self.loss.sums = torch.compile(self.loss.sums, dynamic=False)
         samples = load_samples(devkit, ["Demo/train"], spec.class_names)
         cache = build_cache(samples, spec, self.device, "device" if self.device.type == "cuda" else "ram")
-        settings = AugmentSettings(config.mosaic, config.mixup, **STRENGTHS)
+        settings = AugmentSettings(config.mosaic, **STRENGTHS)
         self.batches = Batches(cache, config.batch_size, 0, 0, settings, Ranks())
         with closing(self.batches.load([0], self.device)) as loaded:
             self.batch = next(loaded)
@@ -250,7 +248,7 @@ def whole_loop(config: Train, devkit: Path, run_dir: Path) -> list[float]:
     command = [sys.executable, ROOT / "train.py", "--devkit", devkit, "--train-sets", "Demo/repeated", "--val-sets"]
     command += ["--classes", devkit / "Demo" / "classes.txt", "--anchors", ANCHORS, "--input-size", *config.input_size]
     command += ["--batch-size", config.batch_size, "--nominal-batch", config.batch_size, "--epochs", EPOCHS]
-    command += ["--mosaic", config.mosaic, "--mixup", config.mixup, "--mosaic-until", 1, "--phi", config.phi]
+    command += ["--mosaic", config.mosaic, "--mosaic-until", 1, "--phi", config.phi]
     command += ["--cache", config.cache, "--compile", config.compile, "--device", config.device, "--run-dir", run_dir]
     run_quietly(command)
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -290,7 +288,7 @@ def benchmark_gpu(config: Gpu) -> list[dict[str, object]]:
     """The figures of each run, or why it failed; each is a process of its own, so that it begins with an empty GPU."""
     if not torch.cuda.is_available():
         raise UserError("torch finds no CUDA GPU here, which these runs need; benchmark.py train measures a CPU")
-    common = ["--device", "cuda", "--cache", "device", "--mosaic", config.mosaic, "--mixup", config.mixup]
+    common = ["--device", "cuda", "--cache", "device", "--mosaic", config.mosaic]
     common += ["--steps", config.steps, "--rounds", config.rounds]
     found: list[dict[str, object]] = []
     with tempfile.TemporaryDirectory() as name:

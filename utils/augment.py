@@ -3,7 +3,7 @@
 `prepare` plans a batch on the CPU, `draw` makes its images on the training device.
 
 Every image is placed in a rectangle of the output by one axis-aligned map, output = input * scale + offset: an
-ordinary sample fills the whole output, a mosaic is four samples in four rectangles, mixup a second sample on top.
+ordinary sample fills the whole output, a mosaic is four samples in four rectangles.
 """
 
 from dataclasses import dataclass
@@ -27,8 +27,8 @@ MOSAIC_SPLIT = (0.3, 0.7)  # where the four tiles of a mosaic meet, as a share o
 
 # Columns of the random table. A tile takes TILE_COLUMNS: which image, scale, aspect, x, y, flip.
 TILE_COLUMNS = 6
-MOSAIC, SPLIT_X, SPLIT_Y, MIXUP, MIXUP_RATIO, HUE, SATURATION, VALUE, FIRST_TILE = range(9)
-NUM_TILES = 5  # up to four of a mosaic (an ordinary sample uses the first), and mixup's
+MOSAIC, SPLIT_X, SPLIT_Y, HUE, SATURATION, VALUE, FIRST_TILE = range(7)
+NUM_TILES = 4  # of a mosaic; an ordinary sample uses the first
 NUM_COLUMNS = FIRST_TILE + NUM_TILES * TILE_COLUMNS
 
 
@@ -37,7 +37,6 @@ class AugmentSettings:
     """Strengths; 0 switches a part off."""
 
     mosaic: float  # probability of four images in one
-    mixup: float  # probability of a second image on top
     scale: float  # size times 1 - scale to 1 + scale
     aspect: float  # width / height times 1 / (1 + aspect) to 1 + aspect
     translate: float  # shift as a share of the side
@@ -61,7 +60,6 @@ class Prepared(NamedTuple):
     x: Tensor  # (T, output width) where each output pixel lies in the source, in grid_sample's -1..1
     y: Tensor  # (T, output height)
     rows: Tensor  # (T,) position in the batch
-    weights: Tensor  # (T,) share in mixup
     colours: Tensor  # (B, 3, 3) on RGB
     boxes: Tensor  # (B, 2M, 4) xyxy in pixels of the output, where M is the most objects of one image
     labels: Tensor  # (B, 2M) padded with -1
@@ -81,7 +79,6 @@ def prepare(cache: ImageCache, indices: Tensor, random: Tensor, settings: Augmen
         source_coordinates(tiles, 0, width),
         source_coordinates(tiles, 1, height),
         tiles.rows,
-        tiles.weights,
         plan_colours(random, settings),
         boxes,
         labels,
@@ -125,7 +122,6 @@ def draw_tiles(batch: Prepared) -> Tensor:
     drawn = F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
     if len(drawn) == len(batch.colours):  # one tile each, in order
         return drawn
-    drawn *= batch.weights[:, None, None, None]
     return drawn.new_zeros(len(batch.colours), *drawn.shape[1:]).index_add_(0, batch.rows, drawn)
 
 
@@ -140,7 +136,7 @@ def draw_image(batch: Prepared, tiles: range) -> Tensor:
             grid = torch.stack([x, y], dim=-1)[None]
             image = torch.sub(batch.images[tile, None], FILL)
             drawn = F.grid_sample(image, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
-            canvas[:, *part].add_(drawn[0], alpha=batch.weights[tile].item())
+            canvas[:, *part] = drawn[0]
     return canvas
 
 
@@ -154,7 +150,6 @@ class Tiles:
     rects: Tensor  # (T, 4) xyxy, where the tile may draw
     scales: Tensor  # (T, 2) x negative when mirrored
     offsets: Tensor  # (T, 2)
-    weights: Tensor  # (T,) its share in mixup
 
 
 def plan_tiles(indices: Tensor, random: Tensor, settings: AugmentSettings, cache: ImageCache) -> Tiles:
@@ -164,7 +159,6 @@ def plan_tiles(indices: Tensor, random: Tensor, settings: AugmentSettings, cache
     sources = (numbers[..., 0] * len(cache)).long()  # (B, NUM_TILES)
     sources[:, 0] = indices
     mosaic = random[:, MOSAIC] < settings.mosaic
-    mixup = random[:, MIXUP] < settings.mixup
     low, high = MOSAIC_SPLIT
     split = (low + (high - low) * random[:, [SPLIT_X, SPLIT_Y]]) * torch.tensor([width, height])
     split = split.round()
@@ -177,16 +171,13 @@ def plan_tiles(indices: Tensor, random: Tensor, settings: AugmentSettings, cache
             torch.stack([x, zero, right, y], dim=1),
             torch.stack([zero, y, x, bottom], dim=1),
             torch.stack([x, y, right, bottom], dim=1),
-            torch.stack([zero, zero, right, bottom], dim=1),
         ],
         dim=1,
     )  # (B, NUM_TILES, 4)
-    used = torch.stack([torch.ones_like(mosaic), mosaic, mosaic, mosaic, mixup], dim=1)
-    ratio = torch.where(mixup, 0.4 + 0.2 * random[:, MIXUP_RATIO], 1.0)[:, None]
-    weights = torch.cat([ratio.expand(-1, 4), 1 - ratio], dim=1)  # (B, NUM_TILES)
+    used = torch.stack([torch.ones_like(mosaic), mosaic, mosaic, mosaic], dim=1)
     rows, slots = used.nonzero(as_tuple=True)
     scales, offsets = place(numbers[used], rects[used], (height, width), settings)
-    return Tiles(rows, slots, sources[used], rects[used], scales, offsets, weights[used])
+    return Tiles(rows, slots, sources[used], rects[used], scales, offsets)
 
 
 def place(numbers: Tensor, rects: Tensor, size: tuple[int, int], settings: AugmentSettings) -> tuple[Tensor, Tensor]:
