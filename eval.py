@@ -3,6 +3,7 @@
 Change the constants of `Config`, or give them as flags. Several checkpoints are compared.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import inf
@@ -22,6 +23,7 @@ from utils.metrics import Evaluation, evaluate
 from utils.nms import Thresholds
 from utils.problems import Problems
 from utils.report import Report, compare, metrics_table, write_comparison
+from utils.review import BARELY
 from utils.voc import Sample, load_classes, load_samples
 
 
@@ -46,12 +48,11 @@ class Config:
     def __post_init__(self) -> None:
         """Raise UserError for a value that cannot work."""
         check_range(self, 1, inf, "batch_size")
-        check_range(self, 0, 1, "confidence", "nms_iou")
+        check_range(self, 0, BARELY, "confidence")  # from a higher one neither thresholds nor lost objects can be told
+        check_range(self, 0, 1, "nms_iou")
         check_choice(self, "cache", PLACES)
         if bool(self.coco) != bool(self.images):
             raise UserError("coco and images go together: the JSON file, and the folder of its images")
-        if len(set(self.sets)) < len(self.sets):
-            raise UserError(f"sets has one of {', '.join(self.sets)} twice, whose images would count twice")
 
 
 def main(config: Config) -> dict[str, Any]:
@@ -89,9 +90,16 @@ def load_split(
     config: Config, class_names: tuple[str, ...], problems: Problems
 ) -> tuple[list[Sample], Dataset | None, list[str]]:
     """The samples to measure on, what COCO's JSON says of them, and the names of the sets."""
+    sets = [config.coco] if config.coco else list(config.sets)
     if config.coco:
-        return *read_coco(config.coco, config.images, class_names), [config.coco]
-    return load_samples(config.devkit, config.sets, class_names, problems), None, list(config.sets)
+        samples, dataset = read_coco(config.coco, config.images, class_names)
+    else:
+        samples, dataset = load_samples(config.devkit, config.sets, class_names, problems), None
+    images = Counter(sample.image.resolve() for sample in samples)
+    twice = [str(path) for path, times in images.items() if times > 1]
+    if twice:
+        raise UserError(f"{', '.join(sets)}: {len(twice)} images would count twice, such as {twice[0]}")
+    return samples, dataset, sets
 
 
 def sets_name(name: str) -> str:
@@ -125,7 +133,7 @@ def measure(config: Config, device: torch.device, ranks: Ranks) -> list[Evaluati
             continue
         evaluation = evaluate(caches[fitted].samples, detections, caches[fitted].sizes, spec.class_names, dataset)
         folder = out / f"{i}_{path.parent.name}_{path.stem}" if several else out
-        folder.mkdir(exist_ok=True)
+        make_folder(folder)
         write_results(folder, dataset, detections)
         if dataset and not dataset.truth["annotations"]:
             print(f"{config.coco} has no annotations to measure on; detections are in {folder / RESULTS}")

@@ -222,6 +222,7 @@ def test_mistakes_in_coco_truth(truth, tmp_path):
         content | {"annotations": [annotation | {"bbox": [1, 2, float("nan"), 4]}]},
         content | {"annotations": [annotation | {"bbox": [1, 2, 10**400, 4]}]},
         content | {"annotations": [annotation | {"bbox": [1, 2]}]},
+        content | {"annotations": [annotation | {"area": -1}]},
         content | {"annotations": [annotation | {"category_id": 5}]},
         content | {"annotations": [annotation | {"image_id": "70"}]},
         content | {"images": [image, second | {"id": "70"}], "annotations": []},

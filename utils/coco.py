@@ -249,7 +249,7 @@ def read_truth(path: Path) -> dict[str, list[dict[str, Any]]]:
         for i, item in enumerate(content.get("annotations", []), start=1):
             x, y, width, height = map(float, item["bbox"])
             numbers = x, y, width, height, float(item.get("area", width * height))
-            if not all(map(math.isfinite, numbers)):
+            if not all(map(math.isfinite, numbers)) or numbers[4] < 0:
                 raise ValueError(f"annotation {i} has the numbers {numbers}")
             which = {name: item[name] for name in ("image_id", "category_id")}
             crowd = int(bool(item.get("iscrowd", 0)))
