@@ -27,6 +27,8 @@ DPI = 110
 MOST_NUMBERS = 25  # classes up to which a confusion matrix shows its numbers
 BINS = 40
 MOST_NAMES = 20  # classes up to which all lines are named
+COLOURS = 10  # that matplotlib gives lines in turn; a second round of them is dashed
+LONGEST_NAME = 25  # letters of a class in a plot
 Lines = list[tuple[np.ndarray, np.ndarray]]  # x and y, of a line for each panel
 PICTURES = 8  # images drawn of a batch and of a validation
 
@@ -38,7 +40,8 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def plain(name: str) -> str:
-    """A class name as text: $ would begin a formula, and a label that begins with _ would not be shown."""
+    """A class name as text: $ would begin a formula, a label that begins with _ is not shown, a long one hides all."""
+    name = name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "…"
     return (" " if name.startswith("_") else "") + name.replace("$", r"\$")
 
 
@@ -82,9 +85,13 @@ def draw_confidence(curves: Sequence[Curve], class_names: Sequence[str], path: P
         axes.set(xlabel="confidence", title=title)
 
     def lines(curve: Curve) -> Lines:
-        return [(curve.scores, values) for values in (curve.precision, curve.recall, curve.f1())]
+        scores = np.append(curve.scores, 0 * curve.scores[-1:])  # as after the lowest, down to 0
+        return [(scores, np.append(y, y[-1:])) for y in (curve.precision, curve.recall, curve.f1())]
 
-    for line, i in draw_lines(figure, panels, curves, [*map(plain, class_names)], lines):
+    drawn = draw_lines(figure, panels, curves, [*map(plain, class_names)], lines)
+    for line in (line for axes in panels for line in axes.lines):
+        line.set_drawstyle("steps-post")  # a value holds down to the next lower score
+    for line, i in drawn:
         best = curves[i].best()
         panels[2].plot(best["threshold"], best["F1"], "o", color=line.get_color())
     save(figure, path)
@@ -105,7 +112,8 @@ def draw_lines(
     named = {i for _, i in present[: len(present) if len(present) <= MOST_NAMES else MOST_NAMES // 2]}
     drawn = []
     for _, i in sorted(present, key=lambda item: (item[1] in named, item[1])):
-        style = {} if i in named else {"color": "0.8", "linewidth": 0.8}
+        dashes = "-" if len(drawn) < COLOURS else "--"
+        style = {"linestyle": dashes} if i in named else {"color": "0.8", "linewidth": 0.8}
         first, *_ = [axes.plot(x, y, **style)[0] for axes, (x, y) in zip(panels, lines(curves[i]), strict=True)]
         if i in named:
             drawn.append((first, i))
