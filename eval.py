@@ -144,7 +144,8 @@ def measure(config: Config, device: torch.device, ranks: Ranks) -> list[Evaluati
         found.append(evaluation)
     problems.tell(", ".join(sets), ranks.say)
     if several and ranks.first:
-        print(f"{write_comparison(out, compare([str(path) for path in paths], found))}\n\nwritten to {out}")
+        rows = compare([str(path) for path in paths], found)
+        print(f"{write_comparison(out, rows, len(samples))}\n\nwritten to {out}")
     return found
 
 

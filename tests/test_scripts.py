@@ -165,7 +165,7 @@ def test_checkpoints_are_compared(config, run_dir, tmp_path, capsys):
     assert rows[2]["difference_interval"] == [0, 0]
     assert len(list((tmp_path / "eval").glob("*/report.html"))) == 3
     said = capsys.readouterr().out
-    assert "paired bootstrap" in said
+    assert "paired bootstrap over 6 images" in said
     assert (tmp_path / "eval" / "comparison.txt").read_text().strip() in said
 
 

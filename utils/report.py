@@ -202,8 +202,8 @@ def compare(paths: Sequence[str], evaluations: Sequence[Evaluation]) -> list[dic
     return rows
 
 
-def write_comparison(folder: Path, rows: Sequence[dict[str, Any]]) -> str:
-    """`comparison.json` and `comparison.txt` in `folder`; returns the table."""
+def write_comparison(folder: Path, rows: Sequence[dict[str, Any]], images: int) -> str:
+    """`comparison.json` and `comparison.txt` in `folder`, of checkpoints measured on `images`; returns the table."""
     width, title = max(len(row["weights"]) for row in rows), f"{INTERVAL:.0%} interval"
     lines = [f"{'':{width}}  COCO AP  {title:14}  difference  {title:16}   AP50"]
     for row in rows:
@@ -211,7 +211,8 @@ def write_comparison(folder: Path, rows: Sequence[dict[str, Any]]) -> str:
         difference = f"{row['difference']:+.4f}" if "difference" in row else ""
         between = show_interval(row["difference_interval"], "+") if "difference" in row else ""
         lines.append(f"{line}  {difference:>10}  {between:16}  {row['AP50']:.4f}")
-    lines.append(f"intervals by the paired bootstrap over images, {DRAWS} draws; differences are to the first")
+    lines.append(f"intervals by the paired bootstrap over {images} images, {DRAWS} draws; differences are to the first")
+    lines.append("they hold for these checkpoints: another seed of the training changes AP too")
     write_text(folder / "comparison.json", json.dumps(rows, indent=2) + "\n")
     write_text(folder / "comparison.txt", "\n".join(lines) + "\n")
     return "\n".join(lines)
