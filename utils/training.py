@@ -214,8 +214,8 @@ class Trainer:
 
     def try_batch(self, images: int, objects: int) -> None:
         """A step on an empty batch of this process, with so many objects on each image."""
-        empty = torch.zeros(images, 3, *self.spec.input_size, device=self.device)
+        shape = images, 3, *self.spec.input_size
+        empty = torch.zeros(shape, device=self.device).contiguous(memory_format=torch.channels_last)
         boxes = torch.tensor([0.0, 0.0, 32.0, 32.0], device=self.device).repeat(images, objects, 1)
-        empty = empty.contiguous(memory_format=torch.channels_last)
         self.backward(empty, boxes, torch.zeros(images, objects, dtype=torch.long, device=self.device))
         self.state.step()
