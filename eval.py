@@ -3,7 +3,6 @@
 Change the constants of `Config`, or give them as flags. Several checkpoints are compared.
 """
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import inf
@@ -24,6 +23,7 @@ from utils.nms import Thresholds
 from utils.problems import Problems
 from utils.report import Report, compare, metrics_table, write_comparison
 from utils.review import BARELY
+from utils.samples import check_once
 from utils.voc import Sample, load_classes, load_samples
 
 
@@ -95,10 +95,7 @@ def load_split(
         samples, dataset = read_coco(config.coco, config.images, class_names)
     else:
         samples, dataset = load_samples(config.devkit, config.sets, class_names, problems), None
-    images = Counter(sample.image.resolve() for sample in samples)
-    twice = [str(path) for path, times in images.items() if times > 1]
-    if twice:
-        raise UserError(f"{', '.join(sets)}: {len(twice)} images would count twice, such as {twice[0]}")
+    check_once(samples, sets, problems)
     return samples, dataset, sets
 
 
@@ -138,7 +135,8 @@ def measure(config: Config, device: torch.device, ranks: Ranks) -> list[Evaluati
         if dataset and not dataset.truth["annotations"]:
             print(f"{config.coco} has no annotations to measure on; detections are in {folder / RESULTS}")
             continue
-        Report(path, sets, detector, caches[fitted], detections, evaluation).write(folder)
+        source = config.images or config.devkit
+        Report(path, source, sets, detector, caches[fitted], detections, evaluation).write(folder)
         print(f"{path} on {', '.join(sets)}, {len(samples)} images\n\n{metrics_table(evaluation.metrics)}\n")
         print(f"written to {folder}: look at {folder / 'report.html'}" + (f"; {RESULTS}" if dataset else "") + "\n")
         found.append(evaluation)

@@ -55,7 +55,7 @@ from utils.plots import draw_batch
 from utils.problems import Problems
 from utils.report import Report
 from utils.runlog import RunLog, keep_fingerprints, load_settings, save_settings
-from utils.samples import check_overlap
+from utils.samples import check_once, check_overlap
 from utils.survey import describe_samples
 from utils.training import COLUMNS, Progress, Trainer, TrainingState, read_progress, restore_training
 from utils.voc import Sample, load_classes, load_samples
@@ -243,6 +243,7 @@ def load_data(
     val_samples: list[Sample] = []
     if config.val_sets:
         val_samples = load_samples(config.devkit, config.val_sets, spec.class_names, val_problems)
+        check_once(val_samples, config.val_sets, val_problems)
     check_overlap(samples, val_samples, problems)
     if config.train_difficult:
         samples = [replace(sample, difficult=np.zeros_like(sample.difficult)) for sample in samples]
@@ -422,7 +423,7 @@ def report(config: Config, cache: ImageCache, run: Path, ranks: Ranks) -> None:
     if ranks.first:
         make_folder(folder)
         evaluation = evaluate(cache.samples, detections, cache.sizes, detector.spec.class_names)
-        Report(weights, config.val_sets, detector, cache, detections, evaluation).write(folder)
+        Report(weights, config.devkit, config.val_sets, detector, cache, detections, evaluation).write(folder)
 
 
 def train(config: Config, stop: StopSignals, ranks: Ranks) -> Path:

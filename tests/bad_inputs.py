@@ -337,7 +337,7 @@ ANNOTATIONS = [
     Row(39, "no objects", annotated(), OK),
     Row(40, "no size", annotated(thing(), size=None), REPAIR, ("a.xml", "no <size>")),
     Row(41, "size 0", annotated(thing(), size=(0, 0)), REPAIR, ("a.xml", "<size> that no image has")),
-    Row(42, "another size", annotated(thing(), size=(31, 41)), REPAIR, ("a.xml", "another <size>")),
+    Row(42, "another size", annotated(thing(), size=(31, 41)), REPAIR, ("a.xml", "another size")),
     Row(
         42,
         "another size and boxes outside",

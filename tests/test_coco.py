@@ -229,6 +229,15 @@ def test_mistakes_in_coco_truth(truth, tmp_path):
         content | {"categories": [category, category | {"id": "3", "name": "c"}], "annotations": []},
         *(content | {"images": [image | {"height": side}, second]} for side in (None, "30", 0, 0.5, 10**400)),
     ]
+    for changed, words in (
+        ([], "must be an object with images"),
+        (content | {"categories": [category, category | {"id": 3}]}, "two items of category with one name"),
+        (content | {"images": [first]}, "image or a category that it does not list"),
+        (content | {"images": [], "annotations": None}, "lists no image"),
+    ):
+        truth.write_text(json.dumps(changed))
+        with pytest.raises(UserError, match=words):
+            read_coco(truth, tmp_path, NAMES)
     for text in ("", "[]", "null", "[" * 100_000, *map(json.dumps, broken)):
         truth.write_text(text)
         with pytest.raises(UserError, match=r"truth\.json is not COCO ground truth"):

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import subprocess
+import warnings
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,15 +13,17 @@ import numpy as np
 import pytest
 import supervision as sv
 import torch
+from matplotlib import font_manager
 
 from nets.yolo import ModelSpec
 from tests.conftest import ANCHORS
 from utils.cache import build_cache
+from utils.coco import dataset_of
 from utils.detector import Detector
 from utils.images import read_image
 from utils.metrics import Curve, confusion_matrix, evaluate, voc_curves
 from utils.nms import EVALUATION_THRESHOLDS
-from utils.plots import draw_confidence, draw_confusion, draw_precision_recall
+from utils.plots import WIDE_FONTS, draw_confidence, draw_confusion, draw_precision_recall
 from utils.report import Report, compare, metrics_table
 from utils.review import suspect_labels
 from utils.runtimes import TorchNetwork
@@ -99,6 +102,10 @@ def test_what_lies_in_a_crowd_is_not_suspected():
     curves = voc_curves([crowd, dog], [people, pair], 3)
     assert suspect_labels([crowd, dog], [people, pair], curves, thresholds, names) == []
     assert confusion_matrix([crowd], [people], thresholds).sum() == 0
+    assert len(voc_curves([crowd], [people], 3)[0].scores) == len(corners)  # false, by VOC's rule
+    assert len(voc_curves([crowd], [people], 3, crowds=True)[0].scores) == 0
+    measured = evaluate([crowd], [people], [(400, 400)], names, dataset_of([crowd], [(400, 400)], names))
+    assert measured.metrics["best"]["person"]["precision"] == -1  # nothing to find, and nothing false
     dogs, oxen = (
         sv.Detections(people.xyxy, confidence=people.confidence, class_id=people.class_id + i) for i in (1, 2)
     )
@@ -124,7 +131,7 @@ def report(split, tmp_path_factory) -> Path:
     cache = build_cache(samples, spec, torch.device("cpu"))
     measured = evaluate(samples, detections, cache.sizes, names)
     detector = Detector(TorchNetwork(spec.build(), spec, torch.device("cpu")), spec, EVALUATION_THRESHOLDS)
-    Report(Path("a&b.safetensors"), ["Demo/train"], detector, cache, detections, measured).write(folder)
+    Report(Path("a&b.safetensors"), "kit", ["Demo/train"], detector, cache, detections, measured).write(folder)
     return folder
 
 
@@ -132,7 +139,8 @@ def test_a_report_has_its_files(report, split):
     names, samples, _ = split
     metrics = json.loads((report / "metrics.json").read_text())
     assert metrics["images"] == len(samples)
-    assert metrics["sets"] == ["Demo/train"]
+    expected = {"source": "kit", "sets": ["Demo/train"], "precision": "float32", "input_size": [96, 128]}
+    assert metrics | expected == metrics
     assert len(metrics["best"]) == len(names)
     counts, labels = np.array(metrics["confusion"]["counts"]), np.concatenate([sample.labels for sample in samples])
     assert counts[:-1].sum(axis=1).tolist() == np.bincount(labels, minlength=len(names)).tolist()
@@ -169,6 +177,12 @@ def test_many_classes_and_odd_names_are_drawn(tmp_path):
         draw_confusion(np.eye(count + 1, dtype=int), names[:count], tmp_path / "c.png")
         sizes = [read_image(tmp_path / name).shape for name in ("a.png", "b.png")]
         assert sizes == [(605, 880, 3), (440, 1320, 3)]
+
+
+@pytest.mark.skipif(not {*WIDE_FONTS} & {*font_manager.get_font_names()}, reason="there is no Chinese font here")
+def test_chinese_names_are_drawn(tmp_path):
+    with warnings.catch_warnings(action="error"):  # such as of a letter that no font has
+        draw_confusion(np.eye(2, dtype=int), ["安全帽"], tmp_path / "a.png")
 
 
 def test_the_page_stands_alone(report):

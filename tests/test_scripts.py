@@ -383,8 +383,11 @@ def test_mistakes_with_a_checkpoint(expect_mistake, run_dir, devkit, tmp_path):
     split = ["--devkit", devkit, "--sets", "Demo/val"]
     expect_mistake(eval_script, [*weights, *split, "--out", tmp_path / "bad.jpg"], "cannot write to", "bad.jpg")
     expect_mistake(eval_script, [*weights, "--sets", "Demo/none"], "no data set Demo/none")
-    expect_mistake(eval_script, [*weights, *split, "Demo//val"], "Demo/val, Demo//val: 6 images would count twice")
+    expect_mistake(eval_script, [*weights, *split, "Demo//val"], "Demo/val, Demo//val name 6 images twice")
     expect_mistake(eval_script, [*weights, *split, "--confidence", 0.5], "confidence is 0.5, but must be between 0 and")
+    overlapping = ["--devkit", devkit, "--train-sets", "Demo/train", "--val-sets", "Demo/val", "Demo//val"]
+    overlapping += ["--classes", devkit / "Demo" / "classes.txt", "--device", "cpu", "--run-dir", tmp_path / "run"]
+    expect_mistake(train, overlapping, "Demo/val, Demo//val name 6 images twice")
     assert not (run_dir / "eval").exists()  # which a mistake leaves nothing in
     expect_mistake(predict, [image, *weights, "--out", tmp_path / "bad.jpg"], "cannot write to", "bad.jpg")
     expect_mistake(predict, [], "no source")

@@ -345,7 +345,7 @@ def time_evaluation(config: Evaluation, detector: Detector) -> dict[str, float]:
     measured = evaluate(samples, found, cache.sizes, names)
     lap()
     with tempfile.TemporaryDirectory() as folder:
-        Report(Path(config.weights), config.sets, detector, cache, found, measured).write(Path(folder))
+        Report(Path(config.weights), config.devkit, config.sets, detector, cache, found, measured).write(Path(folder))
         lap()
     parts = ("annotations", "images", "detections", "figures", "report")
     seconds = dict(zip(parts, np.diff(times).tolist(), strict=True))

@@ -21,7 +21,7 @@ from utils.data_report import PAGE, TEXT, DataReport, Duplicate, Part
 from utils.duplicates import near_duplicates
 from utils.errors import UserError, make_folder, run_script
 from utils.problems import Problem, Problems
-from utils.samples import check_overlap
+from utils.samples import check_once, check_overlap
 from utils.survey import input_sides, inspect_all
 from utils.voc import load_classes, load_samples
 
@@ -73,6 +73,8 @@ def read_parts(config: Config, class_names: Sequence[str]) -> dict[str, Part]:
             problems = Problems(config.strict, skips=name == "train", collect=True)
             samples = load_samples(config.devkit, sets, class_names, problems)
             objects[name] = sum(len(sample.labels) for sample in samples)
+            if name != "train":
+                check_once(samples, sets, problems)
             found = inspect_all(samples, ", ".join(sets), problems)
             parts[name] = Part(sets, found, problems, stops=name != "test")
     if "train" not in parts:

@@ -67,7 +67,8 @@ def write_results(folder: Path, dataset: Dataset | None, detections: Sequence[sv
     """RESULTS in `folder`, as the COCO server takes it; without `dataset` nothing, and an older one is removed."""
     path = folder / RESULTS
     if dataset is None:
-        path.unlink(missing_ok=True)
+        if path.is_file():
+            path.unlink()
         return
     with replacing(path) as file:
         file.write(json.dumps(results_of(dataset, detections)).encode())
@@ -239,34 +240,47 @@ def read_truth(path: Path) -> dict[str, list[dict[str, Any]]]:
     """What an evaluation needs of a COCO JSON file, checked; its annotations, which a test set lacks, from 1 on."""
     try:
         content = json.loads(read_file(path, MOST_BYTES))
+        if not isinstance(content, dict):
+            raise ValueError("it must be an object with images, categories and annotations")
         images = [
             {"id": item["id"], "file_name": str(item["file_name"])}
             | {side: read_side(item, side) for side in ("height", "width")}
             for item in content["images"]
         ]
         categories = [{"id": item["id"], "name": str(item["name"])} for item in content["categories"]]
-        annotations = []
-        for i, item in enumerate(content.get("annotations", []), start=1):
-            x, y, width, height = map(float, item["bbox"])
-            numbers = x, y, width, height, float(item.get("area", width * height))
-            if not all(map(math.isfinite, numbers)) or numbers[4] < 0:
-                raise ValueError(f"annotation {i} has the numbers {numbers}")
-            which = {name: item[name] for name in ("image_id", "category_id")}
-            crowd = int(bool(item.get("iscrowd", 0)))
-            annotations.append({"id": i, **which, "bbox": [*numbers[:4]], "area": numbers[4], "iscrowd": crowd})
-        known = [{item["id"] for item in part} for part in (images, categories)]
-        for item in annotations:
-            if item["image_id"] not in known[0] or item["category_id"] not in known[1]:
-                raise ValueError(f"annotation {item['id']} is of an image or a category that it does not list")
-        listed = [item["id"] for item in images], [item["id"] for item in categories]
-        for values in (*listed, [item["name"] for item in categories]):
-            if len(sorted(set(values))) < len(values) or not values:  # ids of one type alone can be sorted
-                raise ValueError("an image or a category is there twice, or there is none")
+        annotations = [read_annotation(i, item) for i, item in enumerate(content.get("annotations") or [], start=1)]
+        check_listed(images, categories, annotations)
     except KeyError as error:
         raise UserError(f"{path} is not COCO ground truth: something in it has no {error}") from None
     except (ValueError, TypeError, OverflowError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is not COCO ground truth: {error}") from None
     return {"images": images, "categories": categories, "annotations": annotations}
+
+
+def read_annotation(number: int, item: dict[str, Any]) -> dict[str, Any]:
+    """What an evaluation needs of an annotation; raises ValueError, TypeError or KeyError for what is none."""
+    x, y, width, height = map(float, item["bbox"])
+    surface = float(item.get("area", width * height))
+    if not all(map(math.isfinite, (x, y, width, height, surface))) or surface < 0:
+        raise ValueError(f"annotation {number} has the box {item['bbox']} and the area {surface:g}")
+    which = {name: item[name] for name in ("image_id", "category_id")}
+    crowd = int(bool(item.get("iscrowd", 0)))
+    return {"id": number, **which, "bbox": [x, y, width, height], "area": surface, "iscrowd": crowd}
+
+
+def check_listed(
+    images: list[dict[str, Any]], categories: list[dict[str, Any]], annotations: list[dict[str, Any]]
+) -> None:
+    """Raise ValueError unless images and categories are there, each once, and annotations are of these alone."""
+    for what, items, key in (("image", images, "id"), ("category", categories, "id"), ("category", categories, "name")):
+        if not items:
+            raise ValueError(f"it lists no {what}")
+        if len(sorted({item[key] for item in items})) < len(items):  # ids of one type alone can be sorted
+            raise ValueError(f"it lists two items of {what} with one {key}")
+    known_images, known_categories = ({item["id"] for item in items} for items in (images, categories))
+    for item in annotations:
+        if item["image_id"] not in known_images or item["category_id"] not in known_categories:
+            raise ValueError(f"annotation {item['id']} is of an image or a category that it does not list")
 
 
 def read_side(image: dict[str, Any], name: str) -> int:

@@ -1,20 +1,17 @@
 """Attention blocks side by side: what each adds to phi 0 over several seeds, and what it costs."""
 
 import json
-from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 
-from jinja2 import Environment, FileSystemLoader
-
 from nets.attention import ATTENTION
-from utils.files import replacing
+from utils.page import data_uri, write_page, write_text
 from utils.plots import draw_means
 from utils.seeds import CONFIDENCE, RESOLUTION, Mean, judge, mean_of, seeds_needed
 
-TEMPLATE = Path(__file__).with_suffix(".html")
+PAGE = "comparison.html"  # and its template
 FEW = 3  # seeds, with fewer of which an interval is very wide
 TITLES = ("phi", "block", "AP", "AP50", "AP more than phi 0", "verdict", "parameters", "GFLOP", "ms", "training, s")
 
@@ -146,11 +143,17 @@ def write_comparison(folder: Path, rows: Sequence[Row], about: Sequence[str]) ->
         "AP more than phi 0": [(names[row.phi], row.differences, row.difference) for row in rows if row.difference],
     }
     draw_means(panels, folder / "comparison.png")
-    template = Environment(loader=FileSystemLoader(TEMPLATE.parent), autoescape=True).get_template(TEMPLATE.name)
-    plot = b64encode((folder / "comparison.png").read_bytes()).decode()
-    page = template.render(titles=TITLES, rows=cells[1:], said=said, about=about, plot=plot, confidence=CONFIDENCE)
     figures = {"rows": [asdict(row) | {"name": row.name} for row in rows], "conclusions": said, "about": list(about)}
-    for suffix, content in ((".txt", text), (".json", json.dumps(figures, indent=2)), (".html", page)):
-        with replacing(folder / f"comparison{suffix}") as file:
-            file.write(content.encode() + b"\n")
+    write_text(folder / "comparison.txt", text + "\n")
+    write_text(folder / "comparison.json", json.dumps(figures, indent=2) + "\n")
+    write_page(
+        folder / PAGE,
+        PAGE,
+        titles=TITLES,
+        rows=cells[1:],
+        said=said,
+        about=about,
+        plot=data_uri((folder / "comparison.png").read_bytes(), "png"),
+        confidence=CONFIDENCE,
+    )
     return text

@@ -86,7 +86,7 @@ def evaluate(
 
     `dataset` is the split as COCO sees it, where it does not follow from the samples.
     """
-    curves = voc_curves(samples, detections, len(class_names))
+    curves = voc_curves(samples, detections, len(class_names), crowds=dataset is not None)
     coco = coco_score(dataset or dataset_of(samples, sizes, class_names), detections, class_names)
     best = {name: curve.best() for name, curve in zip(class_names, curves, strict=True)}
     metrics = {"voc": voc_metrics(curves, class_names), "coco": coco.metrics, "best": best}
@@ -98,13 +98,15 @@ def voc_curves(
     detections: Sequence[sv.Detections],
     num_classes: int,
     iou_threshold: float = MATCH_IOU,
+    crowds: bool = False,
 ) -> list[Curve]:
     """The curve of each class.
 
     A detection takes its best-overlapping object of its class in its image; a second one on the same object is a
-    false positive; objects marked difficult count neither for nor against.
+    false positive; objects marked difficult count neither for nor against. With `crowds` they are COCO's, regions of
+    many objects, and what lies in one does not count either.
     """
-    parts = [match(sample, found, iou_threshold) for sample, found in zip(samples, detections, strict=True)]
+    parts = [match(sample, found, iou_threshold, crowds) for sample, found in zip(samples, detections, strict=True)]
     hit, ignored = (np.concatenate([np.empty(0, bool), *arrays]) for arrays in zip(*parts, strict=True))
     scores = np.concatenate([np.empty(0), *(found.confidence for found in detections if len(found))])
     labels = np.concatenate([np.empty(0, int), *(found.class_id for found in detections if len(found))])
@@ -120,8 +122,8 @@ def voc_curves(
     return curves
 
 
-def match(sample: Sample, found: sv.Detections, iou_threshold: float) -> tuple[np.ndarray, np.ndarray]:
-    """Which detections of an image hit an object of their class (D,), and which are near a difficult one (D,)."""
+def match(sample: Sample, found: sv.Detections, iou_threshold: float, crowds: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Which detections of an image hit an object of their class (D,), and which do not count (D,)."""
     hit, ignored = np.zeros(len(found), bool), np.zeros(len(found), bool)
     if not (len(found) and len(sample.labels)):
         return hit, ignored
@@ -134,7 +136,10 @@ def match(sample: Sample, found: sv.Detections, iou_threshold: float) -> tuple[n
     _, first = np.unique(best[ranked], return_index=True)  # the highest score on each object
     hit[ranked[first]] = True
     ignored = near & sample.difficult[best]
-    return hit & ~ignored, ignored
+    hit &= ~ignored
+    if crowds:
+        ignored |= ~hit & on_difficult(sample, found)
+    return hit, ignored
 
 
 def voc_metrics(curves: Sequence[Curve], class_names: Sequence[str]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ def write_page(path: Path, template: str, **values: object) -> None:
 
 def write_text(path: Path, text: str) -> None:
     with replacing(path) as file:
-        file.write(text.encode())
+        file.write(text.encode(errors="backslashreplace"))  # a name of a file may be no Unicode
 
 
 def data_uri(content: bytes, kind: str) -> str:

@@ -1,5 +1,6 @@
 """Plots of a training and of an evaluation, and sheets of the pictures that a network sees."""
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import supervision as sv
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -24,6 +26,21 @@ from utils.metrics import Curve, confident
 from utils.seeds import Mean
 
 DPI = 110
+WIDE_FONTS = (  # that have Chinese, and usually Japanese and Korean, of Linux, Windows and macOS
+    "Noto Sans CJK SC",
+    "Noto Sans CJK JP",
+    "WenQuanYi Zen Hei",
+    "WenQuanYi Micro Hei",
+    "Droid Sans Fallback",
+    "Microsoft YaHei",
+    "SimHei",
+    "PingFang SC",
+    "Hiragino Sans GB",
+    "Arial Unicode MS",
+)
+logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # a Chinese font in one weight is no warning
+installed = set(font_manager.get_font_names())
+matplotlib.rcParams["font.family"] = ["DejaVu Sans", *(name for name in WIDE_FONTS if name in installed)]
 MOST_NUMBERS = 25  # classes up to which a confusion matrix shows its numbers
 BINS = 40
 MOST_NAMES = 20  # classes up to which all lines are named

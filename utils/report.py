@@ -87,6 +87,7 @@ class Report:
     """A split, what a detector found on it, and how good that is: everything that a report shows."""
 
     weights: Path  # the checkpoint
+    source: str  # the devkit, or the folder of COCO's images
     sets: Sequence[str]
     detector: Detector
     cache: ImageCache
@@ -103,7 +104,9 @@ class Report:
         counts = confusion_matrix(samples, self.detections, self.evaluation.thresholds)
         confusion = {"classes": [*names, "background"], "counts": counts.tolist()}
         limits = self.detector.thresholds
-        metrics = {"weights": str(self.weights), "sets": list(self.sets), "images": len(samples)}
+        precision = str(self.detector.network.dtype).removeprefix("torch.")
+        metrics = {"weights": str(self.weights), "source": self.source, "sets": list(self.sets), "images": len(samples)}
+        metrics |= {"input_size": list(spec.input_size), "letterbox": spec.letterbox, "precision": precision}
         metrics |= {"confidence": limits.confidence, "nms_iou": limits.nms_iou} | self.evaluation.metrics
         metrics |= {"best_possible_recall": recall, "confusion": confusion}
         suspicions = suspect_labels(samples, self.detections, curves, self.evaluation.thresholds, names)

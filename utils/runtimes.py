@@ -33,6 +33,7 @@ class Network(Protocol):
     """A network on its device."""
 
     device: torch.device
+    dtype: torch.dtype  # of its arithmetic, where the file does not say another
 
     def __call__(self, images: Tensor) -> Sequence[Tensor]:
         """uint8 RGB (B, 3, H, W) at the input size -> its raw outputs."""
@@ -100,7 +101,8 @@ class FlippedNetwork:
     """Another network on each image and on its mirror image; the boxes of both are candidates."""
 
     def __init__(self, network: Network) -> None:
-        self.network, self.device, self.width = network, network.device, 0
+        self.network, self.width = network, 0
+        self.device, self.dtype = network.device, network.dtype
 
     def __call__(self, images: Tensor) -> Sequence[Tensor]:
         self.width = images.shape[-1]
@@ -118,7 +120,7 @@ class FlippedNetwork:
 class ExportedNetwork:
     """What exported networks share: float input in 0..1 on the CPU, boxes and scores as outputs."""
 
-    device = torch.device("cpu")
+    device, dtype = torch.device("cpu"), torch.float32
 
     @staticmethod
     def to_input(images: Tensor) -> np.ndarray:

@@ -1,5 +1,6 @@
 """A sample's image and its boxes together: which way round the image is, its true size, and what lies outside it."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from zlib import crc32
@@ -92,7 +93,16 @@ def check_size(sample: Sample, size: tuple[int, int], reaches_out: bool, problem
             "reaches beyond it; the annotation may belong to another image",
         )
     else:
-        problems.repaired(sample.source, "states another <size> than the image has; the image's own counts")
+        problems.repaired(sample.source, "states another size than the image has; the image's own counts")
+
+
+def check_once(samples: Sequence[Sample], sets: Sequence[str], problems: Problems) -> None:
+    """Add the error of images that `sets` name several times, and that a measurement would count as often."""
+    times = Counter(sample.image.resolve() for sample in samples)
+    twice = [path for path, count in times.items() if count > 1]
+    if twice:
+        reason = f"name {len(twice)} images twice, which would count twice, such as {twice[0]}"
+        problems.add(Problem("error", ", ".join(sets), "", reason))
 
 
 def check_overlap(train: Sequence[Sample], val: Sequence[Sample], problems: Problems) -> None:

@@ -117,7 +117,7 @@ def load_samples(
         found = [f"{show(name)!r} ({len(unknown[name])}){hint(name, class_names)}" for name in sorted(unknown)]
         raise UserError(
             f"the annotations of {', '.join(sets)} have classes that are not to be detected: {', '.join(found)}; those "
-            f"that are: {', '.join(class_names)}. Correct the annotations, or the class file that the training has"
+            f"that are: {', '.join(class_names)}. Correct them, or take the class file or checkpoint that fits"
         )
     for name, places in unknown.items():
         reason = f"has the class {show(name)!r}{hint(name, class_names)}, which is not to be detected"
