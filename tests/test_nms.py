@@ -1,8 +1,10 @@
 """Selection of detections, by hand."""
 
+from math import exp
+
 import torch
 
-from utils.nms import Thresholds, select_detections
+from utils.nms import SPREAD, Thresholds, select_detections
 
 BOXES = torch.tensor(
     [[[0.0, 0, 10, 10], [0, 0, 10, 9], [20, 20, 30, 30]], [[0.0, 0, 10, 10], [1, 1, 5, 5], [0, 0, 9, 9]]]
@@ -12,11 +14,26 @@ SCORES = torch.tensor([[[0.6, 0.1], [0.9, 0.2], [0.3, 0.8]], [[0.0, 0.0], [0.0, 
 
 def test_classes_and_images_are_apart():
     first, second = select_detections(BOXES, SCORES, 0.15, Thresholds())
-    torch.testing.assert_close(first[0], BOXES[0][[1, 2, 2, 1]])  # the first box of class 0 overlaps the second
+    kept = BOXES[0][[1, 2, 2, 1]].clone()  # the first box of class 0 overlaps the second
+    share = 0.6 * exp(-((1 - 0.9) ** 2) / SPREAD)  # of its say, at an IoU of 0.9
+    kept[0, 3] = (0.9 * 9 + share * 10) / (0.9 + share)
+    torch.testing.assert_close(first[0], kept)
     torch.testing.assert_close(first[1], torch.tensor([0.9, 0.8, 0.3, 0.2]))
     assert first[2].tolist() == [0, 1, 0, 1]
     torch.testing.assert_close(second[0], BOXES[1][[1]])
     assert second[2].tolist() == [1]
+
+
+def test_a_box_does_not_depend_on_the_confidence():
+    """Boxes below it, but above 0.1, have a say; others have none, and stay as they are."""
+    boxes = torch.tensor([[[0.0, 0, 10, 10], [0, 0, 10, 9], [0, 0, 8, 10], [50, 50, 60, 60], [50, 50, 60, 58]]])
+    scores = torch.tensor([[[0.8], [0.3], [0.09], [0.08], [0.07]]])
+    for confidence in (0.001, 0.2, 0.5):
+        ((found, *_),) = select_detections(boxes, scores, confidence, Thresholds())
+        share = 0.3 * exp(-((1 - 0.9) ** 2) / SPREAD)
+        torch.testing.assert_close(found[0], torch.tensor([0, 0, 10, (0.8 * 10 + share * 9) / (0.8 + share)]))
+    ((found, *_),) = select_detections(boxes, scores, 0.001, Thresholds())
+    assert torch.equal(found[1:], boxes[0, 3:4])
 
 
 def test_limits():

@@ -20,7 +20,7 @@ from utils.checkpoint import FORMAT
 from utils.darknet import cfg_of, read_darknet, write_darknet
 from utils.detector import Detector
 from utils.images import fit_image, read_image
-from utils.nms import Thresholds
+from utils.nms import LEAST_CONFIDENCE, SPREAD, Thresholds
 from utils.runtimes import (
     EXPORT_KEY,
     OUTPUTS,
@@ -42,6 +42,55 @@ PACKAGES: dict[str, tuple[str, ...]] = {  # that a format needs
 }
 OPSET = 18  # of ONNX; what torch writes without converting, known to every runtime since 2023
 MOST_OF_A_CLASS = 1000  # detections in an image, of the ONNX with suppression
+SUPPRESS = """
+    nms_confident = Greater (scores, nms_least)
+    nms_scores = Where (nms_confident, scores, nms_zero)
+    nms_by_class = Transpose <perm = [0, 2, 1]> (nms_scores)
+    nms_found = NonMaxSuppression (boxes, nms_by_class, nms_most, nms_iou, nms_least_of_all)
+    nms_image, nms_class, nms_box = Split <axis = 1, num_outputs = 3> (nms_found)
+    nms_place = Concat <axis = 1> (nms_image, nms_box)
+    nms_corners = GatherND (boxes, nms_place)
+    nms_entry = Concat <axis = 1> (nms_image, nms_box, nms_class)
+    nms_score = GatherND (scores, nms_entry)
+    nms_column = Unsqueeze (nms_score, nms_axis_1)
+"""  # ONNX's text of the first half of `select_detections`
+AVERAGE = """
+    nms_own_image = Squeeze (nms_image, nms_axis_1)
+    nms_near = Gather <axis = 0> (boxes, nms_own_image)
+    nms_low, nms_high = Split <axis = 1, num_outputs = 2> (nms_corners)
+    nms_near_low, nms_near_high = Split <axis = 2, num_outputs = 2> (nms_near)
+    nms_own_low = Unsqueeze (nms_low, nms_axis_1)
+    nms_own_high = Unsqueeze (nms_high, nms_axis_1)
+    nms_shared_low = Max (nms_own_low, nms_near_low)
+    nms_shared_high = Min (nms_own_high, nms_near_high)
+    nms_between = Sub (nms_shared_high, nms_shared_low)
+    nms_shared_sides = Relu (nms_between)
+    nms_own_sides = Sub (nms_own_high, nms_own_low)
+    nms_near_sides = Sub (nms_near_high, nms_near_low)
+    nms_shared = ReduceProd <keepdims = 0> (nms_shared_sides, nms_axis_2)
+    nms_own_area = ReduceProd <keepdims = 0> (nms_own_sides, nms_axis_2)
+    nms_near_area = ReduceProd <keepdims = 0> (nms_near_sides, nms_axis_2)
+    nms_areas = Add (nms_own_area, nms_near_area)
+    nms_union = Sub (nms_areas, nms_shared)
+    nms_overlap = Div (nms_shared, nms_union)
+    nms_apart = Sub (nms_one, nms_overlap)
+    nms_square = Mul (nms_apart, nms_apart)
+    nms_exponent = Div (nms_square, nms_minus_spread)
+    nms_closeness = Exp (nms_exponent)
+    nms_voting = Greater (scores, nms_voting_least)
+    nms_votes = Where (nms_voting, scores, nms_zero)
+    nms_votes_by_class = Transpose <perm = [0, 2, 1]> (nms_votes)
+    nms_image_class = Concat <axis = 1> (nms_image, nms_class)
+    nms_near_votes = GatherND (nms_votes_by_class, nms_image_class)
+    nms_weights = Mul (nms_near_votes, nms_closeness)
+    nms_weights_row = Unsqueeze (nms_weights, nms_axis_1)
+    nms_sum_row = MatMul (nms_weights_row, nms_near)
+    nms_sum = Squeeze (nms_sum_row, nms_axis_1)
+    nms_total = ReduceSum (nms_weights, nms_axis_1)
+    nms_mean = Div (nms_sum, nms_total)
+    nms_has_votes = Greater (nms_column, nms_voting_least)
+    nms_averaged = Where (nms_has_votes, nms_mean, nms_corners)
+"""  # and of `average_boxes`
 
 
 def load_images(paths: Sequence[Path], spec: ModelSpec, size: tuple[int, int]) -> Tensor:
@@ -151,23 +200,19 @@ def write_onnx_nms(job: Job, path: Path) -> None:
             float[{len(least)}] nms_least = {{{", ".join(f"{value:.9f}" for value in least)}}},
             float[1] nms_least_of_all = {{{min(least):.9f}}},
             float[1] nms_iou = {{{job.thresholds.nms_iou:.9f}}},
+            float[1] nms_voting_least = {{{LEAST_CONFIDENCE:.9f}}},
+            float[1] nms_minus_spread = {{{-SPREAD:.9f}}},
             float[1] nms_zero = {{0.0}},
+            float[1] nms_one = {{1.0}},
             int64[1] nms_most = {{{MOST_OF_A_CLASS}}},
-            int64[1] nms_last = {{1}}
+            int64[1] nms_axis_1 = {{1}},
+            int64[1] nms_axis_2 = {{2}}
         > {{
-            nms_confident = Greater (scores, nms_least)
-            nms_scores = Where (nms_confident, scores, nms_zero)
-            nms_by_class = Transpose <perm = [0, 2, 1]> (nms_scores)
-            nms_found = NonMaxSuppression (boxes, nms_by_class, nms_most, nms_iou, nms_least_of_all)
-            nms_image, nms_class, nms_box = Split <axis = 1, num_outputs = 3> (nms_found)
-            nms_place = Concat <axis = 1> (nms_image, nms_box)
-            nms_corners = GatherND (boxes, nms_place)
-            nms_entry = Concat <axis = 1> (nms_image, nms_box, nms_class)
-            nms_score = GatherND (scores, nms_entry)
-            nms_column = Unsqueeze (nms_score, nms_last)
+            {SUPPRESS}
+            {AVERAGE}
             nms_image_number = Cast <to = 1> (nms_image)
             nms_class_number = Cast <to = 1> (nms_class)
-            detections = Concat <axis = 1> (nms_image_number, nms_corners, nms_column, nms_class_number)
+            detections = Concat <axis = 1> (nms_image_number, nms_averaged, nms_column, nms_class_number)
         }}
     """)
     proto = copy.deepcopy(job.onnx)

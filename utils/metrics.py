@@ -12,11 +12,10 @@ import supervision as sv
 
 from utils.boxes import iou_matrix
 from utils.coco import CocoScore, Dataset, coco_score, dataset_of
-from utils.nms import FALLBACK_CONFIDENCE
+from utils.nms import FALLBACK_CONFIDENCE, LEAST_CONFIDENCE
 from utils.voc import Sample
 
 MATCH_IOU = 0.5  # from which on a detection is of an object
-LEAST_CONFIDENCE = 0.1  # that is suggested for prediction
 ELEVEN_RECALLS = np.arange(0, 1.1, 0.1)  # as the devkit writes it; i / 10 differs in a few cases
 
 

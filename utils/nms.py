@@ -1,4 +1,4 @@
-"""From scores to detections: threshold, the best few, suppression; a whole batch at once."""
+"""From scores to detections: threshold, the best few, suppression, and the mean of what was suppressed."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -6,11 +6,15 @@ from math import inf
 
 import torch
 from torch import Tensor
-from torchvision.ops import batched_nms
+from torchvision.ops import batched_nms, box_iou
 
 from utils.errors import UserError, check_range
 
 FALLBACK_CONFIDENCE = 0.3  # of a class for which no validation suggests a better one
+LEAST_CONFIDENCE = 0.1  # that is suggested for a class; boxes with less have no say in where an object is
+SPREAD = 0.05  # of the overlaps of boxes with an object that have a say in where it is
+
+Selection = tuple[Tensor, Tensor, Tensor]  # boxes (D, 4), scores (D,), labels (D,)
 
 
 @dataclass(frozen=True)
@@ -38,13 +42,12 @@ class Thresholds:
 EVALUATION_THRESHOLDS = Thresholds(confidence=0.001)  # low, so that the whole curve is seen
 
 
-def select_detections(
-    boxes: Tensor, scores: Tensor, confidence: float | Tensor, limits: Thresholds
-) -> list[tuple[Tensor, Tensor, Tensor]]:
+def select_detections(boxes: Tensor, scores: Tensor, confidence: float | Tensor, limits: Thresholds) -> list[Selection]:
     """Boxes (B, N, 4) xyxy and class scores (B, N, C) -> per image boxes (D, 4), scores (D,), labels (D,).
 
     A box counts once for each class whose score exceeds `confidence`, one for all or (C,), and not that of `limits`.
-    The best `top_k` pairs of an image enter NMS, at most `max_detections` leave it, sorted by falling score.
+    The best `top_k` pairs of an image enter NMS, at most `max_detections` leave it, sorted by falling score. Then each
+    box becomes the mean that `average_boxes` tells, whatever `confidence` is.
     """
     batch, _, num_classes = scores.shape
     flat = scores.flatten(1)  # (B, N*C)
@@ -53,13 +56,33 @@ def select_detections(
     if isinstance(confidence, Tensor):
         confidence = confidence[labels]
     images, columns = (scores > confidence).nonzero(as_tuple=True)
-    order, scores, labels = (values[images, columns] for values in (order, scores, labels))
-    boxes = boxes[images, order // num_classes]
-    groups = images if limits.agnostic else images * num_classes + labels
+    places = order // num_classes
+    groups = images if limits.agnostic else images * num_classes + labels[images, columns]
     # float64, since batched_nms may shift the boxes of each group far apart
-    kept = batched_nms(boxes.double(), scores.double(), groups, limits.nms_iou)
+    candidates = boxes[images, places[images, columns]].double(), scores[images, columns].double()
+    kept = batched_nms(*candidates, groups, limits.nms_iou)
     kept = kept.sort().values  # as the candidates came: image by image, falling score within
-    counts = torch.bincount(images[kept], minlength=batch).tolist()
-    parts = zip(*(values[kept].split(counts) for values in (boxes, scores, labels)), strict=True)
-    most = limits.max_detections
-    return [(b[:most], s[:most], c[:most]) for b, s, c in parts]
+    images, columns = images[kept], columns[kept]
+    voters = (scores > LEAST_CONFIDENCE).sum(dim=1)  # the first of each image
+    counts, voters = torch.stack([torch.bincount(images, minlength=batch), voters]).tolist()
+    found = []
+    for image, (own, voting) in enumerate(zip(columns.split(counts), voters, strict=True)):
+        detections, candidates = (
+            (boxes[image, places[image, which]], scores[image, which], labels[image, which])
+            for which in (own[: limits.max_detections], slice(voting))
+        )
+        found.append((average_boxes(detections, candidates), *detections[1:]))
+    return found
+
+
+def average_boxes(detections: Selection, candidates: Selection) -> Tensor:
+    """Boxes (D, 4), each the mean of the `candidates` of its class, weighted by their scores and by their overlaps.
+
+    The weight exp(-(1 - IoU)^2 / SPREAD) is that of variance voting (He et al., arXiv 1809.08545), where the score
+    stands for the certainty that the network has of a box. Boxes with LEAST_CONFIDENCE or less stay as they are.
+    """
+    (boxes, scores, labels), (near, near_scores, near_labels) = detections, candidates
+    weights = near_scores * torch.exp(-((1 - box_iou(boxes, near)) ** 2) / SPREAD)
+    weights = weights * (labels[:, None] == near_labels)
+    means = weights @ near / weights.sum(dim=1, keepdim=True)
+    return torch.where(scores[:, None] > LEAST_CONFIDENCE, means, boxes)
