@@ -13,7 +13,7 @@ demo: $(READY)
 	$(BIN) tools/make_demo_data.py
 	rm -rf $(DEMO)
 	$(BIN) train.py --devkit VOCdevkit --train-sets Demo/train --val-sets Demo/val --classes VOCdevkit/Demo/classes.txt \
-		--input-size 320 320 --epochs 12 --eval-every 4 --run-dir $(DEMO)
+		--input-size 320 320 --epochs 11 --eval-every 4 --run-dir $(DEMO)
 	$(BIN) eval.py --weights $(DEMO)/best.safetensors --sets Demo/test --out $(DEMO)/eval
 	$(BIN) predict.py "VOCdevkit/Demo/JPEGImages/test_00*.jpg" --weights $(DEMO)/best.safetensors --out $(DEMO)/predictions
 	@$(BIN) -c "import json; print('demo: mAP50 %.3f' % json.load(open('$(DEMO)/eval/metrics.json'))['coco']['AP50'], \
