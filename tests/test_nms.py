@@ -36,6 +36,14 @@ def test_a_box_does_not_depend_on_the_confidence():
     assert torch.equal(found[1:], boxes[0, 3:4])
 
 
+def test_a_box_without_area_spoils_no_other():
+    boxes = torch.tensor([[[5.0, 5, 5, 5], [0, 0, 10, 10], [0, 0, 10, 9], [5, 5, 5, 5]]])
+    ((found, *_),) = select_detections(boxes, torch.tensor([[[0.9], [0.8], [0.3], [0.2]]]), 0.5, Thresholds())
+    assert torch.equal(found[0], boxes[0, 0])
+    torch.testing.assert_close(found[1, :3], boxes[0, 1, :3], atol=1e-3, rtol=0)
+    assert 9 < found[1, 3] < 10
+
+
 def test_limits():
     first, second = select_detections(BOXES, SCORES, 0.15, Thresholds(nms_iou=0.5, top_k=2, max_detections=1))
     assert first[1].tolist() == [SCORES[0, 1, 0].item()]

@@ -88,7 +88,9 @@ AVERAGE = """
     nms_sum = Squeeze (nms_sum_row, nms_axis_1)
     nms_total = ReduceSum (nms_weights, nms_axis_1)
     nms_mean = Div (nms_sum, nms_total)
-    nms_has_votes = Greater (nms_column, nms_voting_least)
+    nms_votes_at_all = Greater (nms_total, nms_voting_least)
+    nms_confident_box = Greater (nms_column, nms_voting_least)
+    nms_has_votes = And (nms_votes_at_all, nms_confident_box)
     nms_averaged = Where (nms_has_votes, nms_mean, nms_corners)
 """  # and of `average_boxes`
 

@@ -58,9 +58,9 @@ def select_detections(boxes: Tensor, scores: Tensor, confidence: float | Tensor,
     images, columns = (scores > confidence).nonzero(as_tuple=True)
     places = order // num_classes
     groups = images if limits.agnostic else images * num_classes + labels[images, columns]
+    entering = boxes[images, places[images, columns]], scores[images, columns]
     # float64, since batched_nms may shift the boxes of each group far apart
-    candidates = boxes[images, places[images, columns]].double(), scores[images, columns].double()
-    kept = batched_nms(*candidates, groups, limits.nms_iou)
+    kept = batched_nms(*(values.double() for values in entering), groups, limits.nms_iou)
     kept = kept.sort().values  # as the candidates came: image by image, falling score within
     images, columns = images[kept], columns[kept]
     voters = (scores > LEAST_CONFIDENCE).sum(dim=1)  # the first of each image
@@ -79,10 +79,12 @@ def average_boxes(detections: Selection, candidates: Selection) -> Tensor:
     """Boxes (D, 4), each the mean of the `candidates` of its class, weighted by their scores and by their overlaps.
 
     The weight exp(-(1 - IoU)^2 / SPREAD) is that of variance voting (He et al., arXiv 1809.08545), where the score
-    stands for the certainty that the network has of a box. Boxes with LEAST_CONFIDENCE or less stay as they are.
+    stands for the certainty that the network has of a box. Boxes with LEAST_CONFIDENCE or less, and those without area,
+    stay as they are.
     """
     (boxes, scores, labels), (near, near_scores, near_labels) = detections, candidates
     weights = near_scores * torch.exp(-((1 - box_iou(boxes, near)) ** 2) / SPREAD)
     weights = weights * (labels[:, None] == near_labels)
-    means = weights @ near / weights.sum(dim=1, keepdim=True)
-    return torch.where(scores[:, None] > LEAST_CONFIDENCE, means, boxes)
+    total = weights.sum(dim=1, keepdim=True)  # at least the box's own score, but of a box without area NaN
+    has_votes = (scores[:, None] > LEAST_CONFIDENCE) & (total > LEAST_CONFIDENCE)
+    return torch.where(has_votes, weights @ near / total, boxes)

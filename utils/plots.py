@@ -231,5 +231,7 @@ def draw_means(panels: Mapping[str, Sequence[tuple[str, Sequence[float], Mean]]]
         axes.set_xticks(range(len(entries)), [name for name, *_ in entries], rotation=30, ha="right", fontsize="small")
         axes.set(title=title)
         axes.grid(alpha=0.3, axis="y")
+        if axes.get_ylim()[0] < 0:
+            axes.axhline(0, color="black", linewidth=0.8)  # no difference
     figure.suptitle("bar: mean and its interval; dots: seeds", fontsize="small")
     save(figure, path)
