@@ -25,10 +25,10 @@ test: $(READY)
 	$(BIN) -m pytest
 
 faults: $(READY)
-	$(BIN) tests/faults.py
+	$(BIN) tests/stress/faults.py
 
 fuzz: $(READY)
-	$(BIN) tests/fuzz.py --seconds $(SECONDS)
+	$(BIN) tests/stress/fuzz.py --seconds $(SECONDS)
 
 # OpenCV's usual package needs libGL; where a machine has none, the one without windows takes its place
 $(READY): requirements.txt requirements-export.txt requirements-dev.txt constraints.txt

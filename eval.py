@@ -11,20 +11,22 @@ from typing import Any
 
 import torch
 
-from utils.cache import PLACES, ImageCache, build_cache
-from utils.checkpoint import find_checkpoint
-from utils.coco import RESULTS, Dataset, read_coco, write_results
-from utils.detector import Detector
-from utils.device import choose_device, choose_precision, keep_freed_memory
-from utils.distributed import Ranks, join_ranks
-from utils.errors import UserError, check_choice, check_range, make_folder, run_script
-from utils.metrics import Evaluation, evaluate
-from utils.nms import Thresholds
-from utils.problems import Problems
-from utils.report import Report, compare, metrics_table, write_comparison
-from utils.review import BARELY
-from utils.samples import check_once
-from utils.voc import Sample, load_classes, load_samples
+from utils.data.cache import PLACES, ImageCache, build_cache
+from utils.data.coco_json import Dataset, read_coco
+from utils.data.sample_checks import check_once
+from utils.data.voc import Sample, load_classes, load_samples
+from utils.detection.nms import Thresholds
+from utils.evaluation.coco import RESULTS, write_results
+from utils.evaluation.label_errors import BARELY
+from utils.evaluation.metrics import Evaluation, evaluate
+from utils.inference.detector import Detector
+from utils.reports.evaluation_report import Report, compare, metrics_table, write_comparison
+from utils.system.cli import run_script
+from utils.system.device import choose_device, choose_precision, keep_freed_memory
+from utils.system.diagnostics import Diagnostics
+from utils.system.distributed import ProcessGroup, join_process_group
+from utils.system.errors import UserError, check_choice, check_range, make_folder
+from utils.weights.checkpoint import find_checkpoint
 
 
 @dataclass(frozen=True)
@@ -63,9 +65,9 @@ def main(config: Config) -> dict[str, Any]:
     device = choose_device(config.device)
     if device.type == "cpu":
         keep_freed_memory()
-    with join_ranks(device) as ranks:
-        found = measure(config, device, ranks)
-        return ranks.share(found[0].metrics if found else {})
+    with join_process_group(device) as group:
+        found = measure(config, device, group)
+        return group.broadcast(found[0].metrics if found else {})
 
 
 def load_detectors(config: Config, paths: Sequence[Path], device: torch.device) -> list[Detector]:
@@ -87,15 +89,15 @@ def load_detectors(config: Config, paths: Sequence[Path], device: torch.device) 
 
 
 def load_split(
-    config: Config, class_names: tuple[str, ...], problems: Problems
+    config: Config, class_names: tuple[str, ...], diagnostics: Diagnostics
 ) -> tuple[list[Sample], Dataset | None, list[str]]:
     """The samples to measure on, what COCO's JSON says of them, and the names of the sets."""
     sets = [config.coco] if config.coco else list(config.sets)
     if config.coco:
         samples, dataset = read_coco(config.coco, config.images, class_names)
     else:
-        samples, dataset = load_samples(config.devkit, config.sets, class_names, problems), None
-    check_once(samples, sets, problems)
+        samples, dataset = load_samples(config.devkit, config.sets, class_names, diagnostics), None
+    check_once(samples, sets, diagnostics)
     return samples, dataset, sets
 
 
@@ -104,18 +106,18 @@ def sets_name(name: str) -> str:
     return Path(name).stem if name.endswith(".json") else name.replace("/", "_")
 
 
-def measure(config: Config, device: torch.device, ranks: Ranks) -> list[Evaluation]:
+def measure(config: Config, device: torch.device, group: ProcessGroup) -> list[Evaluation]:
     """Every checkpoint: its report written, its table printed; then the comparison. Only the first process has them."""
     paths = [find_checkpoint(name) for name in config.weights or [""]]
     several = len(paths) > 1
     detectors = load_detectors(config, paths, device)
-    problems = Problems(skips=False)  # a missing image would make the figures better
-    samples, dataset, sets = load_split(config, detectors[0].spec.class_names, problems)
+    diagnostics = Diagnostics(skips=False)  # a missing image would make the figures better
+    samples, dataset, sets = load_split(config, detectors[0].spec.class_names, diagnostics)
     part = paths[0].parent / ("compare" if several else "eval")
     out = Path(config.out) if config.out else part / "_".join(sets_name(name) for name in sets)
     if several and all(sample.difficult.all() for sample in samples):
         raise UserError(f"{', '.join(sets)} has no objects, so that there is nothing to compare checkpoints by")
-    if ranks.first:
+    if group.is_main:
         make_folder(out)
     caches: dict[tuple[object, ...], ImageCache] = {}
     found = []
@@ -123,10 +125,10 @@ def measure(config: Config, device: torch.device, ranks: Ranks) -> list[Evaluati
         spec = detector.spec
         fitted = spec.input_size, spec.letterbox
         if fitted not in caches:
-            again = replace(problems, found=[])  # what the first cache has told
-            caches[fitted] = build_cache(samples, spec, device, config.cache, ranks, again if caches else problems)
-        detections = detector.detect_cached(caches[fitted], config.batch_size, ranks)
-        if not ranks.first:
+            again = replace(diagnostics, found=[])  # what the first cache has told
+            caches[fitted] = build_cache(samples, spec, device, config.cache, group, again if caches else diagnostics)
+        detections = detector.detect_cached(caches[fitted], config.batch_size, group)
+        if not group.is_main:
             continue
         evaluation = evaluate(caches[fitted].samples, detections, caches[fitted].sizes, spec.class_names, dataset)
         folder = out / f"{i}_{path.parent.name}_{path.stem}" if several else out
@@ -140,8 +142,8 @@ def measure(config: Config, device: torch.device, ranks: Ranks) -> list[Evaluati
         print(f"{path} on {', '.join(sets)}, {len(samples)} images\n\n{metrics_table(evaluation.metrics)}\n")
         print(f"written to {folder}: look at {folder / 'report.html'}" + (f"; {RESULTS}" if dataset else "") + "\n")
         found.append(evaluation)
-    problems.tell(", ".join(sets), ranks.say)
-    if several and ranks.first:
+    diagnostics.print_summary(", ".join(sets), group.print_once)
+    if several and group.is_main:
         rows = compare([str(path) for path in paths], found)
         print(f"{write_comparison(out, rows, len(samples))}\n\nwritten to {out}")
     return found

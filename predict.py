@@ -19,19 +19,20 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from utils.checkpoint import find_checkpoint
-from utils.detector import Detector
-from utils.device import choose_compile, choose_device, keep_freed_memory, wait_for
-from utils.errors import UserError, check_choice, check_range, make_folder, run_script
-from utils.interrupt import StopSignals
-from utils.nms import Thresholds
-from utils.pipeline import Look, Pipeline, finishing, write_behind
-from utils.runtimes import EXPORTED, precision_for
-from utils.sinks import SINKS, Sink, Window, WindowClosed
-from utils.sources import inputs, open_sources
-from utils.voc import load_classes
+from utils.data.voc import load_classes
+from utils.detection.nms import Thresholds
+from utils.inference.backends import EXPORTED, precision_for
+from utils.inference.detector import Detector
+from utils.inference.pipeline import Look, Pipeline, finishing, write_behind
+from utils.inference.sinks import SINKS, Sink, Window, WindowClosed
+from utils.inference.sources import inputs, open_sources
+from utils.system.cli import run_script
+from utils.system.device import choose_compile, choose_device, keep_freed_memory, synchronize
+from utils.system.errors import UserError, check_choice, check_range, make_folder
+from utils.system.signals import StopSignals
+from utils.weights.checkpoint import find_checkpoint
 
-SHOWN = 3  # problems that are told
+SHOWN = 3  # diagnostics that are told
 WARMUP_CALLS, TIMED_CALLS = 10, 50  # of a benchmark
 SOURCE_HELP = (
     'images, videos, folders, globs such as "photos/*.jpg", .txt lists, - for stdin, 0 for a camera, addresses'
@@ -104,7 +105,7 @@ def open_sinks(config: Config, detector: Detector, stack: ExitStack) -> list[Sin
         names.remove("window")
     sinks: list[Sink] = []
     if config.explain:
-        from utils.panels import Panels  # takes a second, which only those who want it wait for
+        from utils.reports.panels import Panels  # takes a second, which only those who want it wait for
 
         sinks.append(Panels(config.folder, detector))
     class_names = detector.spec.class_names
@@ -203,10 +204,10 @@ def time_calls(call: Callable[[], object], device: torch.device) -> tuple[float,
     """Median and 95th percentile, in milliseconds."""
     times = []
     for _ in range(WARMUP_CALLS + TIMED_CALLS):
-        wait_for(device)
+        synchronize(device)
         started = time.perf_counter()
         call()
-        wait_for(device)
+        synchronize(device)
         times.append(1000 * (time.perf_counter() - started))
     median, slow = np.percentile(times[WARMUP_CALLS:], [50, 95])
     return float(median), float(slow)

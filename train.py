@@ -20,46 +20,36 @@ from torch.nn import SyncBatchNorm
 from torch.optim.lr_scheduler import LambdaLR
 
 from nets.attention import ATTENTION, describe_phi
-from nets.yolo import MOST_SIDE, ModelSpec, summary
-from utils.anchors import load_anchors
-from utils.augment import AugmentSettings
-from utils.batches import Batches
-from utils.cache import PLACES, ImageCache, build_cache
-from utils.capacity import is_out_of_memory, largest_batch, too_large, try_largest
-from utils.checkpoint import (
-    BEST,
-    LAST,
-    Checkpoint,
-    is_resumable,
-    load_last,
-    newest_run,
-)
-from utils.detector import Detector
-from utils.device import choose_compile, choose_device, choose_precision, keep_freed_memory
-from utils.distributed import Ranks, join_ranks
-from utils.epoch import VALIDATION_BATCH, log_gates, mean_losses, train_one_epoch, validate
-from utils.errors import UserError, check_choice, check_range, make_folder, run_script
-from utils.explain import gains_of
-from utils.files import CACHE_FOLDER
-from utils.interrupt import Stopped, StopSignals
-from utils.loss import LossSettings, YoloLoss
-from utils.metrics import evaluate
-from utils.nms import EVALUATION_THRESHOLDS
-from utils.optim import (
-    accumulation_steps,
-    build_ema,
-    build_optimizer,
-    lr_factor,
-)
-from utils.plots import draw_batch
-from utils.problems import Problems
-from utils.report import Report
-from utils.runlog import RunLog, keep_fingerprints, load_settings, save_settings
-from utils.samples import check_once, check_overlap
-from utils.survey import describe_samples
-from utils.training import COLUMNS, Progress, Trainer, TrainingState, read_progress, restore_training
-from utils.voc import Sample, load_classes, load_samples
-from utils.weights import fits_plain_attention, read_weights, start_from
+from nets.spec import MAX_SIDE, ModelSpec
+from nets.yolo import build_model, summary
+from utils.data.augment import AugmentSettings
+from utils.data.cache import PLACES, ImageCache, build_cache
+from utils.data.loader import Batches
+from utils.data.sample_checks import check_once, check_overlap
+from utils.data.statistics import describe_samples
+from utils.data.voc import Sample, load_classes, load_samples
+from utils.detection.anchors import load_anchors
+from utils.detection.loss import LossSettings, YoloLoss
+from utils.detection.nms import EVALUATION_THRESHOLDS
+from utils.evaluation.metrics import evaluate
+from utils.inference.detector import Detector
+from utils.reports.evaluation_report import Report
+from utils.reports.explain import gains_of
+from utils.reports.plots import draw_batch
+from utils.system.cli import run_script
+from utils.system.device import choose_compile, choose_device, choose_precision, keep_freed_memory
+from utils.system.diagnostics import Diagnostics
+from utils.system.distributed import ProcessGroup, join_process_group
+from utils.system.errors import UserError, check_choice, check_range, make_folder
+from utils.system.files import CACHE_FOLDER
+from utils.system.signals import Stopped, StopSignals
+from utils.training.batch_size import is_out_of_memory, largest_batch, too_large, try_largest
+from utils.training.engine import VALIDATION_BATCH, log_gates, mean_losses, train_one_epoch, validate
+from utils.training.optim import accumulation_steps, build_ema, build_optimizer, lr_factor
+from utils.training.run_folder import RunLog, keep_fingerprints, load_settings, save_settings
+from utils.training.trainer import COLUMNS, Progress, Trainer, TrainingState, read_progress, restore_training
+from utils.weights.checkpoint import BEST, LAST, Checkpoint, is_resumable, load_last, newest_run
+from utils.weights.pretrained import fits_plain_attention, read_weights, start_from
 
 PLACE_WORDS = {"device": "on the GPU", "ram": "in RAM", "disk": f"in {CACHE_FOLDER}"}
 VALIDATION_COST = 0.5  # of an image, as a share of a training step's, for the estimate of time
@@ -126,9 +116,9 @@ class Config:
         """Raise UserError for a value that cannot work."""
         if self.phi not in ATTENTION:
             raise UserError(f"phi is {self.phi}, but must be one of {describe_phi()}")
-        if not all(32 <= side <= MOST_SIDE and side % 32 == 0 for side in self.input_size):
+        if not all(32 <= side <= MAX_SIDE and side % 32 == 0 for side in self.input_size):
             raise UserError(
-                f"input_size is {self.input_size}, but both sides must be multiples of 32, up to {MOST_SIDE}"
+                f"input_size is {self.input_size}, but both sides must be multiples of 32, up to {MAX_SIDE}"
             )
         check_range(self, 1, 1e9, "epochs", "nominal_batch", "eval_every")
         check_range(self, 0, 1e9, "batch_size", "patience", "checkpoint_every", "extend")
@@ -155,7 +145,7 @@ class Config:
 
 
 def build_trainer(
-    config: Config, spec: ModelSpec, num_train: int, device: torch.device, ranks: Ranks, progress: Progress
+    config: Config, spec: ModelSpec, num_train: int, device: torch.device, group: ProcessGroup, progress: Progress
 ) -> Trainer:
     """A fresh network with its optimizer, schedule, average and loss, for epochs from `progress.start` on."""
     batches = num_train // config.batch_size
@@ -163,8 +153,8 @@ def build_trainer(
     steps = math.ceil(batches / accumulate) * (progress.end - progress.start)
     dtype = choose_precision(config.precision, device)
     torch.manual_seed(config.seed)
-    model = spec.build()
-    if config.sync_bn and ranks.size > 1:
+    model = build_model(spec)
+    if config.sync_bn and group.size > 1:
         model = SyncBatchNorm.convert_sync_batchnorm(model)
     model = model.to(device).to(memory_format=torch.channels_last)
     optimizer = build_optimizer(model, config.lr, config.weight_decay)
@@ -177,18 +167,18 @@ def build_trainer(
         progress=progress,
         losses=torch.zeros(batches, len(COLUMNS), device=device),
     )
-    loss = YoloLoss(spec, LossSettings(), device, ranks)
+    loss = YoloLoss(spec, LossSettings(), device, group)
     if config.compiles(device):
         model.compile(dynamic=False)
         loss.sums = torch.compile(loss.sums, dynamic=False)
     return Trainer(state, spec, loss, device, dtype, accumulate)
 
 
-def epoch_batches(config: Config, cache: ImageCache, progress: Progress, ranks: Ranks) -> Batches:
+def epoch_batches(config: Config, cache: ImageCache, progress: Progress, group: ProcessGroup) -> Batches:
     """The batches of the epoch under way."""
     share = (progress.epoch - progress.start) / (progress.end - progress.start)
     settings = config.augment_settings(share)
-    return Batches(cache, config.batch_size, config.seed, progress.epoch, settings, ranks)
+    return Batches(cache, config.batch_size, config.seed, progress.epoch, settings, group)
 
 
 def run_epoch(
@@ -198,7 +188,7 @@ def run_epoch(
     train, val = caches
     progress = trainer.state.progress
     started, first = time.perf_counter(), progress.batch
-    batches = epoch_batches(config, train, progress, trainer.ranks)
+    batches = epoch_batches(config, train, progress, trainer.group)
     frozen = progress.epoch < config.freeze_epochs
     train_one_epoch(trainer, batches, frozen, config.checkpoint_every, log, stop)
     values = mean_losses(trainer)
@@ -228,38 +218,38 @@ def run_epoch(
     log.save(trainer.kept, best)
     shown = ("train/loss", "val/loss", "val/AP", "val/AP50", "train/images_per_second")
     line = " ".join(f"{name} {values[name]:.4g}" for name in shown if name in values)
-    trainer.ranks.say(f"epoch {epoch}/{progress.end} {line}")
+    trainer.group.print_once(f"epoch {epoch}/{progress.end} {line}")
 
 
 def load_data(
-    config: Config, spec: ModelSpec, device: torch.device, ranks: Ranks, problems: Problems
+    config: Config, spec: ModelSpec, device: torch.device, group: ProcessGroup, diagnostics: Diagnostics
 ) -> tuple[ImageCache, ImageCache | None]:
     """The training and, when there are validation sets, the validation images, in memory; says what is wrong in them.
 
     Only of the training images may some be left out, since that would change what a validation measures.
     """
-    val_problems = Problems(config.strict, skips=False)
-    samples = load_samples(config.devkit, config.train_sets, spec.class_names, problems)
+    val_diagnostics = Diagnostics(config.strict, skips=False)
+    samples = load_samples(config.devkit, config.train_sets, spec.class_names, diagnostics)
     val_samples: list[Sample] = []
     if config.val_sets:
-        val_samples = load_samples(config.devkit, config.val_sets, spec.class_names, val_problems)
-        check_once(val_samples, config.val_sets, val_problems)
-    check_overlap(samples, val_samples, problems)
+        val_samples = load_samples(config.devkit, config.val_sets, spec.class_names, val_diagnostics)
+        check_once(val_samples, config.val_sets, val_diagnostics)
+    check_overlap(samples, val_samples, diagnostics)
     if config.train_difficult:
         samples = [replace(sample, difficult=np.zeros_like(sample.difficult)) for sample in samples]
-    train = build_cache(samples, spec, device, config.cache, ranks, problems)
-    val = build_cache(val_samples, spec, device, config.cache, ranks, val_problems) if val_samples else None
-    problems.check_share(len(samples), sum(len(sample.labels) for sample in samples))
-    problems.tell("training", ranks.say)
-    val_problems.tell("validation", ranks.say)
-    ranks.say(f"training: {describe_samples(train.samples, spec.class_names)}")
+    train = build_cache(samples, spec, device, config.cache, group, diagnostics)
+    val = build_cache(val_samples, spec, device, config.cache, group, val_diagnostics) if val_samples else None
+    diagnostics.check_skip_limit(len(samples), sum(len(sample.labels) for sample in samples))
+    diagnostics.print_summary("training", group.print_once)
+    val_diagnostics.print_summary("validation", group.print_once)
+    group.print_once(f"training: {describe_samples(train.samples, spec.class_names)}")
     return train, val
 
 
-def new_spec(config: Config, weights: dict[str, Tensor], problems: Problems) -> ModelSpec:
+def new_spec(config: Config, weights: dict[str, Tensor], diagnostics: Diagnostics) -> ModelSpec:
     """What to build for a new run; published weights of the same attention need its plain gate."""
     spec = ModelSpec(
-        class_names=load_classes(config.classes, problems),
+        class_names=load_classes(config.classes, diagnostics),
         anchors=load_anchors(config.anchors),
         phi=config.phi,
         attention_args=config.attention_args,
@@ -270,71 +260,73 @@ def new_spec(config: Config, weights: dict[str, Tensor], problems: Problems) -> 
     )
     try:
         spec.check()
-        model = spec.build()
+        model = build_model(spec)
     except ValueError as error:
         raise UserError(str(error)) from None
     return replace(spec, identity_start=False) if fits_plain_attention(model, weights) else spec
 
 
-def open_run(config: Config, ranks: Ranks) -> tuple[Config, Checkpoint | None, RunLog]:
+def open_run(config: Config, group: ProcessGroup) -> tuple[Config, Checkpoint | None, RunLog]:
     """The settings of the run, its last checkpoint when it resumes, and its folder, locked."""
     if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) and not config.run_dir:
         raise UserError("with torchrun --max-restarts give --run-dir, so that a restarted run finds its folder")
     now = time.strftime("%Y-%m-%d_%H-%M-%S")
     name = config.run_dir or (newest_run() if config.resume else f"logs/{now}")
-    folder = Path(ranks.share(name))
-    log = RunLog(folder, quiet=not ranks.first)
-    own = ranks.share(ranks.restarted and log.read_owner() == ranks.agent)  # torchrun began the run that is there
+    folder = Path(group.broadcast(name))
+    log = RunLog(folder, quiet=not group.is_main)
+    own = group.broadcast(group.restarted and log.read_owner() == group.agent)  # torchrun began the run that is there
     if is_resumable(folder) and not (config.resume or own):
         raise UserError(f"{folder} already holds a run; add --resume to continue it, or choose another --run-dir")
-    log.write_owner(ranks.agent)
+    log.write_owner(group.agent)
     if not config.resume and not is_resumable(folder):
         return config, None, log
-    checkpoint = load_last(folder, ranks.say)
+    checkpoint = load_last(folder, group.print_once)
     free = ("run_dir", "resume", "extend", "device", "cache", "compile", "checkpoint_every", "patience")
-    if ranks.restarted:  # by the command that began the run, whose batch size `share_batch` has replaced
+    if group.restarted:  # by the command that began the run, whose batch size `share_batch` has replaced
         config = replace(config, batch_size=Config.batch_size)
     return load_settings(folder, config, free), checkpoint, log
 
 
-def find_progress(config: Config, checkpoint: Checkpoint | None, ranks: Ranks) -> Progress:
+def find_progress(config: Config, checkpoint: Checkpoint | None, group: ProcessGroup) -> Progress:
     """Where to begin, and how far to go."""
     if checkpoint is None:
         return Progress(end=config.epochs)
     progress = read_progress(checkpoint)
     if not progress.is_finished(config.patience):
-        if config.extend and not ranks.restarted:
+        if config.extend and not group.restarted:
             raise UserError(
                 f"the run has {progress.epoch} of {progress.end} epochs; --resume without --extend continues it, and "
                 "more can be added when it has finished"
             )
         within = f", batch {progress.batch} of the next" if progress.batch else ""
-        ranks.say(f"resuming after epoch {progress.epoch}{within}, with the run's settings")
+        group.print_once(f"resuming after epoch {progress.epoch}{within}, with the run's settings")
         return progress
     if config.extend:
         return replace(progress, start=progress.epoch, end=progress.epoch + config.extend, stale=0)
     return progress
 
 
-def share_batch(config: Config, spec: ModelSpec, cache: ImageCache, device: torch.device, ranks: Ranks) -> Config:
+def share_batch(
+    config: Config, spec: ModelSpec, cache: ImageCache, device: torch.device, group: ProcessGroup
+) -> Config:
     """The settings with a batch size that all processes have an equal share of; 0 becomes the largest that fits."""
     size = config.batch_size
     if size == 0:
         if device.type != "cuda":
             raise UserError("batch_size 0 picks what fits into a GPU; on the CPU give a number, such as 8")
         alone = replace(config, batch_size=1, nominal_batch=1, compile="off")
-        probe = build_trainer(alone, spec, len(cache), device, Ranks(), Progress(end=1))
-        fits = largest_batch(probe, 2 * cache.labels.shape[1], len(cache) // ranks.size)
-        size = ranks.size * min(ranks.everyone(fits))
-        ranks.say(
+        probe = build_trainer(alone, spec, len(cache), device, ProcessGroup(), Progress(end=1))
+        fits = largest_batch(probe, 2 * cache.labels.shape[1], len(cache) // group.size)
+        size = group.size * min(group.all_gather(fits))
+        group.print_once(
             f"batch size {size} fits; an epoch then has {len(cache) // size} batches, which should not be too few"
         )
-    if size % ranks.size or len(cache) < ranks.size:
+    if size % group.size or len(cache) < group.size:
         raise UserError(
-            f"{len(cache)} images in batches of {size} cannot be shared by {ranks.size} processes; give a multiple of "
-            f"{ranks.size} as --batch-size, and no fewer images"
+            f"{len(cache)} images in batches of {size} cannot be shared by {group.size} processes; give a multiple of "
+            f"{group.size} as --batch-size, and no fewer images"
         )
-    return replace(config, batch_size=min(size, len(cache)) // ranks.size * ranks.size)
+    return replace(config, batch_size=min(size, len(cache)) // group.size * group.size)
 
 
 def rehearse(trainer: Trainer, config: Config, caches: tuple[ImageCache, ImageCache | None]) -> None:
@@ -348,14 +340,14 @@ def rehearse(trainer: Trainer, config: Config, caches: tuple[ImageCache, ImageCa
     epochs = progress.end - progress.epoch
     validated = len(val) * math.ceil(epochs / config.eval_every) * VALIDATION_COST if val else 0
     seconds = trial.seconds / config.batch_size * (epochs * len(train) + validated)
-    trainer.ranks.say(
+    trainer.group.print_once(
         f"a step of {config.batch_size} images at {height}x{width} takes {trial.seconds:.3f} s and "
         f"{trial.memory / 1e9:.1f} GB; {epochs} epochs about {timedelta(seconds=round(seconds))} h"
     )
 
 
 def prepare(
-    config: Config, checkpoint: Checkpoint | None, progress: Progress, log: RunLog, ranks: Ranks
+    config: Config, checkpoint: Checkpoint | None, progress: Progress, log: RunLog, group: ProcessGroup
 ) -> tuple[Config, Trainer, tuple[ImageCache, ImageCache | None]]:
     """Read the data, build the network or restore it, begin or reopen the log."""
     device = choose_device(config.device)
@@ -363,20 +355,20 @@ def prepare(
         if config.sync_bn:
             raise UserError("sync_bn needs GPUs; leave it out on the CPU")
         keep_freed_memory()
-    problems = Problems(config.strict)
-    weights = read_weights(config.weights, problems) if config.weights and checkpoint is None else {}
-    spec = checkpoint.spec if checkpoint else new_spec(config, weights, problems)
-    caches = load_data(config, spec, device, ranks, problems)
-    if ranks.first:
+    diagnostics = Diagnostics(config.strict)
+    weights = read_weights(config.weights, diagnostics) if config.weights and checkpoint is None else {}
+    spec = checkpoint.spec if checkpoint else new_spec(config, weights, diagnostics)
+    caches = load_data(config, spec, device, group, diagnostics)
+    if group.is_main:
         found = {split: cache.fingerprints() for split, cache in zip(("train", "val"), caches, strict=True) if cache}
         keep_fingerprints(log.folder, found, resumed=checkpoint is not None)
-    config = share_batch(config, spec, caches[0], device, ranks)
-    trainer = build_trainer(config, spec, len(caches[0]), device, ranks, progress)
-    ranks.say(f"YOLOv4-tiny phi {spec.phi}: {summary(trainer.state.model, spec.input_size)}")
+    config = share_batch(config, spec, caches[0], device, group)
+    trainer = build_trainer(config, spec, len(caches[0]), device, group, progress)
+    group.print_once(f"YOLOv4-tiny phi {spec.phi}: {summary(trainer.state.model, spec.input_size)}")
     place = PLACE_WORDS[caches[0].place]
-    ranks.say(
+    group.print_once(
         f"{len(caches[0])} images {place}, batches of {config.batch_size}, {device}, {trainer.dtype}"
-        f"{f', {ranks.size} processes' if ranks.size > 1 else ''}; run folder {log.folder}"
+        f"{f', {group.size} processes' if group.size > 1 else ''}; run folder {log.folder}"
     )
     if checkpoint:
         if progress.start != checkpoint.info["start"]:  # extended: its schedule begins anew
@@ -385,26 +377,31 @@ def prepare(
         restore_training(trainer.state, checkpoint)
         trainer.keep(progress.batch)
     elif weights:
-        ranks.say(start_from(trainer.state.model, weights, config.weights))
+        group.print_once(start_from(trainer.state.model, weights, config.weights))
         trainer.keep(progress.batch)  # what `rehearse` goes back to
-    if checkpoint is None and ranks.first:
+    if checkpoint is None and group.is_main:
         save_settings(log.folder, config)
     log.open(progress.epoch)
     return config, trainer, caches
 
 
 def train_epochs(
-    config: Config, checkpoint: Checkpoint | None, progress: Progress, log: RunLog, stop: StopSignals, ranks: Ranks
+    config: Config,
+    checkpoint: Checkpoint | None,
+    progress: Progress,
+    log: RunLog,
+    stop: StopSignals,
+    group: ProcessGroup,
 ) -> tuple[Progress, ImageCache | None]:
     """From `progress` on to the end of the run; returns where it then stands, and the validation images."""
-    config, trainer, caches = prepare(config, checkpoint, progress, log, ranks)
+    config, trainer, caches = prepare(config, checkpoint, progress, log, group)
     if progress.epoch == progress.batch == 0:
-        batches = epoch_batches(config, caches[0], progress, ranks)
+        batches = epoch_batches(config, caches[0], progress, group)
         for number in range(min(2, len(batches))):
             log.picture(f"batch_{number}", partial(draw_batch, batches, number, trainer.spec.class_names), 0)
     rehearse(trainer, config, caches)
     try:
-        with stop.put_off():
+        with stop.defer():
             while not trainer.state.progress.is_finished(config.patience):
                 run_epoch(trainer, config, caches, log, stop)
     except RuntimeError as error:
@@ -415,49 +412,49 @@ def train_epochs(
     return trainer.state.progress, caches[1]
 
 
-def report(config: Config, cache: ImageCache, run: Path, ranks: Ranks) -> None:
+def report(config: Config, cache: ImageCache, run: Path, group: ProcessGroup) -> None:
     """What `eval.py` writes, of the best checkpoint on the validation sets."""
-    device, weights, folder = choose_device(config.device), ranks.share(run / BEST), run / "val"
+    device, weights, folder = choose_device(config.device), group.broadcast(run / BEST), run / "val"
     detector = Detector.load(weights, device, thresholds=EVALUATION_THRESHOLDS)
-    detections = detector.detect_cached(cache, VALIDATION_BATCH, ranks)
-    if ranks.first:
+    detections = detector.detect_cached(cache, VALIDATION_BATCH, group)
+    if group.is_main:
         make_folder(folder)
         evaluation = evaluate(cache.samples, detections, cache.sizes, detector.spec.class_names)
         Report(weights, config.devkit, config.val_sets, detector, cache, detections, evaluation).write(folder)
 
 
-def train(config: Config, stop: StopSignals, ranks: Ranks) -> Path:
+def train(config: Config, stop: StopSignals, group: ProcessGroup) -> Path:
     """A run from its beginning, or from where it stopped, to its end."""
-    config, checkpoint, log = open_run(config, ranks)
+    config, checkpoint, log = open_run(config, group)
     with closing(log):
-        progress = find_progress(config, checkpoint, ranks)
+        progress = find_progress(config, checkpoint, group)
         if progress.is_finished(config.patience):
-            ranks.say(f"the run is finished after {progress.epoch} epochs; --resume --extend 20 would add 20")
+            group.print_once(f"the run is finished after {progress.epoch} epochs; --resume --extend 20 would add 20")
             return log.folder
         try:
-            progress, val = train_epochs(config, checkpoint, progress, log, stop, ranks)
+            progress, val = train_epochs(config, checkpoint, progress, log, stop, group)
         except Stopped:
             log.finish_saving()
             resume = f"--resume --run-dir {log.folder} continues as if it had not"
             again = "there is no checkpoint yet, and the same command begins anew"
-            ranks.say(f"stopped; {resume if is_resumable(log.folder) else again}")
+            group.print_once(f"stopped; {resume if is_resumable(log.folder) else again}")
             raise
     if progress.epoch < progress.end:
-        ranks.say(f"stopped early, since {config.patience} validations in a row brought nothing better")
+        group.print_once(f"stopped early, since {config.patience} validations in a row brought nothing better")
     best_of = f"the best on {', '.join(config.val_sets)}" if config.val_sets else "the same, without validation"
-    ranks.say(f"done: {log.folder / LAST} is the last checkpoint, {BEST} {best_of}")
-    if ranks.any(stop.requested):
-        stop.leave()
+    group.print_once(f"done: {log.folder / LAST} is the last checkpoint, {BEST} {best_of}")
+    if group.any_rank(stop.requested):
+        stop.raise_stopped()
     if val is not None:
-        report(config, val, log.folder, ranks)
-        ranks.say(f"what the best one finds, and misses: {log.folder / 'val' / 'report.html'}")
+        report(config, val, log.folder, group)
+        group.print_once(f"what the best one finds, and misses: {log.folder / 'val' / 'report.html'}")
     return log.folder
 
 
 def main(config: Config) -> Path:
     """Train, and return the run's folder; processes that torchrun started train together."""
-    with StopSignals() as stop, join_ranks(choose_device(config.device)) as ranks:
-        return train(config, stop, ranks)
+    with StopSignals() as stop, join_process_group(choose_device(config.device)) as group:
+        return train(config, stop, group)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """YOLOv4-tiny: the network, and the specification that rebuilds it exactly."""
 
 import copy
-from dataclasses import asdict, dataclass, field
 from math import log
 from typing import Any
 
@@ -11,10 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nets.attention import build_attention
 from nets.darknet53_tiny import BasicConv, darknet53_tiny
+from nets.spec import PLACES, STRIDES, ModelSpec
 
-STRIDES = (32, 16)  # of the heads, P5 first
-MOST_CLASSES, MOST_SIDE = 10_000, 8192  # of a network; more would only be a mistake
-PLACES = {"feat1": 256, "feat2": 512, "upsample": 128}  # where attention can stand, with its channels
 OBJECTS_PER_IMAGE = 8  # the prior that the heads' biases start from, arXiv 1708.02002 section 3.3
 
 
@@ -86,82 +83,27 @@ class YoloBody(nn.Module):
         return x + self.attention_gain[place].to(x.dtype) * (block(x) - x)
 
 
-@dataclass(frozen=True)
-class ModelSpec:
-    """Everything that turns weights into a detector again; stored in each checkpoint."""
+def build_model(spec: ModelSpec) -> YoloBody:
+    """A network of this specification with fresh weights; raises ValueError as `YoloBody` does."""
+    model = YoloBody(
+        spec.anchors_mask,
+        spec.num_classes,
+        spec.phi,
+        attention_args=spec.attention_args,
+        places=spec.places,
+        identity_start=spec.identity_start and spec.phi > 0,
+    )
+    set_head_priors(model, spec)
+    return model
 
-    class_names: tuple[str, ...]
-    anchors: tuple[tuple[float, float], ...]  # (6, 2) width, height in pixels of the network's input
-    anchors_mask: tuple[tuple[int, ...], ...] = ((3, 4, 5), (1, 2, 3))  # per head, P5 first
-    phi: int = 0
-    attention_args: dict[str, Any] = field(default_factory=dict)
-    places: tuple[str, ...] = tuple(PLACES)
-    identity_start: bool = True
-    input_size: tuple[int, int] = (416, 416)  # height, width
-    scale_xy: float = 2.0  # centre = sigmoid(t) * scale_xy - (scale_xy - 1) / 2 + cell
-    letterbox: bool = False
 
-    @property
-    def num_classes(self) -> int:
-        return len(self.class_names)
-
-    def build(self) -> YoloBody:
-        """A network of this specification with fresh weights; raises ValueError as `YoloBody` does."""
-        model = YoloBody(
-            self.anchors_mask,
-            self.num_classes,
-            self.phi,
-            attention_args=self.attention_args,
-            places=self.places,
-            identity_start=self.identity_start and self.phi > 0,
-        )
-        self._set_head_priors(model)
-        return model
-
-    def _set_head_priors(self, model: YoloBody) -> None:
-        """Start objectness at its expected frequency, so that the first steps are not spent on the background."""
-        for head, stride in zip((model.yolo_headP5, model.yolo_headP4), STRIDES, strict=True):
-            cells = self.input_size[0] * self.input_size[1] / stride**2
-            bias = head[1].bias.detach().view(-1, 5 + self.num_classes)
-            bias[:, 4] = log(OBJECTS_PER_IMAGE / cells)
-            bias[:, 5:] = log(0.6 / (self.num_classes - 0.99))
-
-    def check(self) -> None:
-        """Raise ValueError for what no network can have; TypeError where a value is of another kind."""
-        names, sides = self.class_names, [side for anchor in self.anchors for side in anchor]
-        if not 0 < len(names) <= MOST_CLASSES or not all(isinstance(name, str) and name for name in names):
-            raise ValueError(f"class_names must be 1 to {MOST_CLASSES:,} names")
-        if (
-            not sides
-            or {len(anchor) for anchor in self.anchors} != {2}
-            or not all(0.1 <= side <= 1e5 for side in sides)
-        ):
-            raise ValueError("anchors must be pairs of width and height, of 0.1 to 100,000 pixels")
-        indices = [index for mask in self.anchors_mask for index in mask]
-        if len(self.anchors_mask) != len(STRIDES) or not all(map(len, self.anchors_mask)):
-            raise ValueError(f"anchors_mask must have {len(STRIDES)} lists of anchors, one for each head")
-        if not all(isinstance(index, int) and 0 <= index < len(self.anchors) for index in indices):
-            raise ValueError(f"anchors_mask is {self.anchors_mask}, but there are anchors 0 to {len(self.anchors) - 1}")
-        if len(self.input_size) != 2 or not all(side in range(32, MOST_SIDE + 1, 32) for side in self.input_size):
-            raise ValueError(
-                f"input_size is {self.input_size}, but both sides must be multiples of 32, at most {MOST_SIDE}"
-            )
-        if not 1 <= self.scale_xy <= 10:
-            raise ValueError(f"scale_xy is {self.scale_xy}, but must be between 1 and 10")
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "ModelSpec":
-        """The inverse of `to_dict`, also after a trip through JSON, checked; raises ValueError or TypeError."""
-
-        def freeze(value: Any) -> Any:
-            return tuple(freeze(item) for item in value) if isinstance(value, list) else value
-
-        spec = cls(**{name: freeze(value) for name, value in values.items()})
-        spec.check()
-        return spec
+def set_head_priors(model: YoloBody, spec: ModelSpec) -> None:
+    """Start objectness at its expected frequency, so that the first steps are not spent on the background."""
+    for head, stride in zip((model.yolo_headP5, model.yolo_headP4), STRIDES, strict=True):
+        cells = spec.input_size[0] * spec.input_size[1] / stride**2
+        bias = head[1].bias.detach().view(-1, 5 + spec.num_classes)
+        bias[:, 4] = log(OBJECTS_PER_IMAGE / cells)
+        bias[:, 5:] = log(0.6 / (spec.num_classes - 0.99))
 
 
 def count_cost(model: nn.Module, input_size: tuple[int, int]) -> tuple[int, float]:

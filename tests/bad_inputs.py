@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from tests.conftest import ROOT
-from utils.decode import MOST_PIXELS
+from utils.data.image_io import MAX_PIXELS
 
 SIZE = (30, 40)  # height, width of the images
 ERROR, SKIP, REPAIR, OK = "error", "skip", "repair", "ok"
@@ -172,7 +172,7 @@ def of_size(scene: Scene, size: tuple[int, int]) -> None:
 
 
 def over_the_cap(scene: Scene) -> None:
-    scene.instead("a.png", encoded(Image.new("1", (MOST_PIXELS // 10_000 + 1, 10_000)), "PNG"))
+    scene.instead("a.png", encoded(Image.new("1", (MAX_PIXELS // 10_000 + 1, 10_000)), "PNG"))
 
 
 def promised_bitmap(width: int, height: int) -> bytes:

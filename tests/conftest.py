@@ -13,7 +13,7 @@ import torch
 
 import train
 from tools import make_demo_data
-from utils.errors import run_script
+from utils.system.cli import run_script
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"

@@ -15,15 +15,16 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from nets.yolo import ModelSpec
-from utils.anchors import levels_of, load_anchors
-from utils.data_report import PAGE, TEXT, DataReport, Duplicate, Part
-from utils.duplicates import near_duplicates
-from utils.errors import UserError, make_folder, run_script
-from utils.problems import Problem, Problems
-from utils.samples import check_once, check_overlap
-from utils.survey import input_sides, inspect_all
-from utils.voc import load_classes, load_samples
+from nets.spec import ModelSpec
+from utils.data.duplicates import near_duplicates
+from utils.data.sample_checks import check_once, check_overlap
+from utils.data.statistics import input_sides, inspect_all
+from utils.data.voc import load_classes, load_samples
+from utils.detection.anchors import head_levels, load_anchors
+from utils.reports.dataset_report import PAGE, TEXT, DataReport, Duplicate, Part
+from utils.system.cli import run_script
+from utils.system.diagnostics import Diagnostic, Diagnostics
+from utils.system.errors import UserError, make_folder
 
 
 @dataclass(frozen=True)
@@ -55,12 +56,12 @@ def main(config: Config) -> DataReport:
 
 def check(config: Config) -> DataReport:
     """Read everything; raises UserError where nothing can be read for a mistake."""
-    settings = Problems(config.strict, collect=True)
+    settings = Diagnostics(config.strict, collect=True)
     class_names = load_classes(config.classes, settings)
     parts = read_parts(config, class_names)
     anchors = torch.zeros(0, 2)
     with settings.item():
-        anchors = torch.cat([level.anchors for level in levels_of(ModelSpec((), load_anchors(config.anchors)))])
+        anchors = torch.cat([level.anchors for level in head_levels(ModelSpec((), load_anchors(config.anchors)))])
     sides = input_sides(parts["train"].samples, config.input_size, config.letterbox)
     return DataReport(class_names, parts, settings, find_duplicates(parts), sides, anchors)
 
@@ -70,21 +71,21 @@ def read_parts(config: Config, class_names: Sequence[str]) -> dict[str, Part]:
     parts, objects = {}, {}
     for name, sets in (("train", config.train_sets), ("val", config.val_sets), ("test", config.test_sets)):
         if sets:
-            problems = Problems(config.strict, skips=name == "train", collect=True)
-            samples = load_samples(config.devkit, sets, class_names, problems)
+            diagnostics = Diagnostics(config.strict, skips=name == "train", collect=True)
+            samples = load_samples(config.devkit, sets, class_names, diagnostics)
             objects[name] = sum(len(sample.labels) for sample in samples)
             if name != "train":
-                check_once(samples, sets, problems)
-            found = inspect_all(samples, ", ".join(sets), problems)
-            parts[name] = Part(sets, found, problems, stops=name != "test")
+                check_once(samples, sets, diagnostics)
+            found = inspect_all(samples, ", ".join(sets), diagnostics)
+            parts[name] = Part(sets, found, diagnostics, stops=name != "test")
     if "train" not in parts:
         raise UserError("no set to train on was given; name one such as VOC2007/train")
-    train, problems = parts["train"], parts["train"].problems
+    train, diagnostics = parts["train"], parts["train"].diagnostics
     if "val" in parts:
-        check_overlap(train.samples, parts["val"].samples, problems)
-    problems.check_share(len(train.found), objects["train"])
+        check_overlap(train.samples, parts["val"].samples, diagnostics)
+    diagnostics.check_skip_limit(len(train.found), objects["train"])
     if not train.samples:
-        problems.add(Problem("error", ", ".join(config.train_sets), "", "has no image that can be used"))
+        diagnostics.add(Diagnostic("error", ", ".join(config.train_sets), "", "has no image that can be used"))
     return parts
 
 

@@ -28,17 +28,19 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from nets.attention import ATTENTION, describe_phi
-from nets.yolo import ModelSpec, YoloBody, count_cost
-from utils.checkpoint import LAST, is_resumable, load_checkpoint
-from utils.comparison import Cost, Result, compare_phis, write_comparison
-from utils.device import choose_compile, choose_device, choose_precision
-from utils.errors import UserError, check_range, make_folder, run_script
-from utils.files import lock, replacing
-from utils.interrupt import StopSignals
-from utils.runlog import CONFIG, DATA, METRICS, load_settings, read_records, save_settings
-from utils.runtimes import CompiledNetwork, Network, TorchNetwork
-from utils.timing import time_in_turns
-from utils.voc import read_split
+from nets.spec import ModelSpec
+from nets.yolo import YoloBody, build_model, count_cost
+from utils.data.voc import read_split
+from utils.evaluation.timing import time_in_turns
+from utils.inference.backends import CompiledNetwork, Network, TorchNetwork
+from utils.reports.attention_report import Cost, Result, compare_phis, write_comparison
+from utils.system.cli import run_script
+from utils.system.device import choose_compile, choose_device, choose_precision
+from utils.system.errors import UserError, check_range, make_folder
+from utils.system.files import atomic_write, lock
+from utils.system.signals import StopSignals
+from utils.training.run_folder import CONFIG, DATA, METRICS, load_settings, read_records, save_settings
+from utils.weights.checkpoint import LAST, is_resumable, load_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 SPEEDS = "speeds.json"  # milliseconds of each phi on this device
@@ -173,7 +175,7 @@ def write_done(config: Config, runs: Sequence[Run]) -> str:
         for run in done:
             results.setdefault(run.phi, {})[run.seed] = run.result()
         device = choose_device(config.device)
-        models = {run.phi: load_checkpoint(run.folder / LAST).spec.build() for run in done}
+        models = {run.phi: build_model(load_checkpoint(run.folder / LAST).spec) for run in done}
         spec = load_checkpoint(done[0].folder / LAST).spec
         speeds = measure_speeds(models, spec, device, Path(config.out) / SPEEDS) if len(done) == len(runs) else {}
         costs = {phi: Cost(*count_cost(model, spec.input_size), speeds.get(phi)) for phi, model in models.items()}
@@ -207,7 +209,7 @@ def measure_speeds(
         networks = {phi: kind(model, spec, device, dtype) for phi, model in models.items()}
         calls = {phi: partial(find_boxes, network, image) for phi, network in networks.items()}
         known = {str(phi): ms for phi, ms in time_in_turns(calls, TIMED, device).items()}
-        with replacing(path) as file:
+        with atomic_write(path) as file:
             file.write(json.dumps(known).encode())
     return {phi: known[str(phi)] for phi in models}
 

@@ -12,10 +12,11 @@ from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.errors import UserError, run_script
-from utils.label_readers import LabelSet, is_line, read_coco, read_voc, read_yolo
-from utils.label_writers import without_thin, write_coco, write_voc, write_yolo
-from utils.problems import Problems
+from utils.data.label_readers import LabelSet, is_line, read_coco, read_voc, read_yolo
+from utils.data.label_writers import drop_thin_objects, write_coco, write_voc, write_yolo
+from utils.system.cli import run_script
+from utils.system.diagnostics import Diagnostics
+from utils.system.errors import UserError
 
 WRITERS = {"voc": write_voc, "coco": write_coco, "yolo": write_yolo}
 
@@ -40,8 +41,8 @@ def main(config: Config) -> LabelSet:
     out = Path(config.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is not empty; choose a new folder as --out")
-    problems = Problems()
-    labels, layout = read(config, problems)
+    diagnostics = Diagnostics()
+    labels, layout = read(config, diagnostics)
     if not labels.items:
         raise UserError(f"{config.source} has no labels in the layout of {layout}")
     odd = [name for name in labels.class_names if not is_line(name)]
@@ -49,15 +50,15 @@ def main(config: Config) -> LabelSet:
         raise UserError(f"{config.source} has a class {odd[0]!r}, which is no line of a class file; rename it")
     lost = list(labels.notes)
     if config.to == "voc":
-        labels, thin = without_thin(labels)
+        labels, thin = drop_thin_objects(labels)
         lost += [f"{thin} objects narrower or lower than a pixel"] if thin else []
     objects = [item for labelled in labels.items.values() for item in labelled.objects]
     difficult = sum(item[2] for item in objects)
     if config.to == "yolo" and difficult:
         lost.append(f"the mark of {difficult} difficult objects")
-    problems.check_share(len(labels.items), len(objects))
+    diagnostics.check_skip_limit(len(labels.items), len(objects))
     WRITERS[config.to](out, labels)
-    problems.tell(config.source, print)
+    diagnostics.print_summary(config.source, print)
     for what in lost:
         print(f"not carried over, since this {config.to.upper()} has no place for it: {what}")
     print(f"{out}: {len(labels.items)} images, {len(objects)} objects of {len(labels.class_names)} classes")
@@ -65,19 +66,19 @@ def main(config: Config) -> LabelSet:
     return labels
 
 
-def read(config: Config, problems: Problems) -> tuple[LabelSet, str]:
+def read(config: Config, diagnostics: Diagnostics) -> tuple[LabelSet, str]:
     """The data set, and the layout that it has."""
     source, images, classes = config.paths()
     if not source.exists():
         raise UserError(f"there is no data set {source}")
     if source.suffix == ".json" or any(source.glob("annotations/*.json")):
-        return read_coco(source, images, problems), "COCO"
+        return read_coco(source, images, diagnostics), "COCO"
     if (source / "labels").is_dir():  # where Label Studio also leaves a notes.json
-        return read_yolo(source, images, classes, problems), "YOLO"
+        return read_yolo(source, images, classes, diagnostics), "YOLO"
     if any(source.glob("*.json")):
-        return read_coco(source, images, problems), "COCO"
+        return read_coco(source, images, diagnostics), "COCO"
     if source.is_dir() and next(source.rglob("*.xml"), None):
-        return read_voc(source, images, classes, problems), "VOC"
+        return read_voc(source, images, classes, diagnostics), "VOC"
     raise UserError(f"{source} has no Annotations/ of VOC, no .json of COCO and no labels/ of YOLO")
 
 

@@ -16,12 +16,14 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from nets.attention import ATTENTION
-from nets.yolo import ModelSpec, YoloBody
-from utils.anchors import load_anchors
-from utils.checkpoint import Checkpoint, save_checkpoint
-from utils.errors import UserError, check_new, make_folder, run_script
-from utils.voc import load_classes
-from utils.weights import DARKNET, GAIN, fill, read_weights
+from nets.spec import ModelSpec
+from nets.yolo import YoloBody, build_model
+from utils.data.voc import load_classes
+from utils.detection.anchors import load_anchors
+from utils.system.cli import run_script
+from utils.system.errors import UserError, make_folder, refuse_overwrite
+from utils.weights.checkpoint import Checkpoint, save_checkpoint
+from utils.weights.pretrained import DARKNET, GAIN, fill, read_weights
 
 HEAD = "yolo_headP5.1.weight"  # whose rows tell how many classes there are
 SCALE_XY = {"darknet": 1.05, "pth": 1.0}  # of the decoding that they were trained with: scale_x_y, and none
@@ -53,10 +55,10 @@ def main(config: Config) -> Path:
     if path.suffix == ".safetensors":
         raise UserError(f"{path} is no foreign file; eval.py and predict.py take checkpoints as they are")
     out = Path(config.out) if config.out else path.with_suffix(".safetensors")
-    check_new(out)
+    refuse_overwrite(out)
     weights = read_weights(path)
     spec = find_spec(config, path, weights)
-    model = spec.build()
+    model = build_model(spec)
     print("\n".join(fill(model, weights, path)))
     make_folder(out.parent)
     save_checkpoint(out, Checkpoint(spec, model.state_dict(), {"source": path.name}, {}))

@@ -18,8 +18,9 @@ from matplotlib.axes import Axes
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from nets.attention import ATTENTION
-from utils.errors import make_folder, run_script
-from utils.files import replacing
+from utils.system.cli import run_script
+from utils.system.errors import make_folder
+from utils.system.files import atomic_write
 
 DPI = 80
 WIDE, HIGH, HALF = 2.35, 0.95, 0.95  # distance of boxes, and from a box's centre to its arrows, in inches
@@ -149,7 +150,7 @@ def draw_block(gates: Sequence[Columns], path: Path) -> None:
         ends = left + 0.25 * WIDE, right - 0.3 * WIDE
         draw_gate(axes, columns, place_boxes(columns, left, tallest), ends)
         left = right
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=DPI, bbox_inches="tight", pad_inches=0.05)
     plt.close(figure)
 

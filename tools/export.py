@@ -21,28 +21,29 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.boxes import Fit, clip_boxes
-from utils.cache import ImageCache, build_cache
-from utils.checkpoint import find_checkpoint, load_checkpoint
-from utils.detector import Detector
-from utils.errors import UserError, make_folder, run_script
-from utils.exports import PACKAGES, WRITERS, Format, Job, load_images, open_written
-from utils.files import replacing
-from utils.metrics import evaluate
-from utils.nms import EVALUATION_THRESHOLDS, Thresholds
-from utils.runtimes import Network, OnnxNetwork, import_runtime
-from utils.sources import Images, open_sources
-from utils.voc import load_samples
+from utils.data.cache import ImageCache, build_cache
+from utils.data.voc import load_samples
+from utils.detection.letterbox import Fit, clip_boxes
+from utils.detection.nms import EVALUATION_THRESHOLDS, Thresholds
+from utils.evaluation.metrics import evaluate
+from utils.inference.backends import Network, OnnxNetwork, import_runtime
+from utils.inference.detector import Detector
+from utils.inference.exporters import PACKAGES, WRITERS, Format, Job, load_images, open_written
+from utils.inference.sources import Images, open_sources
+from utils.system.cli import run_script
+from utils.system.errors import UserError, make_folder
+from utils.system.files import atomic_write
+from utils.weights.checkpoint import find_checkpoint, load_checkpoint
 
 COMPARED = 50  # images at most
 CALIBRATED = 300  # images at most for int8, as NNCF suggests
 BATCH_SIZES = (1, 3, 8)  # that the images are compared in
 OTHER_SIZE = (32, 64)  # pixels by which the other size is higher and wider
-LEAST_SCORE = 0.01  # of the boxes that are compared
+MIN_SCORE = 0.01  # of the boxes that are compared
 BOX_TOLERANCE = 0.05  # pixels of the input
 SCORE_TOLERANCE = 1e-4
 UNLIMITED = 10**9
-MOST_ALONE = 0.01  # share of detections that rounding may push over a threshold
+MAX_ALONE = 0.01  # share of detections that rounding may push over a threshold
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def expect(job: Job, paths: Sequence[Path]) -> list[Expected]:
         images = load_images(paths, job.spec, size)
         found = zip(*(job.reference(part) for part in images.split(max(BATCH_SIZES))), strict=True)
         expected.append(Expected(images, *map(torch.cat, found)))
-    if not (expected[0].scores > LEAST_SCORE).any():
+    if not (expected[0].scores > MIN_SCORE).any():
         raise UserError(
             f"the checkpoint finds nothing in these {len(paths)} images, which leaves nothing to compare; give images "
             "of what it was trained on"
@@ -107,13 +108,13 @@ def expect(job: Job, paths: Sequence[Path]) -> list[Expected]:
 
 
 def compare(network: Network, expected: Sequence[Expected]) -> Difference:
-    """All scores, and the boxes that have one above LEAST_SCORE, as far as they lie in the image."""
+    """All scores, and the boxes that have one above MIN_SCORE, as far as they lie in the image."""
     boxes, scores = [], []
     for batch in (batch for item in expected for batch in item.batches()):
         found_boxes, found_scores = network.decode(network(batch.images))
         if found_boxes.shape != batch.boxes.shape or found_scores.shape != batch.scores.shape:
             return Difference(inf, inf)
-        scored = batch.scores.amax(dim=-1, keepdim=True) > LEAST_SCORE
+        scored = batch.scores.amax(dim=-1, keepdim=True) > MIN_SCORE
         height, width = batch.images.shape[2:]
         # clipped, since rounding alone moves the ends of boxes that are far larger than the image
         limits = torch.zeros(4), torch.tensor([width, height] * 2)
@@ -142,7 +143,7 @@ def compare_detections(job: Job, path: Path, expected: Sequence[Expected]) -> Di
             alone += (~near.any(axis=0)).sum() + (~near.any(axis=1)).sum()
             pairs.append(np.stack([boxes[near], scores[near]], axis=1))
     found = np.concatenate(pairs)
-    if alone > MOST_ALONE * len(found):
+    if alone > MAX_ALONE * len(found):
         return Difference(inf, inf)
     return Difference(*map(float, found.max(axis=0)))
 
@@ -171,7 +172,7 @@ def publish(folder: Path, out: Path) -> list[Path]:
     if len(files) > 1:
         (out / files[-1].name).unlink(missing_ok=True)  # .xml or .weights, without which nobody looks at the others
     for path in files:
-        with replacing(out / path.name) as file:
+        with atomic_write(out / path.name) as file:
             file.write(path.read_bytes())
     return [out / path.name for path in files]
 

@@ -13,9 +13,10 @@ from torchvision.datasets.voc import DATASET_YEAR_DICT
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.download import Remote, fetch, unpack
-from utils.errors import make_folder, run_script
-from utils.voc import split_file
+from utils.data.voc import split_file
+from utils.system.cli import run_script
+from utils.system.download import Remote, fetch, unpack
+from utils.system.errors import make_folder
 
 Part = Literal["2007", "2007-test", "2012"]
 LAST = "ImageSets/Main"  # comes last, so that a split file says that everything is there

@@ -13,9 +13,10 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.download import Remote, fetch
-from utils.errors import UserError, run_script
-from utils.weights import read_weights
+from utils.system.cli import run_script
+from utils.system.download import Remote, fetch
+from utils.system.errors import UserError
+from utils.weights.pretrained import read_weights
 
 DARKNET = "https://github.com/AlexeyAB/darknet/releases/download/darknet_yolo_v4_pre"
 PYTORCH = "https://github.com/bubbliiiing/yolov4-tiny-pytorch/releases/download/v1.0"

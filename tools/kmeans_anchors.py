@@ -14,15 +14,16 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from nets.yolo import ModelSpec
-from utils.anchors import load_anchors
-from utils.boxes import shape_iou
-from utils.errors import UserError, check_new, check_range, make_folder, run_script
-from utils.files import replacing
-from utils.plots import draw_shapes
-from utils.problems import Problems
-from utils.survey import anchor_fit, input_sides
-from utils.voc import load_classes, load_samples
+from nets.spec import ModelSpec
+from utils.data.statistics import anchor_fit, input_sides
+from utils.data.voc import load_classes, load_samples
+from utils.detection.anchors import load_anchors
+from utils.detection.boxes import shape_iou
+from utils.reports.plots import draw_shapes
+from utils.system.cli import run_script
+from utils.system.diagnostics import Diagnostics
+from utils.system.errors import UserError, check_range, make_folder, refuse_overwrite
+from utils.system.files import atomic_write
 
 ROUNDS = 100  # of k-means at most
 SAMPLE = 20_000  # objects at most that are clustered, drawn by the seed; more change nothing in the first digits
@@ -54,10 +55,10 @@ class Config:
 def main(config: Config) -> Tensor:
     """Find and write the anchors (6, 2); returns them."""
     out, old = Path(config.out), torch.tensor(load_anchors(config.anchors))
-    check_new(out)
-    problems = Problems()
-    samples = load_samples(config.devkit, config.sets, load_classes(config.classes, problems), problems)
-    problems.tell(", ".join(config.sets), print)
+    refuse_overwrite(out)
+    diagnostics = Diagnostics()
+    samples = load_samples(config.devkit, config.sets, load_classes(config.classes, diagnostics), diagnostics)
+    diagnostics.print_summary(", ".join(config.sets), print)
     sides = input_sides(samples, config.input_size, config.letterbox)
     print(f"{len(sides)} objects on {len(samples)} images, in an input of {'x'.join(map(str, config.input_size))}")
     new = find_anchors(sides, len(USED), config.starts, config.seed)
@@ -66,7 +67,7 @@ def main(config: Config) -> Tensor:
     fit = anchor_fit(sides, new[USED])
     make_folder(out.parent)
     draw_shapes(sides.numpy(), new[USED].numpy(), fit.recall, out.with_suffix(".png"))
-    with replacing(out) as file:
+    with atomic_write(out) as file:
         file.write((",  ".join(f"{width:g},{height:g}" for width, height in new.tolist()) + "\n").encode())
     print(f"{config.anchors}: {anchor_fit(sides, old[USED])}")
     print(f"{out}: {fit}; the picture is {out.with_suffix('.png')}")

@@ -16,9 +16,10 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.errors import UserError, check_range, make_folder, run_script
-from utils.images import write_image
-from utils.label_writers import voc_xml
+from utils.data.image_io import write_image
+from utils.data.label_writers import voc_xml
+from utils.system.cli import run_script
+from utils.system.errors import UserError, check_range, make_folder
 
 CLASSES = ("circle", "square", "triangle", "star", "cross", "ring")
 MARKER = "drawn_by_make_demo_data.txt"  # a folder without it is not ours to write to

@@ -17,12 +17,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.annotations import AnnotationIndex
-from utils.errors import UserError, check_range, run_script
-from utils.files import replacing
-from utils.problems import Problems
-from utils.text import read_lines
-from utils.voc import index_images
+from utils.data.voc import index_images
+from utils.data.voc_xml import AnnotationIndex
+from utils.system.cli import run_script
+from utils.system.diagnostics import Diagnostics
+from utils.system.errors import UserError, check_range
+from utils.system.files import atomic_write
+from utils.system.text import read_lines
 
 Counts = Mapping[str, Counter[str]]  # of an image's name: how many objects of each class it has
 
@@ -72,7 +73,7 @@ def main(config: Config) -> dict[str, list[str]]:
         raise UserError(f"{target} already has {', '.join(existing)}; to split anew, remove them")
     target.mkdir(parents=True, exist_ok=True)
     for split, members in splits.items():
-        with replacing(target / f"{split}.txt") as file:
+        with atomic_write(target / f"{split}.txt") as file:
             file.write("".join(f"{name}\n" for name in members).encode())
     print(f"{target}: " + ", ".join(f"{split} {len(members)}" for split, members in splits.items()))
     left = len(images) - len(names)
@@ -88,14 +89,14 @@ def main(config: Config) -> dict[str, list[str]]:
 
 def count_objects(folder: Path, names: Sequence[str]) -> Counts:
     """What the annotations of some images hold; what cannot be read does not count, and a line says so."""
-    annotations, counts, problems = AnnotationIndex(folder), {}, Problems(collect=True)
+    annotations, counts, diagnostics = AnnotationIndex(folder), {}, Diagnostics(collect=True)
     for name in names:
         objects = []
-        with problems.item():
-            _, objects = annotations.read(f"{name}.xml", problems)
+        with diagnostics.capture():
+            _, objects = annotations.read(f"{name}.xml", diagnostics)
         counts[name] = Counter(item[0] for item in objects if item)
     annotations.save()
-    errors = [problem for problem in problems.found if problem.kind == "error"]
+    errors = [problem for problem in diagnostics.found if problem.kind == "error"]
     if errors:
         print(f"{len(errors)} errors in the annotations, whose objects do not count; the first: {errors[0]}")
     return counts

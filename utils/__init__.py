@@ -1,0 +1,4 @@
+"""Everything that the scripts share, in eight packages. Imports point down only:
+
+training, reports, evaluation, inference, weights, data, detection, system.
+"""

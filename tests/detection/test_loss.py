@@ -1,0 +1,181 @@
+"""Assignment by hand, and the loss against a slow one written with loops."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nets.spec import STRIDES, ModelSpec
+from tests.conftest import ANCHORS
+from utils.detection.anchors import Level, head_levels
+from utils.detection.boxes import batched_iou, ciou
+from utils.detection.loss import HEAD_BALANCE, LossSettings, YoloLoss, assign_targets, matching_anchors
+
+SPEC = ModelSpec(("a", "b", "c"), ANCHORS, input_size=(96, 128))
+SETTINGS = LossSettings()
+BOXES = torch.tensor(
+    [
+        [[20.0, 20, 50, 60], [100, 70, 126, 95], [0, 0, 0, 0]],
+        [[0, 0, 120, 90], [0, 0, 0, 0], [0, 0, 0, 0]],
+        [[0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]],
+    ]
+)
+LABELS = torch.tensor([[0, 2, -1], [1, -1, -1], [-1, -1, -1]])
+
+
+def random_heads(seed: int = 0) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(3, 24, 96 // stride, 128 // stride, generator=generator) for stride in STRIDES]
+
+
+def test_anchors_by_hand():
+    levels = (Level(32, torch.tensor([[40.0, 40], [200, 200]])), Level(16, torch.tensor([[20.0, 40], [40, 40]])))
+    boxes = torch.tensor([[[0.0, 0, 40, 40], [0, 0, 30, 40], [0, 0, 2, 2]]])
+    coarse, fine = matching_anchors(boxes, levels, 0.6)
+    # 40x40 is itself in both heads; 30x40 overlaps 40x40 by 0.75 and 20x40 by 0.67; 2x2 takes the best, 4 / 800
+    assert coarse[0].tolist() == [[True, False], [True, False], [False, False]]
+    assert fine[0].tolist() == [[False, True], [True, True], [True, False]]
+
+
+def test_assignment_by_hand():
+    level = Level(32, torch.tensor([[40.0, 40], [200, 200]]))
+    boxes = torch.tensor([[[20.0, 68, 60, 108], [0, 0, 1, 1]]])  # centre 40, 88: cell (1, 2), at (1.25, 2.75)
+    labels, matches = torch.tensor([[0, -1]]), torch.tensor([[[True, False], [True, True]]])
+    found = assign_targets(boxes, labels, matches, level, (4, 4))
+    slots = found.mask[0].nonzero().flatten().tolist()
+    assert slots == [0, 1, 2]
+    assert found.cells[0, slots].tolist() == [[1, 2], [0, 2], [1, 3]]  # own cell, left, below
+    assert found.index[0, slots].tolist() == [9, 8, 13]
+    assert found.target[0, slots].tolist() == [0, 0, 0]
+    both = assign_targets(boxes, labels, torch.ones_like(matches), level, (4, 4))
+    assert both.mask.sum() == 6
+    assert both.index[0, 3:6].tolist() == [25, 24, 29]
+    assert both.anchors[3].tolist() == [200, 200]
+
+
+def test_no_neighbour_beyond_the_border():
+    level = Level(32, torch.tensor([[40.0, 40]]))
+    boxes = torch.tensor([[[0.0, 0, 30, 30], [98, 98, 128, 128]]])  # centres (0.47, 0.47) and (3.53, 3.53)
+    found = assign_targets(boxes, torch.tensor([[0, 0]]), torch.ones(1, 2, 1, dtype=torch.bool), level, (4, 4))
+    assert found.mask[0].tolist() == [True, False, False, True, False, False]
+
+
+def slow_boxes(head, level) -> dict[tuple[int, ...], torch.Tensor]:
+    """Image, anchor, row, column -> the decoded box (1, 4)."""
+    batch, _, height, width = head.shape
+    raw, boxes = head.view(batch, 3, 8, height, width), {}
+    for key in torch.cartesian_prod(*map(torch.arange, (batch, 3, height, width))).tolist():
+        b, a, y, x = key
+        tx, ty, tw, th = raw[b, a, :4, y, x].tolist()
+        cx, cy = ((2 / (1 + math.exp(-t)) - 0.5 + c) * level.stride for t, c in ((tx, x), (ty, y)))
+        w, h = (s * math.exp(t) for t, s in zip((tw, th), level.anchors[a].tolist(), strict=True))
+        boxes[tuple(key)] = torch.tensor([[cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2]])
+    return boxes
+
+
+def slow_assignment(level, boxes, labels, grid) -> list[tuple[tuple[int, ...], int, int]]:
+    """Which prediction (image, anchor, row, column) answers for which object (image, number)."""
+    pairs = []
+    for b, k in (labels >= 0).nonzero().tolist():
+        x, y = ((boxes[b, k, :2] + boxes[b, k, 2:]) / 2 / level.stride).tolist()
+        cells = [(int(x), int(y))]
+        cells.append((int(x) + (-1 if x % 1 < 0.5 else 1), int(y)))
+        cells.append((int(x), int(y) + (-1 if y % 1 < 0.5 else 1)))
+        w, h = (boxes[b, k, 2:] - boxes[b, k, :2]).tolist()
+
+        def overlap(anchor, w=w, h=h):
+            inner = min(w, anchor[0]) * min(h, anchor[1])
+            return inner / (w * h + anchor[0] * anchor[1] - inner)
+
+        best = max(map(overlap, ANCHORS[1:]))  # the first anchor belongs to no head
+        overlaps = map(overlap, level.anchors.tolist())
+        fitting = [a for a, value in enumerate(overlaps) if value > SETTINGS.anchor_iou or value >= best - 1e-9]
+        inside = [(cx, cy) for cx, cy in cells if 0 <= cx < grid[1] and 0 <= cy < grid[0]]
+        pairs += [((b, a, cy, cx), b, k) for a in fitting for cx, cy in inside]
+    return pairs
+
+
+def slow_loss(heads, boxes, labels) -> dict[str, float]:
+    """The definition, with loops over images, objects, anchors and cells."""
+    sums = {"box": 0.0, "objectness": 0.0, "class": 0.0}
+    for head, level, balance in zip(heads, head_levels(SPEC), HEAD_BALANCE, strict=True):
+        raw = head.view(len(head), 3, 8, *head.shape[2:])
+        predicted = slow_boxes(head, level)
+        pairs = slow_assignment(level, boxes, labels, head.shape[2:])
+        targets: dict[tuple[int, ...], float] = {}
+        for key, b, k in pairs:
+            quality = ciou(predicted[key], boxes[b, k][None]).item()
+            targets[key] = max(targets.get(key, 0.0), quality)
+            wanted = torch.zeros(3)
+            wanted[labels[b, k]] = 1
+            said = raw[key[0], key[1], 5:, key[2], key[3]]
+            sums["box"] += (1 - quality) / len(pairs)
+            sums["class"] += F.binary_cross_entropy_with_logits(said, wanted, reduction="sum").item() / len(pairs)
+        costs = []
+        for key, box in predicted.items():
+            truth = boxes[key[0]][labels[key[0]] >= 0]
+            near = len(truth) and batched_iou(box[None], truth[None]).max() > SETTINGS.ignore_iou
+            if key in targets or not near:
+                said = raw[key[0], key[1], 4, key[2], key[3]]
+                costs.append(F.binary_cross_entropy_with_logits(said, torch.tensor(targets.get(key, 0.0))).item())
+        sums["objectness"] += balance * sum(costs) / len(costs)
+    return sums
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_loss_is_its_definition(seed):
+    heads = random_heads(seed)
+    terms = YoloLoss(SPEC, SETTINGS, torch.device("cpu"))(heads, BOXES, LABELS)
+    expected = slow_loss(heads, BOXES, LABELS)
+    weights = {"box": SETTINGS.box, "objectness": SETTINGS.objectness, "class": SETTINGS.classes}
+    for name, value in expected.items():
+        assert terms[name].item() == pytest.approx(weights[name] * value, rel=1e-4), name
+    assert terms["loss"].item() == pytest.approx(sum(terms[name].item() for name in weights), rel=1e-6)
+
+
+def test_ignored_predictions_get_no_push():
+    """A prediction that covers an object without being assigned to it is left alone."""
+    boxes, labels = torch.tensor([[[32.0, 32, 64, 64]]]), torch.tensor([[0]])
+    heads = [torch.full((1, 24, 3, 4), -4.0), torch.full((1, 24, 6, 8), -4.0)]
+    raw = heads[1].view(1, 3, 8, 6, 8)
+    # P4's third anchor (81x82) the cell to the right of the centre's, moved and shrunk onto the object
+    raw[0, 2, :4, 3, 4] = torch.tensor([-8.0, math.log(1 / 3), math.log(32 / 81), math.log(32 / 82)])
+    heads[1].requires_grad_(True)
+    settings = LossSettings(ignore_iou=0.4)
+    YoloLoss(SPEC, settings, torch.device("cpu"))(heads, boxes, labels)["loss"].backward()
+    gradient = heads[1].grad.view(1, 3, 8, 6, 8)[0, 2, 4]
+    assert gradient[3, 4] == 0
+    assert (gradient != 0).sum() == gradient.numel() - 1
+
+
+def test_padding_changes_nothing():
+    heads = random_heads()
+    loss = YoloLoss(SPEC, SETTINGS, torch.device("cpu"))
+    padded = F.pad(BOXES, (0, 0, 0, 7)), F.pad(LABELS, (0, 7), value=-1)
+    torch.testing.assert_close(loss(heads, *padded), loss(heads, BOXES, LABELS))
+
+
+def test_gradients_are_finite_without_objects_and_for_wild_heads():
+    loss = YoloLoss(SPEC, SETTINGS, torch.device("cpu"))
+    for labels, scale in ((torch.full_like(LABELS, -1), 1.0), (LABELS, 100.0)):
+        heads = [(head * scale).requires_grad_(True) for head in random_heads()]
+        loss(heads, BOXES, labels)["loss"].backward()
+        assert all(head.grad.isfinite().all() for head in heads)
+
+
+def test_a_perfect_prediction_costs_nothing():
+    boxes, labels = torch.tensor([[[32.0, 32, 64, 64]]]), torch.tensor([[1]])
+    heads = [torch.full((1, 24, size, size), -30.0) for size in (3, 6)]
+    for head, level in zip(heads, head_levels(SPEC), strict=True):
+        found = assign_targets(boxes, labels, torch.ones(1, 1, 3, dtype=torch.bool), level, tuple(head.shape[2:]))
+        raw = head.view(1, 3, 8, -1)
+        for slot in found.mask[0].nonzero().flatten().tolist():
+            anchor, cell = divmod(found.index[0, slot].item(), head.shape[2] * head.shape[3])
+            offset = (48 / level.stride - found.cells[0, slot] + 0.5) / 2
+            raw[0, anchor, :2, cell] = torch.logit(offset)
+            raw[0, anchor, 2:4, cell] = torch.log(32 / found.anchors[slot])
+            raw[0, anchor, 4, cell] = 30
+            raw[0, anchor, 5:, cell] = torch.tensor([-30.0, 30, -30])
+    terms = YoloLoss(SPEC, LossSettings(), torch.device("cpu"))(heads, boxes, labels)
+    assert terms["loss"] < 1e-4

@@ -1,0 +1,81 @@
+"""Selection of detections, by hand."""
+
+from math import exp
+
+import torch
+
+from utils.detection.nms import SPREAD, Thresholds, select_detections
+
+BOXES = torch.tensor(
+    [[[0.0, 0, 10, 10], [0, 0, 10, 9], [20, 20, 30, 30]], [[0.0, 0, 10, 10], [1, 1, 5, 5], [0, 0, 9, 9]]]
+)
+SCORES = torch.tensor([[[0.6, 0.1], [0.9, 0.2], [0.3, 0.8]], [[0.0, 0.0], [0.0, 0.5], [0.0, 0.05]]])
+
+
+def test_classes_and_images_are_apart():
+    first, second = select_detections(BOXES, SCORES, 0.15, Thresholds())
+    kept = BOXES[0][[1, 2, 2, 1]].clone()  # the first box of class 0 overlaps the second
+    share = 0.6 * exp(-((1 - 0.9) ** 2) / SPREAD)  # of its say, at an IoU of 0.9
+    kept[0, 3] = (0.9 * 9 + share * 10) / (0.9 + share)
+    torch.testing.assert_close(first[0], kept)
+    torch.testing.assert_close(first[1], torch.tensor([0.9, 0.8, 0.3, 0.2]))
+    assert first[2].tolist() == [0, 1, 0, 1]
+    torch.testing.assert_close(second[0], BOXES[1][[1]])
+    assert second[2].tolist() == [1]
+
+
+def test_a_box_does_not_depend_on_the_confidence():
+    """Boxes below it, but above 0.1, have a say; others have none, and stay as they are."""
+    boxes = torch.tensor([[[0.0, 0, 10, 10], [0, 0, 10, 9], [0, 0, 8, 10], [50, 50, 60, 60], [50, 50, 60, 58]]])
+    scores = torch.tensor([[[0.8], [0.3], [0.09], [0.08], [0.07]]])
+    for confidence in (0.001, 0.2, 0.5):
+        ((found, *_),) = select_detections(boxes, scores, confidence, Thresholds())
+        share = 0.3 * exp(-((1 - 0.9) ** 2) / SPREAD)
+        torch.testing.assert_close(found[0], torch.tensor([0, 0, 10, (0.8 * 10 + share * 9) / (0.8 + share)]))
+    ((found, *_),) = select_detections(boxes, scores, 0.001, Thresholds())
+    assert torch.equal(found[1:], boxes[0, 3:4])
+
+
+def test_a_box_without_area_spoils_no_other():
+    boxes = torch.tensor([[[5.0, 5, 5, 5], [0, 0, 10, 10], [0, 0, 10, 9], [5, 5, 5, 5]]])
+    ((found, *_),) = select_detections(boxes, torch.tensor([[[0.9], [0.8], [0.3], [0.2]]]), 0.5, Thresholds())
+    assert torch.equal(found[0], boxes[0, 0])
+    torch.testing.assert_close(found[1, :3], boxes[0, 1, :3], atol=1e-3, rtol=0)
+    assert 9 < found[1, 3] < 10
+
+
+def test_limits():
+    first, second = select_detections(BOXES, SCORES, 0.15, Thresholds(nms_iou=0.5, top_k=2, max_detections=1))
+    assert first[1].tolist() == [SCORES[0, 1, 0].item()]
+    assert len(second[1]) == 1
+    first, _ = select_detections(BOXES, SCORES, 0.0, Thresholds(nms_iou=1.0, top_k=2, max_detections=10))
+    assert len(first[1]) == 2
+
+
+def test_nothing_found():
+    for boxes, scores, labels in select_detections(BOXES, SCORES, 0.95, Thresholds()):
+        assert boxes.shape == (0, 4)
+        assert len(scores) == len(labels) == 0
+
+
+def test_a_batch_gives_what_its_images_give():
+    generator = torch.Generator().manual_seed(0)
+    corners = torch.rand(8, 300, 2, generator=generator) * 400
+    boxes = torch.cat([corners, corners + 5 + 40 * torch.rand(8, 300, 2, generator=generator)], dim=-1)
+    scores = torch.rand(8, 300, 20, generator=generator)
+    together = select_detections(boxes, scores, 0.3, Thresholds())
+    for i, found in enumerate(together):
+        (alone,) = select_detections(boxes[i : i + 1], scores[i : i + 1], 0.3, Thresholds())
+        for ours, theirs in zip(found, alone, strict=True):
+            assert torch.equal(ours, theirs)
+
+
+def test_agnostic_suppression_keeps_one_class_per_object():
+    first, _ = select_detections(BOXES, SCORES, 0.15, Thresholds(agnostic=True))
+    torch.testing.assert_close(first[1], torch.tensor([0.9, 0.8]))
+    assert first[2].tolist() == [0, 1]
+
+
+def test_a_threshold_for_each_class():
+    first, _ = select_detections(BOXES, SCORES, torch.tensor([float("inf"), 0.15]), Thresholds())
+    assert first[2].tolist() == [1, 1]

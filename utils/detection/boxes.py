@@ -1,0 +1,69 @@
+"""Coordinate arithmetic. Boxes are float xyxy in pixels of the image they belong to, unless a name says otherwise."""
+
+from math import pi
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import grid_sample
+from torchvision.ops import box_iou
+
+from utils.detection.letterbox import Fit
+
+EPSILON = 1e-7  # keeps divisions finite, as in torchvision
+
+
+def spread(cells: Tensor, fit: Fit, input_size: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
+    """Maps (K, H, W) whose cells share the network's input evenly -> (K, *size), each pixel of the image its value.
+
+    Between the centres of cells it is interpolated; what lies on padding is cut off.
+    """
+    (height, width), (input_height, input_width) = size, input_size
+    y = ((torch.arange(height) + 0.5) * fit.scale_y + fit.offset_y) / input_height  # of pixel centres, in 0..1
+    x = ((torch.arange(width) + 0.5) * fit.scale_x + fit.offset_x) / input_width
+    grid = torch.stack(torch.meshgrid(2 * x - 1, 2 * y - 1, indexing="xy"), dim=-1)  # (height, width, 2)
+    cells = cells.detach().float().cpu()
+    return grid_sample(cells[None], grid[None], padding_mode="border", align_corners=False)[0].numpy()
+
+
+def ciou(boxes: Tensor, others: Tensor) -> Tensor:
+    """Complete IoU (arXiv 1911.08287) of pairs: (..., 4) and (..., 4) xyxy -> (...), at most 1.
+
+    Equal to torchvision's, which picks the pairs that overlap and so has a GPU's user wait for their number.
+    """
+    sides, other_sides = boxes[..., 2:] - boxes[..., :2], others[..., 2:] - others[..., :2]
+    corners = torch.maximum(boxes[..., :2], others[..., :2]), torch.minimum(boxes[..., 2:], others[..., 2:])
+    overlap = (corners[1] - corners[0]).clamp(min=0).prod(dim=-1)
+    iou = overlap / (sides.prod(dim=-1) + other_sides.prod(dim=-1) - overlap + EPSILON)
+    around = torch.maximum(boxes[..., 2:], others[..., 2:]) - torch.minimum(boxes[..., :2], others[..., :2])
+    apart = (boxes[..., :2] + boxes[..., 2:] - others[..., :2] - others[..., 2:]) / 2
+    distance = apart.square().sum(dim=-1) / (around.square().sum(dim=-1) + EPSILON)
+    angle = torch.atan(sides[..., 0] / sides[..., 1]) - torch.atan(other_sides[..., 0] / other_sides[..., 1])
+    shape = 4 / pi**2 * angle.square()
+    weight = (shape / (1 - iou + shape + EPSILON)).detach()
+    return iou - distance - weight * shape
+
+
+def box_area(boxes: Tensor) -> Tensor:
+    """(..., 4) xyxy -> (...)."""
+    return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
+
+
+def batched_iou(boxes: Tensor, others: Tensor) -> Tensor:
+    """IoU of every pair within each image: (B, N, 4) and (B, M, 4) xyxy -> (B, N, M); 0 for empty boxes."""
+    left_top = torch.maximum(boxes[:, :, None, :2], others[:, None, :, :2])
+    right_bottom = torch.minimum(boxes[:, :, None, 2:], others[:, None, :, 2:])
+    overlap = (right_bottom - left_top).clamp_(min=0).prod(dim=-1)  # (B, N, M)
+    union = box_area(boxes)[:, :, None] + box_area(others)[:, None, :] - overlap
+    return overlap / union.clamp(min=1e-9)
+
+
+def iou_matrix(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """IoU of every pair: (N, 4) and (M, 4) xyxy -> (N, M) float64."""
+    return box_iou(torch.from_numpy(boxes).double(), torch.from_numpy(others).double()).numpy()
+
+
+def shape_iou(sides: Tensor, others: Tensor) -> Tensor:
+    """IoU of boxes laid over each other at one corner: sides (..., 2) and (N, 2), width and height -> (..., N)."""
+    overlap = torch.minimum(sides[..., None, :], others).prod(dim=-1)
+    return overlap / (sides.prod(dim=-1)[..., None] + others.prod(dim=-1) - overlap)
