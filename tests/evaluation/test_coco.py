@@ -13,9 +13,9 @@ import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from utils.evaluation import coco
 from utils.data.coco_json import read_coco
 from utils.data.voc import Sample
+from utils.evaluation import coco
 from utils.evaluation.coco import coco_score, dataset_of, write_results
 from utils.evaluation.significance import average_precision, bootstrap, influence, interval
 from utils.system.errors import UserError

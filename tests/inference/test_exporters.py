@@ -16,14 +16,15 @@ import torch
 import eval as eval_script
 from nets.spec import ModelSpec
 from nets.yolo import build_model
+from tests.benchmarks import benchmark_inference as benchmark_predict
 from tests.conftest import ANCHORS, ROOT, run
-from tools import benchmark_predict, export
-from utils.inference import exporters as exports
+from tools import export
 from utils.data.cache import build_cache
 from utils.data.image_io import read_image
 from utils.data.voc import load_classes, load_samples
 from utils.detection.nms import EVALUATION_THRESHOLDS
 from utils.evaluation.metrics import evaluate
+from utils.inference import exporters as exports
 from utils.inference.backends import EXPORT_KEY, REQUIREMENTS, import_runtime
 from utils.inference.detector import Detector
 from utils.system.errors import UserError

@@ -29,8 +29,8 @@ from pycocotools.coco import COCO
 import predict
 from nets.spec import ModelSpec
 from nets.yolo import build_model
+from tests.benchmarks import benchmark_inference as benchmark_predict
 from tests.conftest import ANCHORS, ROOT, run
-from tools import benchmark_predict
 from utils.data.image_io import encode_image, read_image, write_image
 from utils.data.voc_xml import read_annotation
 from utils.inference.backends import TorchNetwork

@@ -10,8 +10,9 @@ from collections import Counter
 import pytest
 import torch
 
+from tests.benchmarks import benchmark_training as benchmark
 from tests.conftest import ROOT, run
-from tools import benchmark, kmeans_anchors, make_demo_data, make_splits
+from tools import kmeans_anchors, make_demo_data, make_splits
 from utils.data.statistics import anchor_fit
 from utils.data.voc import load_classes, load_samples
 from utils.detection.anchors import load_anchors

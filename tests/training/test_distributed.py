@@ -20,8 +20,8 @@ from torch import nn
 
 import eval as eval_script
 import train
-from tests import worker
 from tests.conftest import ROOT, small_run
+from tests.training import worker
 from utils.detection.loss import TERMS
 from utils.system.diagnostics import Diagnostics
 from utils.system.distributed import ProcessGroup

@@ -16,11 +16,11 @@ from torch._dynamo.utils import counters
 
 import train
 from tests.conftest import small_run
-from utils.training import batch_size as capacity
 from utils.system.diagnostics import Diagnostics
 from utils.system.distributed import ProcessGroup
 from utils.system.errors import UserError
 from utils.system.signals import Stopped, StopSignals
+from utils.training import batch_size as capacity
 from utils.training.trainer import Progress, pack_training
 from utils.weights.checkpoint import digest, load_checkpoint
 

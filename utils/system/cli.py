@@ -53,10 +53,11 @@ def replace_old_flags(arguments: Sequence[str], renamed: Mapping[str, str]) -> l
     for argument in arguments:
         match = re.match(r"--(no-)?([\w-]+)", argument)
         new = renamed.get(match[2].replace("_", "-")) if match else None
-        if new:
+        if new is None:
+            replaced.append(argument)
+        else:
             print(f"note: --{match[2]} is now called --{new}", file=sys.stderr)
-            argument = f"--{match[1] or ''}{new}{argument[match.end() :]}"
-        replaced.append(argument)
+            replaced.append(f"--{match[1] or ''}{new}{argument[match.end() :]}")
     return replaced
 
 
