@@ -1,13 +1,20 @@
-# make demo: the whole job on a small drawn data set. make test: all tests. make faults: what can go wrong in training,
-# at length. make fuzz: any bytes into the readers of files, SECONDS each. Each sets everything up first.
+# make demo     train, evaluate and predict on a small generated data set (about 6 minutes on two cores)
+# make test     ruff and all tests, in WORKERS processes
+# make stress   long versions of the stress tests; random files for SECONDS per file reader
+# make clean    delete the virtual environment and the demo
+# Every target but the last first installs the dependencies into .venv.
 PYTHON ?= python3
+WORKERS ?= 2
+SECONDS ?= 600
 VENV := .venv
 BIN := $(VENV)/bin/python
+PIP_INSTALL := $(BIN) -m pip install --disable-pip-version-check -c constraints.txt
+# Whole test files go to the workers, so that the fixtures of a file are made once; tests/conftest.py sorts the files.
+PYTEST := $(BIN) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 READY := $(VENV)/.ready
 DEMO := logs/demo
-SECONDS ?= 600
 
-.PHONY: demo test faults fuzz lint clean
+.PHONY: demo test stress clean
 
 demo: $(READY)
 	$(BIN) tools/make_demo_data.py
@@ -17,27 +24,25 @@ demo: $(READY)
 	$(BIN) eval.py --weights $(DEMO)/best.safetensors --sets Demo/test --out $(DEMO)/eval
 	$(BIN) predict.py "VOCdevkit/Demo/JPEGImages/test_00*.jpg" --weights $(DEMO)/best.safetensors --out $(DEMO)/predictions
 	@$(BIN) -c "import json; print('demo: mAP50 %.3f' % json.load(open('$(DEMO)/eval/metrics.json'))['coco']['AP50'], \
-		'(curves $(DEMO)/curves.png, report $(DEMO)/eval, pictures with boxes $(DEMO)/predictions)')"
+		'(curves: $(DEMO)/curves.png, report: $(DEMO)/eval, annotated images: $(DEMO)/predictions)')"
 
 test: $(READY)
 	$(BIN) -m ruff check .
 	$(BIN) -m ruff format --check .
-	$(BIN) -m pytest
+	$(PYTEST)
 
-faults: $(READY)
-	$(BIN) tests/stress/faults.py
+stress: $(READY)
+	$(PYTEST) tests/stress --long --seconds-per-reader $(SECONDS) --durations 0
 
-fuzz: $(READY)
-	$(BIN) tests/stress/fuzz.py --seconds $(SECONDS)
-
-# OpenCV's usual package needs libGL; where a machine has none, the one without windows takes its place
+# opencv-python needs libGL; on a machine without it, the headless package replaces it.
 $(READY): requirements.txt requirements-export.txt requirements-dev.txt constraints.txt
-	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed')"
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is required')"
+	@echo "Installing the dependencies into $(VENV); the first time takes several minutes"
 	test -x $(BIN) || $(PYTHON) -m venv $(VENV)
-	$(BIN) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt -c constraints.txt
-	$(BIN) -c "import cv2" 2>/dev/null || { $(BIN) -m pip uninstall --quiet --yes opencv-python && \
-		$(BIN) -m pip install --quiet --disable-pip-version-check opencv-python-headless -c constraints.txt; }
-	touch $@
+	$(PIP_INSTALL) -r requirements-dev.txt
+	$(BIN) -c "import cv2" 2>/dev/null || { $(BIN) -m pip uninstall --yes opencv-python && \
+		$(PIP_INSTALL) opencv-python-headless; }
+	@touch $@
 
 clean:
 	rm -rf $(VENV) $(DEMO) VOCdevkit/Demo

@@ -1,11 +1,14 @@
-"""Paths and small data sets that the tests share."""
+"""Settings, paths and small data sets shared by all tests."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; subprocesses inherit it
 
 import numpy as np
 import pytest
@@ -14,18 +17,38 @@ import torch
 import train
 from tools import make_demo_data
 from utils.system.cli import run_script
+from utils.system.files import lock
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 REFERENCE = SHARED / "reference"
 ANCHORS = ((10.0, 14.0), (23.0, 27.0), (37.0, 58.0), (81.0, 82.0), (135.0, 169.0), (344.0, 319.0))
 MASKS = [[3, 4, 5], [1, 2, 3]]
+SLOWEST_FILES = (  # run first, so that the workers finish at about the same time
+    "test_distributed.py", "test_exporters.py", "test_train.py", "test_predict.py", "test_attention_report.py",
+)  # fmt: skip
 
-needs_shared = pytest.mark.skipif(not REFERENCE.is_dir(), reason=f"the reference values are not at {REFERENCE}")
+needs_shared = pytest.mark.skipif(not REFERENCE.is_dir(), reason=f"the reference values are not in {REFERENCE}")
+torch.set_num_threads(1)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="also run the long versions of the stress tests")
+    parser.addoption("--seconds-per-reader", type=float, default=0, help="how long to read random files; 0: briefly")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselect long tests unless --long is given, and sort the slowest files to the front."""
+    if not config.getoption("--long"):
+        long = [item for item in items if item.get_closest_marker("long")]
+        config.hook.pytest_deselected(items=long)
+        items[:] = [item for item in items if item not in long]
+    rank = {name: index for index, name in enumerate(SLOWEST_FILES)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
 
 
 def reference_value(name: str, shape: list[int], index: int) -> torch.Tensor:
-    """The filling rule of the reference's README."""
+    """Parameter values by the rule in the README of the reference values."""
     r = np.random.default_rng(index)
     if name.endswith("num_batches_tracked"):
         return torch.zeros(shape, dtype=torch.int64)
@@ -42,16 +65,30 @@ def reference_value(name: str, shape: list[int], index: int) -> torch.Tensor:
     return torch.from_numpy(np.asarray(values, dtype=np.float32))
 
 
-@pytest.fixture(scope="session")
-def devkit(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A devkit with a small drawn set, Demo, of 24 training, 6 validation and 6 test images."""
-    folder = tmp_path_factory.mktemp("devkit")
-    make_demo_data.main(make_demo_data.Config(str(folder / "Demo"), train=24, val=6, test=6))
+def make_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """A folder that the first worker that asks for it fills; the other workers wait and share it."""
+    base = factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    with lock(folder.with_name(f"{name}.lock"), wait=True):
+        if not folder.exists():
+            unfinished = folder.with_name(f"{name}.unfinished")
+            make(unfinished)
+            unfinished.rename(folder)
     return folder
 
 
+@pytest.fixture(scope="session")
+def devkit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A devkit with a small generated set, Demo, of 24 training, 6 validation and 6 test images; do not change it."""
+
+    def make(folder: Path) -> None:
+        make_demo_data.main(make_demo_data.Config(str(folder / "Demo"), train=24, val=6, test=6))
+
+    return make_once(tmp_path_factory, "devkit", make)
+
+
 def small_run(devkit: Path, **changes: Any) -> train.Config:
-    """Settings for a run of seconds on the drawn set of a devkit, on the CPU."""
+    """Settings for a run of a few seconds on the CPU with the generated set of a devkit."""
     settings = {
         "devkit": str(devkit),
         "train_sets": ("Demo/train",),
@@ -65,14 +102,14 @@ def small_run(devkit: Path, **changes: Any) -> train.Config:
 
 
 def run(*arguments: object, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    """Run a script of the project as a user does."""
+    """Run a script of the project in a process of its own, as a user does."""
     command = [sys.executable, *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, check=False)
 
 
 @pytest.fixture
-def expect_mistake(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., None]:
-    """A call of a script that must end with exit code 2 and one sentence on stderr that has all the words."""
+def expect_failure(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., None]:
+    """Call a script that must exit with code 2 and one line on stderr that contains all of `words`."""
 
     def expect(script: ModuleType, arguments: Sequence[object], *words: str) -> None:
         monkeypatch.setattr(sys, "argv", [script.__name__, *map(str, arguments)])

@@ -278,26 +278,26 @@ def test_darknets_that_differ_are_refused(plain, pictures, tmp_path, monkeypatch
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_mistakes(plain, devkit, pictures, tmp_path, monkeypatch, expect_mistake):
+def test_mistakes(plain, devkit, pictures, tmp_path, monkeypatch, expect_failure):
     with_attention = make_checkpoint(tmp_path / "a.safetensors", devkit, phi=1)
     formats = ["--formats", "darknet"]
-    expect_mistake(export, ["--weights", with_attention, "--images", pictures, *formats], "phi 1", "leave darknet out")
-    expect_mistake(export, ["--weights", plain, *formats], "images is empty")
-    expect_mistake(export, ["--weights", plain, "--images", tmp_path / "none", *formats], "there is no image", "none")
+    expect_failure(export, ["--weights", with_attention, "--images", pictures, *formats], "phi 1", "leave darknet out")
+    expect_failure(export, ["--weights", plain, *formats], "images is empty")
+    expect_failure(export, ["--weights", plain, "--images", tmp_path / "none", *formats], "there is no image", "none")
     (tmp_path / "bad.jpg").write_text("hello")
-    expect_mistake(export, ["--weights", plain, "--images", tmp_path / "bad.jpg", *formats], "bad.jpg is not an image")
-    expect_mistake(export, ["--weights", plain, "--images", pictures, "--nms-iou", 2, *formats], "nms_iou is 2")
+    expect_failure(export, ["--weights", plain, "--images", tmp_path / "bad.jpg", *formats], "bad.jpg is not an image")
+    expect_failure(export, ["--weights", plain, "--images", pictures, "--nms-iou", 2, *formats], "nms_iou is 2")
     (tmp_path / "x.weights").write_text("hello")
-    expect_mistake(export, ["--weights", tmp_path / "x.weights", "--images", pictures, *formats], "no checkpoint")
+    expect_failure(export, ["--weights", tmp_path / "x.weights", "--images", pictures, *formats], "no checkpoint")
     (tmp_path / "x.onnx").write_text("hello")
-    expect_mistake(export, ["--weights", tmp_path / "x.onnx", "--images", pictures, *formats], "checkpoint that it was")
+    expect_failure(export, ["--weights", tmp_path / "x.onnx", "--images", pictures, *formats], "checkpoint that it was")
     (tmp_path / "file").touch()
-    expect_mistake(
+    expect_failure(
         export, ["--weights", plain, "--images", pictures, "--out", tmp_path / "file", *formats], "cannot write"
     )
     monkeypatch.setitem(sys.modules, "openvino", None)
     arguments = ["--weights", plain, "--images", pictures, "--formats", "openvino"]
-    expect_mistake(export, arguments, "cannot be used", "requirements-export.txt")
+    expect_failure(export, arguments, "cannot be used", "requirements-export.txt")
 
 
 def test_a_checkpoint_that_finds_nothing(plain, pictures, tmp_path):

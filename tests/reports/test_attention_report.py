@@ -127,7 +127,7 @@ def flags(devkit):
 TINY = ["--", "--input-size", "64", "64", "--batch-size", "6", "--precision", "fp32"]
 
 
-def test_runs_are_shared_and_taken_over(flags, tmp_path, monkeypatch, capsys, expect_mistake, request):
+def test_runs_are_shared_and_taken_over(flags, tmp_path, monkeypatch, capsys, expect_failure, request):
     """Another process has the first run; this one does the others, waits, and goes on when that one is stopped."""
     arguments = [*flags, "--out", str(tmp_path / "c"), *TINY]
     command = [sys.executable, str(ROOT / "tools" / "compare_attention.py"), *arguments]
@@ -165,7 +165,7 @@ def test_runs_are_shared_and_taken_over(flags, tmp_path, monkeypatch, capsys, ex
     assert not torch.equal(first.weights["conv_for_P5.conv.weight"], second.weights["conv_for_P5.conv.weight"])
     compare_attention.main(compare_attention.Config(out=str(tmp_path / "c")))  # nothing is left to do
     assert len(trained) == 4
-    expect_mistake(
+    expect_failure(
         compare_attention, [*flags, "--out", tmp_path / "c", "--epochs", 2, *TINY], "epochs is 1 there, not 2"
     )
 
@@ -184,13 +184,13 @@ def test_a_run_is_a_process_of_its_own_on_its_own_gpu(monkeypatch):
     assert own["PATH"] == os.environ["PATH"]
 
 
-def test_mistakes_are_explained(flags, expect_mistake, tmp_path):
+def test_mistakes_are_explained(flags, expect_failure, tmp_path):
     out = ["--out", tmp_path / "c"]
-    expect_mistake(compare_attention, ["--phis", 1, 2], "phis must have 0")
-    expect_mistake(compare_attention, ["--phis", 0, 77], "phis has 77", "se_block")
-    expect_mistake(compare_attention, ["--seeds"], "seeds is empty")
+    expect_failure(compare_attention, ["--phis", 1, 2], "phis must have 0")
+    expect_failure(compare_attention, ["--phis", 0, 77], "phis has 77", "1 (se)")
+    expect_failure(compare_attention, ["--seeds"], "seeds is empty")
     words = ("train.py failed for phi 0 and seed 0", "phi0_seed0.log", "lr is 0.0, but must be")
-    expect_mistake(compare_attention, [*flags, *out, "--", "--lr", 0], *words)
-    expect_mistake(compare_attention, [*flags, *out, "--", "--lr", -1], "lr is -1.0, but must be")  # nothing has begun
-    expect_mistake(compare_attention, [*flags, *out, "--test-sets", "Demo/tset"], "there is no data set Demo/tset")
-    expect_mistake(compare_attention, [*flags, *out, "--test-sets", "Demo/val"], "6 images are in the training and in")
+    expect_failure(compare_attention, [*flags, *out, "--", "--lr", 0], *words)
+    expect_failure(compare_attention, [*flags, *out, "--", "--lr", -1], "lr is -1.0, but must be")  # nothing has begun
+    expect_failure(compare_attention, [*flags, *out, "--test-sets", "Demo/tset"], "there is no data set Demo/tset")
+    expect_failure(compare_attention, [*flags, *out, "--test-sets", "Demo/val"], "6 images are in the training and in")

@@ -183,15 +183,15 @@ def test_networks_without_some_maps_have_a_panel_too(phi, tmp_path):
     assert read_image(tmp_path / "panel.png").std() > 20
 
 
-def test_what_cannot_be_explained_is_refused(config, expect_mistake, tmp_path):
+def test_what_cannot_be_explained_is_refused(config, expect_failure, tmp_path):
     flags = [*config.source, "--weights", config.weights, "--out", tmp_path / "out", "--device", "cpu", "--explain"]
-    expect_mistake(predict, [*flags, "--tile", 64], "leave out --tile")
-    expect_mistake(predict, [*flags, "--flip"], "explain looks into the layers of a checkpoint", "leave out --compile")
-    expect_mistake(predict, [*flags, "--compile", "on"], "explain looks into the layers of a checkpoint")
+    expect_failure(predict, [*flags, "--tile", 64], "leave out --tile")
+    expect_failure(predict, [*flags, "--flip"], "explain looks into the layers of a checkpoint", "leave out --compile")
+    expect_failure(predict, [*flags, "--compile", "on"], "explain looks into the layers of a checkpoint")
     exported = SimpleNamespace(device=torch.device("cpu"))
     with pytest.raises(UserError, match=r"give a \.safetensors"):
         Explainer(Detector(exported, ModelSpec(("a",), ANCHORS)))
     film = VideoWriter(tmp_path / "film.mp4", Fraction(25), (64, 64))
     film.write(np.zeros((64, 64, 3), np.uint8), 0)
     film.close()
-    expect_mistake(predict, [tmp_path / "film.mp4", *flags[1:]], "explain draws images", "film.mp4 is a video")
+    expect_failure(predict, [tmp_path / "film.mp4", *flags[1:]], "explain draws images", "film.mp4 is a video")

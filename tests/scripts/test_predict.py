@@ -267,15 +267,15 @@ def test_tiles_and_mirror_images_are_candidates(config, tmp_path):
     np.testing.assert_allclose(turned, sorted(found[1]), atol=0.1)
 
 
-def test_classes_can_be_chosen(config, video, expect_mistake):
+def test_classes_can_be_chosen(config, video, expect_failure):
     config = replace(config, source=(str(video),), write=("jsonl",))
     predict.main(replace(config, only=("square",)))
     assert {line["class"] for line in lines_of(config)} == {"square"}
     predict.main(replace(config, class_confidence={"square": 1.0}))
     assert {line["class"] for line in lines_of(config)} == {"disc"}
     arguments = [video, "--weights", config.weights, "--out", config.out]
-    expect_mistake(predict, [*arguments, "--only", "cat"], "'cat'", "disc, square")
-    expect_mistake(predict, [*arguments, "--write", "pdf"], "pdf", "pictures")
+    expect_failure(predict, [*arguments, "--only", "cat"], "'cat'", "disc, square")
+    expect_failure(predict, [*arguments, "--write", "pdf"], "pdf", "pictures")
 
 
 def test_lists_and_stdin(config, video, tmp_path, monkeypatch):
@@ -300,7 +300,7 @@ def test_lists_and_stdin(config, video, tmp_path, monkeypatch):
         open_sources(str(tmp_path / "wrong.txt"), 0)
 
 
-def test_broken_videos(config, video, tmp_path, expect_mistake, capsys):
+def test_broken_videos(config, video, tmp_path, expect_failure, capsys):
     start = video.read_bytes().index(b"mdat") + video.stat().st_size // 3
     for length, words in ((400, r"1 frames of \S+damaged.mp4 are damaged"), (1500, r"broken parts of \S+damaged.mp4")):
         content = bytearray(video.read_bytes())
@@ -320,13 +320,13 @@ def test_broken_videos(config, video, tmp_path, expect_mistake, capsys):
     (tmp_path / "cut.mp4").write_bytes(video.read_bytes()[:100])
     arguments = ["--weights", config.weights, "--out", config.out]
     write_image(tmp_path / "good.png", drawn_frame(0))
-    expect_mistake(predict, [tmp_path / "text.mp4", tmp_path / "good.png", *arguments], "text.mp4: Invalid data")
+    expect_failure(predict, [tmp_path / "text.mp4", tmp_path / "good.png", *arguments], "text.mp4: Invalid data")
     assert (Path(config.out) / "good.png").exists()  # one source's failure takes nothing from the others
-    expect_mistake(predict, [tmp_path / "cut.mp4", *arguments], "cut.mp4 has no video in it")
-    expect_mistake(predict, ["7", *arguments], "camera 7")
-    expect_mistake(predict, [video, "--weights", config.weights, "--out", video.parent], "replace their inputs")
+    expect_failure(predict, [tmp_path / "cut.mp4", *arguments], "cut.mp4 has no video in it")
+    expect_failure(predict, ["7", *arguments], "camera 7")
+    expect_failure(predict, [video, "--weights", config.weights, "--out", video.parent], "replace their inputs")
     (tmp_path / "taken" / video.name).mkdir(parents=True)
-    expect_mistake(predict, [video, "--weights", config.weights, "--out", tmp_path / "taken"], "cannot write the video")
+    expect_failure(predict, [video, "--weights", config.weights, "--out", tmp_path / "taken"], "cannot write the video")
 
 
 @pytest.mark.parametrize(("matrix", "turns"), [((0, 1, -1, 0), -1), ((-1, 0, 0, -1), 2), ((0, -1, 1, 0), 1)])
@@ -374,11 +374,11 @@ def test_the_progress_bar_shows_rate_and_time_left(config, video):
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
 @pytest.mark.parametrize(("write", "name"), [("pictures", "a disc.mp4"), ("jsonl", "detections.jsonl")])
-def test_a_full_disk_is_said(config, video, expect_mistake, write, name):
+def test_a_full_disk_is_said(config, video, expect_failure, write, name):
     Path(config.out).mkdir()
     (Path(config.out) / name).symlink_to("/dev/full")
     arguments = [video, "--weights", config.weights, "--out", config.out, "--confidence", 0.1, "--write", write]
-    expect_mistake(predict, arguments, "cannot write", config.out, "No space left on device")
+    expect_failure(predict, arguments, "cannot write", config.out, "No space left on device")
 
 
 @pytest.mark.parametrize(
@@ -400,7 +400,7 @@ def test_a_full_disk_is_said(config, video, expect_mistake, write, name):
         (["good.png", "--weights", "none.onnx"], ["there is no network none.onnx"]),
     ],
 )
-def test_mistakes(weights, tmp_path, monkeypatch, expect_mistake, arguments, words):
+def test_mistakes(weights, tmp_path, monkeypatch, expect_failure, arguments, words):
     for folder in ("empty", "broken"):
         (tmp_path / folder).mkdir()
     for name in ("broken/a.jpg", "broken/b.png", "weights.pth"):
@@ -408,7 +408,7 @@ def test_mistakes(weights, tmp_path, monkeypatch, expect_mistake, arguments, wor
     write_image(tmp_path / "good.png", drawn_frame(0))
     monkeypatch.chdir(tmp_path)
     given = [*arguments, *([] if "--weights" in arguments else ["--weights", weights]), "--device", "cpu"]
-    expect_mistake(predict, given, *words)
+    expect_failure(predict, given, *words)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 10_000), (10_000, 1)])
@@ -421,11 +421,11 @@ def test_images_of_odd_shapes(config, tmp_path, size):
         assert 0 <= line["box"][0] <= line["box"][2] <= size[1] and 0 <= line["box"][1] <= line["box"][3] <= size[0]
 
 
-def test_a_change_of_size_ends_the_video(config, tmp_path, expect_mistake):
+def test_a_change_of_size_ends_the_video(config, tmp_path, expect_failure):
     parts = [write_video(tmp_path / f"{side}.ts", 7, (64, side)).read_bytes() for side in (96, 128)]
     (tmp_path / "both.ts").write_bytes(b"".join(parts))
     arguments = [tmp_path / "both.ts", "--weights", config.weights, "--out", config.out]
-    expect_mistake(predict, arguments, "changes its size at frame 7, from 96x64 to 128x64")
+    expect_failure(predict, arguments, "changes its size at frame 7, from 96x64 to 128x64")
     assert len(frames_of(Path(config.out) / "both.mp4")) == 7  # the last batch is not full
 
 
@@ -667,9 +667,9 @@ def test_benchmarks_of_prediction(arguments, expected, weights, devkit, tmp_path
         (["video", "--precision", "fp16", "--device", "cpu"], ["fp16 needs a GPU"]),
     ],
 )
-def test_mistakes_in_benchmarks_of_prediction(arguments, words, weights, expect_mistake):
+def test_mistakes_in_benchmarks_of_prediction(arguments, words, weights, expect_failure):
     given = [] if "--weights" in arguments else ["--weights", weights]
-    expect_mistake(benchmark_predict, [*arguments, *given], *words)
+    expect_failure(benchmark_predict, [*arguments, *given], *words)
 
 
 def test_ahead_keeps_order_and_raises_in_turn():

@@ -74,7 +74,7 @@ def test_a_run_leaves_its_files(run_dir):
     assert best.info["thresholds"] == [values["threshold"] for values in measured["best"].values()]
 
 
-def test_a_resumed_run_equals_one_that_never_stopped(config, run_dir, tmp_path, monkeypatch, expect_mistake):
+def test_a_resumed_run_equals_one_that_never_stopped(config, run_dir, tmp_path, monkeypatch, expect_failure):
     folder = tmp_path / "stopped"
     real = train.run_epoch
 
@@ -88,7 +88,7 @@ def test_a_resumed_run_equals_one_that_never_stopped(config, run_dir, tmp_path, 
         train.main(replace(config, run_dir=str(folder)))
     monkeypatch.undo()
     (folder / "metrics.jsonl").open("a").write('{"epoch": 3, "train/loss": 9}\n{"epo')  # from a step that was lost
-    expect_mistake(train, ["--resume", "--run-dir", folder, "--epochs", 9], "keeps its settings", "epochs is 4")
+    expect_failure(train, ["--resume", "--run-dir", folder, "--epochs", 9], "keeps its settings", "epochs is 4")
     train.main(train.Config(run_dir=str(folder), resume=True))
     whole, resumed = (load_checkpoint(path / "last.safetensors") for path in (run_dir, folder))
     assert whole.weights.keys() == resumed.weights.keys()
@@ -127,7 +127,7 @@ def test_logged_map_is_what_eval_says(config, run_dir, tmp_path):
     assert read_image(tmp_path / "eval" / "precision_recall.png").std() > 5
 
 
-def test_cocos_ground_truth_gives_what_the_annotations_give(config, run_dir, tmp_path, expect_mistake):
+def test_cocos_ground_truth_gives_what_the_annotations_give(config, run_dir, tmp_path, expect_failure):
     settings = eval_script.Config(
         weights=(str(run_dir / "last.safetensors"),), devkit=config.devkit, sets=("Demo/val",), device="cpu"
     )
@@ -145,7 +145,7 @@ def test_cocos_ground_truth_gives_what_the_annotations_give(config, run_dir, tmp
     assert {item["image_id"] for item in results} == {image["id"] for image in truth["images"]}
     eval_script.main(replace(settings, out=str(tmp_path / "coco")))
     assert not (tmp_path / "coco" / "coco_results.json").exists()
-    expect_mistake(eval_script, ["--coco", "truth.json"], "coco and images go together")
+    expect_failure(eval_script, ["--coco", "truth.json"], "coco and images go together")
 
 
 def test_checkpoints_are_compared(config, run_dir, tmp_path, capsys):
@@ -275,9 +275,9 @@ def test_weights_start_a_new_run(config, run_dir, tmp_path, capsys):
     assert not load_checkpoint(tmp_path / "b" / "best.safetensors").spec.identity_start
 
 
-def test_the_newest_run_is_meant_without_a_name(run_dir, tmp_path, monkeypatch, expect_mistake):
+def test_the_newest_run_is_meant_without_a_name(run_dir, tmp_path, monkeypatch, expect_failure):
     monkeypatch.chdir(tmp_path)
-    expect_mistake(train, ["--resume"], "no run under logs/")
+    expect_failure(train, ["--resume"], "no run under logs/")
     for name, parts in (("old", ["last", "best"]), ("new", ["last"])):
         (tmp_path / "logs" / name).mkdir(parents=True)
         for part in parts:
@@ -289,7 +289,7 @@ def test_the_newest_run_is_meant_without_a_name(run_dir, tmp_path, monkeypatch, 
     os.utime(tmp_path / "logs" / "new" / "metrics.jsonl")
     assert find_checkpoint() == Path("logs/new/last.safetensors")
     (tmp_path / "logs" / "new" / "last.safetensors").unlink()
-    expect_mistake(train, ["--resume"], "logs/new", "before its first checkpoint")
+    expect_failure(train, ["--resume"], "logs/new", "before its first checkpoint")
 
 
 def test_a_set_smaller_than_a_batch_trains(config, tmp_path):
@@ -343,7 +343,7 @@ def test_help_explains_every_flag(script):
     ("arguments", "words"),
     [
         (["--devkit", "/nowhere"], ["VOC2007/train", "/nowhere", "make demo"]),
-        (["--phi", "99"], ["phi is 99", "0 (none), 1 (se_block)"]),
+        (["--phi", "99"], ["phi is 99", "0 (none), 1 (se)"]),
         (["--input-size", "416", "400"], ["multiples of 32"]),
         (["--lr", "nan"], ["lr is nan"]),
         (["--batch-size", "-1"], ["batch_size is -1"]),
@@ -354,54 +354,54 @@ def test_help_explains_every_flag(script):
         (["--resume", "--run-dir", "/nowhere"], ["/nowhere"]),
         (["--device", "tpu"], ["auto, cpu or cuda"]),
         (["--train-sets", "MySet"], ["folder/split", "MySet/train"]),
-        (["--phi", "2", "--attention-args", "ratoi", "8"], ["takes ratio, kernel_size", "'ratoi'"]),
+        (["--phi", "2", "--attention-args", "ratoi", "8"], ["takes the arguments ratio, kernel_size", "'ratoi'"]),
         (["--seed", "-1"], ["seed is -1"]),
         (["--phi", "3", "--attention-args", "gamma", "0"], ["gamma is 0"]),
     ],
 )
-def test_mistakes_in_training(expect_mistake, arguments, words):
-    expect_mistake(train, ["--device", "cpu", *arguments], *words)
+def test_mistakes_in_training(expect_failure, arguments, words):
+    expect_failure(train, ["--device", "cpu", *arguments], *words)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 @pytest.mark.parametrize(("script", "source"), [(train, []), (eval_script, []), (predict, ["README.md"])])
-def test_cuda_asked_for_and_absent(expect_mistake, script, source):
-    expect_mistake(script, [*source, "--device", "cuda"], "CUDA", "--device cpu")
+def test_cuda_asked_for_and_absent(expect_failure, script, source):
+    expect_failure(script, [*source, "--device", "cuda"], "CUDA", "--device cpu")
 
 
-def test_classes_that_match_nothing(expect_mistake, devkit):
+def test_classes_that_match_nothing(expect_failure, devkit):
     arguments = ["--device", "cpu", "--devkit", devkit, "--train-sets", "Demo/train", "--val-sets", "Demo/val"]
-    expect_mistake(train, arguments, "'circle'", "'ring'", "aeroplane")
+    expect_failure(train, arguments, "'circle'", "'ring'", "aeroplane")
 
 
-def test_mistakes_with_a_checkpoint(expect_mistake, run_dir, devkit, tmp_path):
+def test_mistakes_with_a_checkpoint(expect_failure, run_dir, devkit, tmp_path):
     weights = ["--weights", run_dir / "last.safetensors", "--device", "cpu"]
     classes = ["--classes", ROOT / "model_data" / "voc_classes.txt"]
     image = devkit / "Demo" / "JPEGImages" / "test_0000.jpg"
     (tmp_path / "bad.jpg").write_text("no picture")
-    expect_mistake(train, ["--run-dir", run_dir], "already holds a run", "--resume")
-    expect_mistake(eval_script, [*weights, *classes], "6 classes", "20")
+    expect_failure(train, ["--run-dir", run_dir], "already holds a run", "--resume")
+    expect_failure(eval_script, [*weights, *classes], "6 classes", "20")
     split = ["--devkit", devkit, "--sets", "Demo/val"]
-    expect_mistake(eval_script, [*weights, *split, "--out", tmp_path / "bad.jpg"], "cannot write to", "bad.jpg")
-    expect_mistake(eval_script, [*weights, "--sets", "Demo/none"], "no data set Demo/none")
-    expect_mistake(eval_script, [*weights, *split, "Demo//val"], "Demo/val, Demo//val name 6 images twice")
-    expect_mistake(eval_script, [*weights, *split, "--confidence", 0.5], "confidence is 0.5, but must be between 0 and")
+    expect_failure(eval_script, [*weights, *split, "--out", tmp_path / "bad.jpg"], "cannot write to", "bad.jpg")
+    expect_failure(eval_script, [*weights, "--sets", "Demo/none"], "no data set Demo/none")
+    expect_failure(eval_script, [*weights, *split, "Demo//val"], "Demo/val, Demo//val name 6 images twice")
+    expect_failure(eval_script, [*weights, *split, "--confidence", 0.5], "confidence is 0.5, but must be between 0 and")
     overlapping = ["--devkit", devkit, "--train-sets", "Demo/train", "--val-sets", "Demo/val", "Demo//val"]
     overlapping += ["--classes", devkit / "Demo" / "classes.txt", "--device", "cpu", "--run-dir", tmp_path / "run"]
-    expect_mistake(train, overlapping, "Demo/val, Demo//val name 6 images twice")
+    expect_failure(train, overlapping, "Demo/val, Demo//val name 6 images twice")
     assert not (run_dir / "eval").exists()  # which a mistake leaves nothing in
-    expect_mistake(predict, [image, *weights, "--out", tmp_path / "bad.jpg"], "cannot write to", "bad.jpg")
-    expect_mistake(predict, [], "no source")
+    expect_failure(predict, [image, *weights, "--out", tmp_path / "bad.jpg"], "cannot write to", "bad.jpg")
+    expect_failure(predict, [], "no source")
     torch.save({"a": torch.zeros(1)}, tmp_path / "a.pth")
-    expect_mistake(predict, [image, "--weights", tmp_path / "a.pth"], "a.pth", "tools/convert_weights.py --weights")
-    expect_mistake(eval_script, [*weights, "--sets", "VOC2007/test", "--devkit", tmp_path], "VOC2007/test", "make demo")
-    expect_mistake(predict, [devkit / "Demo", *weights], "has no image")
-    expect_mistake(predict, [image, *weights, *classes], "6 classes", "20")
-    expect_mistake(predict, [image, "--weights", ROOT / "README.md"], "README.md", "no checkpoint")
-    expect_mistake(predict, ["no such.jpg", *weights], "no such.jpg")
-    expect_mistake(predict, [image, *weights, "--confidence", 2], "confidence is 2")
-    expect_mistake(predict, [image, *weights, "--out", image.parent], "replace their inputs")
-    expect_mistake(predict, [tmp_path / "bad.jpg", *weights, "--out", tmp_path / "out"], "bad.jpg")
+    expect_failure(predict, [image, "--weights", tmp_path / "a.pth"], "a.pth", "tools/convert_weights.py --weights")
+    expect_failure(eval_script, [*weights, "--sets", "VOC2007/test", "--devkit", tmp_path], "VOC2007/test", "make demo")
+    expect_failure(predict, [devkit / "Demo", *weights], "has no image")
+    expect_failure(predict, [image, *weights, *classes], "6 classes", "20")
+    expect_failure(predict, [image, "--weights", ROOT / "README.md"], "README.md", "no checkpoint")
+    expect_failure(predict, ["no such.jpg", *weights], "no such.jpg")
+    expect_failure(predict, [image, *weights, "--confidence", 2], "confidence is 2")
+    expect_failure(predict, [image, *weights, "--out", image.parent], "replace their inputs")
+    expect_failure(predict, [tmp_path / "bad.jpg", *weights, "--out", tmp_path / "out"], "bad.jpg")
 
 
 def test_unknown_flags_suggest():

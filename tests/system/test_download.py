@@ -148,7 +148,7 @@ def test_no_server_and_no_file(server, tmp_path):
         fetch(Remote("http://there.is.no.such.host.invalid/file"), tmp_path)
 
 
-def test_weights_are_fetched_when_asked_for(server, expect_mistake, monkeypatch, tmp_path, capsys):
+def test_weights_are_fetched_when_asked_for(server, expect_failure, monkeypatch, tmp_path, capsys):
     write_darknet(tmp_path / "small.weights", build_model(ModelSpec(("cat",), ANCHORS)))
     content = (tmp_path / "small.weights").read_bytes()
     torch.save({"a": torch.zeros(2)}, tmp_path / "good.pth")
@@ -164,8 +164,8 @@ def test_weights_are_fetched_when_asked_for(server, expect_mistake, monkeypatch,
     get_weights.main(get_weights.Config(("small.weights", "good.pth"), str(folder), f"{server.root}/cut/"))
     assert "size and checksum are right" in capsys.readouterr().out
     assert (folder / "small.weights").read_bytes() == content
-    expect_mistake(get_weights, ["page.pth", *flags], "what http", "page.pth sent is not the file, and was removed")
-    expect_mistake(get_weights, ["yolo.pth", *flags], "no published weights yolo.pth; there are small.weights")
+    expect_failure(get_weights, ["page.pth", *flags], "what http", "page.pth sent is not the file, and was removed")
+    expect_failure(get_weights, ["yolo.pth", *flags], "no published weights yolo.pth; there are small.weights")
     assert sorted(path.name for path in folder.iterdir()) == ["good.pth", "small.weights"]
 
 
@@ -189,7 +189,7 @@ def archive(path, *members):
     return path
 
 
-def test_voc_is_unpacked(server, expect_mistake, monkeypatch, tmp_path, capsys):
+def test_voc_is_unpacked(server, expect_failure, monkeypatch, tmp_path, capsys):
     """Two archives that fill one folder; what the splits say is there is not fetched again."""
     about = {}
     for part, split, image in (("2007", "trainval", "000001"), ("2007-test", "test", "000002")):
@@ -205,7 +205,7 @@ def test_voc_is_unpacked(server, expect_mistake, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(get_voc, "DATASET_YEAR_DICT", about)
     devkit, parts = tmp_path / "devkit", ("2007", "2007-test")
     flags = ["--devkit", devkit, "--parts", "2007", "--mirror"]
-    expect_mistake(get_voc, [*flags, f"{server.root}/wrong"], "is not the file, and was removed: the md5")
+    expect_failure(get_voc, [*flags, f"{server.root}/wrong"], "is not the file, and was removed: the md5")
     get_voc.main(get_voc.Config(parts, str(devkit), f"{server.root}/cut"))
     files = sorted(str(path.relative_to(devkit)) for path in devkit.rglob("*") if path.is_file())
     folder = "VOC2007"

@@ -74,11 +74,11 @@ def messy(devkit, tmp_path):
     return tmp_path
 
 
-def test_the_report_of_a_messy_set(messy, expect_mistake, capsys):
+def test_the_report_of_a_messy_set(messy, expect_failure, capsys):
     out = messy / "out"
     flags = ["--devkit", messy / "kit", "--train-sets", "Set/train", "--val-sets", "Set/val", "--test-sets", "Set/test"]
     flags += ["--classes", messy / "classes.txt", "--anchors", ANCHORS_FILE, "--out", out]
-    expect_mistake(check_data, flags, "a training would not start: 1 errors; they are in", "check.txt")
+    expect_failure(check_data, flags, "a training would not start: 1 errors; they are in", "check.txt")
     summary = json.loads((out / "check.json").read_text())
     assert not summary["would_start"]
     assert [part["images"] for part in summary["parts"].values()] == [6, 2, 1]

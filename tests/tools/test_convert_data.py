@@ -165,7 +165,7 @@ def test_yolo_labels_of_several_kinds(tmp_path, capsys):
     assert "is a polygon; the box around it counts: b.txt line 1" in capsys.readouterr().out
 
 
-def test_boxes_stay_on_the_picture(voc, tmp_path, expect_mistake, capsys):
+def test_boxes_stay_on_the_picture(voc, tmp_path, expect_failure, capsys):
     """A <size> that is wrong does not move them; what EXIF would turn below labels of the stored picture is refused."""
     xml, image = voc / "Annotations" / "lonely.xml", voc / "JPEGImages" / "lonely.bmp"
     xml.write_text(xml.read_text().replace("<width>40</width>", "<width>80</width>"))
@@ -184,12 +184,12 @@ def test_boxes_stay_on_the_picture(voc, tmp_path, expect_mistake, capsys):
             convert(voc, "yolo", tmp_path / "out")
         else:
             flags = ["--source", voc, "--to", "yolo", "--out", tmp_path / "out"]
-            expect_mistake(convert_data, flags, str(turned), "is 30x40 and not 40x30 for readers of YOLO")
+            expect_failure(convert_data, flags, str(turned), "is 30x40 and not 40x30 for readers of YOLO")
 
 
 @pytest.mark.parametrize("orientation", [2, 3, 4])
 def test_a_turn_that_the_size_does_not_tell_is_no_matter_for_coco_and_refused_for_yolo(
-    voc, tmp_path, orientation, expect_mistake
+    voc, tmp_path, orientation, expect_failure
 ):
     image, exif = tmp_path / "yolo" / "images" / "lonely.jpg", Image.Exif()
     exif[0x0112] = orientation
@@ -197,18 +197,18 @@ def test_a_turn_that_the_size_does_not_tell_is_no_matter_for_coco_and_refused_fo
     Image.new("RGB", (40, 30)).save(voc / "JPEGImages" / "lonely.jpg")
     convert(voc, "yolo", tmp_path / "yolo")
     Image.new("RGB", (40, 30)).save(image, exif=exif)
-    expect_mistake(
+    expect_failure(
         convert_data, ["--source", tmp_path / "yolo", "--to", "voc", "--out", tmp_path / "a"], str(image), "EXIF"
     )
     turned = voc / "JPEGImages" / "lonely.jpg"
     turned.write_bytes(image.read_bytes())
-    expect_mistake(convert_data, ["--source", voc, "--to", "yolo", "--out", tmp_path / "b"], str(turned), "EXIF")
+    expect_failure(convert_data, ["--source", voc, "--to", "yolo", "--out", tmp_path / "b"], str(turned), "EXIF")
     assert convert(voc, "coco", tmp_path / "coco").items["lonely"].size == (30, 40)
 
 
-def test_mistakes_are_named(voc, expect_mistake, tmp_path):
+def test_mistakes_are_named(voc, expect_failure, tmp_path):
     def expect(source, *words, to="voc", out=tmp_path / "out"):
-        expect_mistake(convert_data, ["--source", source, "--to", to, "--out", out], *words)
+        expect_failure(convert_data, ["--source", source, "--to", to, "--out", out], *words)
 
     expect(tmp_path / "none", "there is no data set")
     (tmp_path / "nothing").mkdir()
@@ -237,7 +237,7 @@ def test_label_studio_leaves_a_note_beside_yolos_labels(voc, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a\nb", " a", "", "\ud800", "\0"])
-def test_names_that_are_no_lines_are_refused(tmp_path, name, expect_mistake):
+def test_names_that_are_no_lines_are_refused(tmp_path, name, expect_failure):
     """In classes.txt two lines would be two classes, and blanks would be lost."""
     write_image(tmp_path / "a.png", np.zeros((30, 40, 3), np.uint8))
     images = [{"id": 1, "file_name": "a.png", "height": 30, "width": 40}]
@@ -245,15 +245,15 @@ def test_names_that_are_no_lines_are_refused(tmp_path, name, expect_mistake):
     (tmp_path / "truth.json").write_text(json.dumps(truth))
     for to in ("voc", "yolo", "coco"):
         flags = ["--source", tmp_path / "truth.json", "--to", to, "--out", tmp_path / "out"]
-        expect_mistake(convert_data, flags, "truth.json has a class", "rename it")
+        expect_failure(convert_data, flags, "truth.json has a class", "rename it")
     assert not (tmp_path / "out").exists()
 
 
-def test_image_names_that_are_no_lines_are_refused(voc, tmp_path, expect_mistake):
+def test_image_names_that_are_no_lines_are_refused(voc, tmp_path, expect_failure):
     convert(voc, "yolo", tmp_path / "yolo")
     write_image(tmp_path / "yolo" / "images" / "a\nb.png", np.zeros((30, 40, 3), np.uint8))
     flags = ["--source", tmp_path / "yolo", "--to", "voc", "--out", tmp_path / "out"]
-    expect_mistake(convert_data, flags, "images has an image named 'a", "rename it")
+    expect_failure(convert_data, flags, "images has an image named 'a", "rename it")
 
 
 @needs_shared

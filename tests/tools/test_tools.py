@@ -32,9 +32,9 @@ def test_demo_data_is_seeded_and_valid(devkit, tmp_path):
     assert max(sides) > 100
 
 
-def test_demo_data_spares_foreign_folders(expect_mistake, tmp_path):
+def test_demo_data_spares_foreign_folders(expect_failure, tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
-    expect_mistake(make_demo_data, ["--folder", tmp_path], "was not drawn by this tool")
+    expect_failure(make_demo_data, ["--folder", tmp_path], "was not drawn by this tool")
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
@@ -63,15 +63,15 @@ def test_splits(unsplit):
     assert again != make_splits.split_names([f"image {i}" for i in range(20)], make_splits.Config(seed=1))
 
 
-def test_splits_are_never_replaced(expect_mistake, unsplit):
+def test_splits_are_never_replaced(expect_failure, unsplit):
     result = run("tools/make_splits.py", "--folder", unsplit)
     assert result.returncode == 0, result.stderr
     assert "1 images without an annotation" in result.stdout
-    expect_mistake(make_splits, ["--folder", unsplit], "already has train.txt, val.txt, trainval.txt, test.txt")
+    expect_failure(make_splits, ["--folder", unsplit], "already has train.txt, val.txt, trainval.txt, test.txt")
     (unsplit / "ImageSets" / "Main" / "val.txt").write_bytes("北京\n".encode("gbk"))
-    expect_mistake(make_splits, ["--folder", unsplit], "val.txt is not UTF-8 text")
-    expect_mistake(make_splits, ["--folder", unsplit / "none"], "there is no data set")
-    expect_mistake(make_splits, ["--folder", unsplit, "--val", 0.6, "--test", 0.4], "none to train on")
+    expect_failure(make_splits, ["--folder", unsplit], "val.txt is not UTF-8 text")
+    expect_failure(make_splits, ["--folder", unsplit / "none"], "there is no data set")
+    expect_failure(make_splits, ["--folder", unsplit, "--val", 0.6, "--test", 0.4], "none to train on")
 
 
 def classes_of(names, counts):
@@ -159,7 +159,7 @@ def test_anchors_of_100_000_objects_are_quick():
     assert time.process_time() - started < 10
 
 
-def test_anchors_are_written_for_training(devkit, expect_mistake, tmp_path, capsys):
+def test_anchors_are_written_for_training(devkit, expect_failure, tmp_path, capsys):
     out, classes = tmp_path / "anchors.txt", devkit / "Demo" / "classes.txt"
     flags = ["--devkit", devkit, "--sets", "Demo/train", "--classes", classes, "--out", out, "--input-size", 320, 320]
     result = run("tools/kmeans_anchors.py", *flags)
@@ -171,8 +171,8 @@ def test_anchors_are_written_for_training(devkit, expect_mistake, tmp_path, caps
     areas = [width * height for width, height in anchors]
     assert areas == sorted(areas)
     assert out.with_suffix(".png").stat().st_size > 10_000
-    expect_mistake(kmeans_anchors, flags, f"{out} exists", "--out")
-    expect_mistake(kmeans_anchors, ["--input-size", 100, 96], "must be multiples of 32")
+    expect_failure(kmeans_anchors, flags, f"{out} exists", "--out")
+    expect_failure(kmeans_anchors, ["--input-size", 100, 96], "must be multiples of 32")
 
 
 def figures_of(tmp_path, *arguments):
@@ -198,10 +198,10 @@ def test_benchmark_train(tmp_path):
     assert figures["step_memory_gb"] > 0.1
 
 
-def test_benchmark_gpu_keeps_what_it_has(expect_mistake, monkeypatch, tmp_path):
+def test_benchmark_gpu_keeps_what_it_has(expect_failure, monkeypatch, tmp_path):
     """A run that fails takes nothing from the others; here the runs themselves are made up."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    expect_mistake(benchmark, ["gpu"], "torch finds no CUDA GPU here")
+    expect_failure(benchmark, ["gpu"], "torch finds no CUDA GPU here")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     shares = {"augmentation": 0.1, "forward": 0.3, "backward": 0.5, "optimizer": 0.1}
     good = {"images_per_second": 900, "fixed_batch_images_per_second": 1000, "ratio": 0.9, "shares": shares}
@@ -229,9 +229,9 @@ def test_benchmark_memory(tmp_path):
     assert all(0.1 < peaks["RssAnon"] < peaks["VmRSS"] for peaks in (few, many))
 
 
-def test_benchmark_memory_needs_linux(expect_mistake, monkeypatch):
+def test_benchmark_memory_needs_linux(expect_failure, monkeypatch):
     monkeypatch.setattr(sys, "platform", "darwin")
-    expect_mistake(benchmark, ["memory"], "darwin")
+    expect_failure(benchmark, ["memory"], "darwin")
 
 
 def test_benchmark_annotations(tmp_path):

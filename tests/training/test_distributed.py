@@ -296,9 +296,9 @@ def test_what_one_process_meets_ends_the_others(config, folder):
     assert len(re.findall(r"^error: another process is training in ", errors, re.MULTILINE)) == 1, errors
 
 
-def test_restarts_need_a_folder(monkeypatch, expect_mistake):
+def test_restarts_need_a_folder(monkeypatch, expect_failure):
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "2")
-    expect_mistake(train, ["--device", "cpu"], "--max-restarts", "--run-dir")
+    expect_failure(train, ["--device", "cpu"], "--max-restarts", "--run-dir")
 
 
 def test_a_restarted_process_takes_the_batch_size_of_the_run(config, whole):

@@ -102,25 +102,25 @@ def test_converted_darknet_weights_find_the_same(voc_file, tmp_path, capsys):
     np.testing.assert_allclose(scores[above], expected[:, 5:][above], atol=1e-4)
 
 
-def test_what_cannot_be_converted(voc_file, pair_file, expect_mistake, tmp_path):
+def test_what_cannot_be_converted(voc_file, pair_file, expect_failure, tmp_path):
     start = tmp_path / "yolov4-tiny.conv.29"
     start.write_bytes(voc_file.read_bytes()[:19_789_716])
-    expect_mistake(convert_weights, ["--weights", start], "has no heads", "a start to train from", "train.py --weights")
+    expect_failure(convert_weights, ["--weights", start], "has no heads", "a start to train from", "train.py --weights")
     pair, _ = pair_file
-    expect_mistake(convert_weights, ["--weights", pair], f"{pair} has 2 classes; name a file with their names")
+    expect_failure(convert_weights, ["--weights", pair], f"{pair} has 2 classes; name a file with their names")
     classes = ["--classes", ROOT / "model_data" / "coco_classes.txt"]
-    expect_mistake(convert_weights, ["--weights", voc_file, *classes], "has 20 classes, but", "has 80")
-    expect_mistake(convert_weights, ["--weights", pair, "--masks", 3, 4, 5, 0, 1, 6], "there are six anchors, 0 to 5")
-    expect_mistake(convert_weights, ["--weights", voc_file, "--out", start], f"{start} exists; remove it, or choose")
+    expect_failure(convert_weights, ["--weights", voc_file, *classes], "has 20 classes, but", "has 80")
+    expect_failure(convert_weights, ["--weights", pair, "--masks", 3, 4, 5, 0, 1, 6], "there are six anchors, 0 to 5")
+    expect_failure(convert_weights, ["--weights", voc_file, "--out", start], f"{start} exists; remove it, or choose")
     other = tmp_path / "other.pth"
     torch.save({"layer.weight": torch.zeros(3)}, other)
-    expect_mistake(convert_weights, ["--weights", other], "no parameter has a name of this network")
+    expect_failure(convert_weights, ["--weights", other], "no parameter has a name of this network")
     torch.save({"yolo_headP5.1.weight": torch.tensor(1.0)}, other)
-    expect_mistake(convert_weights, ["--weights", other], "other.pth has 1 rows in yolo_headP5.1.weight")
+    expect_failure(convert_weights, ["--weights", other], "other.pth has 1 rows in yolo_headP5.1.weight")
     torch.save(build_model(replace(VOC, phi=3)).state_dict(), other)
-    expect_mistake(convert_weights, ["--weights", other], "other.pth has the gains of train.py's attention")
+    expect_failure(convert_weights, ["--weights", other], "other.pth has the gains of train.py's attention")
     for script, flags in ((predict, [ROOT / "docs" / "images" / "demo_batch.jpg"]), (eval_script, [])):
-        expect_mistake(script, [*flags, "--weights", pair], f"make one with tools/convert_weights.py --weights {pair}")
+        expect_failure(script, [*flags, "--weights", pair], f"make one with tools/convert_weights.py --weights {pair}")
     assert [path.name for path in tmp_path.iterdir()] == ["yolov4-tiny.conv.29", "other.pth"]
 
 
