@@ -1,4 +1,1 @@
-"""The network: backbone, attention blocks, neck and heads, and the specification that describes it.
-
-Imports nothing from the rest of the project.
-"""
+"""The network and its specification. Imports nothing from the rest of the project."""

@@ -1,25 +1,25 @@
 """Attention blocks. Each takes `channels` first and multiplies a feature (B, C, H, W) by gates.
 
-The class names are the ones that users of YOLOv4-tiny know; parameter names match the published weights.
+Class names follow the best-known YOLOv4-tiny repository, parameter names the published weights.
 """
 
 from abc import ABC, abstractmethod
 from inspect import signature
 from math import gcd, log2
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-NORM_GROUPS = 16  # of ELA's group norm
+ELA_NORM_GROUPS = 16  # groups of ELA's group norm
 
 
 class AttentionBlock(nn.Module, ABC):
-    """What all blocks share: the output is the feature times its gates."""
+    """Base class: the output is the feature multiplied by its gates."""
 
     @abstractmethod
     def gates(self, x: Tensor) -> tuple[Tensor, ...]:
-        """The gates of (B, C, H, W), each 1 or the feature's own size along every axis, in 0..1."""
+        """Gates in 0..1 for a feature (B, C, H, W), each broadcastable to its shape."""
 
     def forward(self, x: Tensor) -> Tensor:
         for gate in self.gates(x):
@@ -28,7 +28,7 @@ class AttentionBlock(nn.Module, ABC):
 
 
 class se_block(AttentionBlock):
-    """Squeeze-and-Excitation, arXiv 1709.01507: a gate per channel from the global mean."""
+    """Squeeze-and-Excitation, arXiv 1709.01507: a gate per channel from global average pooling."""
 
     def __init__(self, channels: int, ratio: int = 16) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class se_block(AttentionBlock):
 
 
 class ChannelAttention(nn.Module):
-    """CBAM's first half: one shared two-layer network over the global mean and the global maximum."""
+    """First half of CBAM: a shared two-layer network on the global average and the global maximum."""
 
     def __init__(self, channels: int, ratio: int) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class ChannelAttention(nn.Module):
 
 
 class SpatialAttention(nn.Module):
-    """CBAM's second half: one convolution over the mean and the maximum along the channels."""
+    """Second half of CBAM: one convolution over the mean and the maximum across channels."""
 
     def __init__(self, kernel_size: int) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ class cbam_block(AttentionBlock):
     def __init__(self, channels: int, ratio: int = 8, kernel_size: int = 7) -> None:
         super().__init__()
         if kernel_size not in (3, 7):
-            raise ValueError(f"CBAM's kernel_size is 3 or 7, not {kernel_size}")
+            raise ValueError(f"kernel_size of CBAM is {kernel_size}, but must be 3 or 7")
         self.channelattention = ChannelAttention(channels, ratio)
         self.spatialattention = SpatialAttention(kernel_size)
 
@@ -87,7 +87,7 @@ class cbam_block(AttentionBlock):
 
 
 class eca_block(AttentionBlock):
-    """Efficient Channel Attention, arXiv 1910.03151: a 1-D convolution over the channels' global means."""
+    """Efficient Channel Attention, arXiv 1910.03151: a 1-D convolution across the channels' global means."""
 
     def __init__(self, channels: int, b: int = 1, gamma: int = 2) -> None:
         super().__init__()
@@ -100,7 +100,7 @@ class eca_block(AttentionBlock):
 
 
 class CA_Block(AttentionBlock):
-    """Coordinate Attention, arXiv 2103.02907: a gate per channel and row, times one per channel and column."""
+    """Coordinate Attention, arXiv 2103.02907: a gate per channel and row, and one per channel and column."""
 
     def __init__(self, channels: int, ratio: int = 16) -> None:
         super().__init__()
@@ -120,7 +120,7 @@ class CA_Block(AttentionBlock):
 
 
 class SimAM(AttentionBlock):
-    """SimAM, PMLR v139 yang21o: a gate per value from how far it lies from its channel's mean, without parameters."""
+    """SimAM, PMLR v139 yang21o: a gate per value from its distance to its channel's mean; has no parameters."""
 
     def __init__(self, channels: int, regularisation: float = 1e-4) -> None:
         super().__init__()
@@ -134,15 +134,15 @@ class SimAM(AttentionBlock):
 
 
 class EMAAttention(AttentionBlock):
-    """Efficient Multi-scale Attention, doi 10.1109/ICASSP49357.2023.10096516: a map for each of `factor` groups.
+    """Efficient Multi-scale Attention, doi 10.1109/ICASSP49357.2023.10096516: a spatial gate for each channel group.
 
-    Two branches, one along rows and columns, one of a 3x3 neighbourhood, weigh each other's channels.
+    Two branches, one pooled along rows and columns, one with a 3x3 convolution, weight each other's channels.
     """
 
     def __init__(self, channels: int, factor: int = 32) -> None:
         super().__init__()
         if not 1 <= factor <= channels or channels % factor:
-            raise ValueError(f"EMA's factor is {factor}, but must divide the {channels} channels of the feature")
+            raise ValueError(f"factor of EMA is {factor}, but must divide the feature's {channels} channels")
         self.factor, width = factor, channels // factor
         self.gn = nn.GroupNorm(width, width)
         self.conv1x1 = nn.Conv2d(width, width, 1)
@@ -156,24 +156,24 @@ class EMAAttention(AttentionBlock):
         rows, columns = self.conv1x1(torch.cat([rows, columns], dim=2)).sigmoid().split([height, width], dim=2)
         along = self.gn(groups * rows * columns.transpose(2, 3))
         around = self.conv3x3(groups)
-        maps = weighted_by(along, around) + weighted_by(around, along)  # (B*G, 1, H, W)
+        maps = sum_channels(along, around) + sum_channels(around, along)  # (B*G, 1, H, W)
         gate = maps.sigmoid().view(batch, self.factor, 1, height, width)
         return (gate.expand(-1, -1, channels // self.factor, -1, -1).reshape(x.shape),)
 
 
-def weighted_by(x: Tensor, other: Tensor) -> Tensor:
-    """The sum of channels (B, C, H, W) by the softmax of another feature's global means: (B, 1, H, W)."""
+def sum_channels(x: Tensor, other: Tensor) -> Tensor:
+    """Sum of x (B, C, H, W) over its channels, weighted by the softmax of the other's global means: (B, 1, H, W)."""
     return (x * other.mean(dim=(2, 3), keepdim=True).softmax(dim=1)).sum(dim=1, keepdim=True)
 
 
 class ELA(AttentionBlock):
-    """Efficient Local Attention, arXiv 2403.01123: a depthwise 1-D convolution along rows, and along columns."""
+    """Efficient Local Attention, arXiv 2403.01123: a depthwise 1-D convolution along each spatial axis."""
 
     def __init__(self, channels: int, kernel_size: int = 7) -> None:
         super().__init__()
         check_odd("ELA", kernel_size)
         self.conv = nn.Conv1d(channels, channels, kernel_size, padding=kernel_size // 2, groups=channels, bias=False)
-        self.gn = nn.GroupNorm(gcd(NORM_GROUPS, channels), channels)
+        self.gn = nn.GroupNorm(gcd(ELA_NORM_GROUPS, channels), channels)
 
     def gates(self, x: Tensor) -> tuple[Tensor, ...]:
         rows, columns = (self.gn(self.conv(x.mean(dim=axis))).sigmoid() for axis in (3, 2))  # (B, C, H), (B, C, W)
@@ -181,12 +181,12 @@ class ELA(AttentionBlock):
 
 
 class MLCA(AttentionBlock):
-    """Mixed Local Channel Attention, doi 10.1016/j.engappai.2023.106442: ECA of the whole and of 5x5 parts, mixed."""
+    """Mixed Local Channel Attention, doi 10.1016/j.engappai.2023.106442: the mean of a global and a 5x5 local ECA."""
 
     def __init__(self, channels: int, parts: int = 5, b: int = 1, gamma: int = 2) -> None:
         super().__init__()
         if parts < 1:
-            raise ValueError(f"MLCA's parts is {parts}, but must be at least 1")
+            raise ValueError(f"parts of MLCA is {parts}, but must be at least 1")
         self.parts = parts
         kernel_size = eca_kernel_size(channels, b, gamma)
         self.conv = nn.Conv1d(1, 1, kernel_size, padding=kernel_size // 2, bias=False)
@@ -203,13 +203,13 @@ class MLCA(AttentionBlock):
 
 
 def pool_evenly(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """Adaptive average pooling of (B, C, H, W) to `size`; as matrices, since ONNX has it only for whole ratios."""
+    """Adaptive average pooling of (B, C, H, W) to `size`, as matrix products: ONNX supports only integer ratios."""
     rows, columns = (pooling_matrix(old, new, x) for old, new in zip(x.shape[2:], size, strict=True))
     return rows @ x @ columns.T
 
 
 def pooling_matrix(old: int, new: int, like: Tensor) -> Tensor:
-    """(new, old): row i averages the elements from floor(i * old / new) to ceil((i + 1) * old / new)."""
+    """(new, old): row i averages elements floor(i * old / new) up to ceil((i + 1) * old / new)."""
     part, element = (torch.arange(count, device=like.device) for count in (new, old))
     first, end = part * old // new, ((part + 1) * old + new - 1) // new
     inside = ((element >= first[:, None]) & (element < end[:, None])).to(like.dtype)
@@ -217,7 +217,7 @@ def pooling_matrix(old: int, new: int, like: Tensor) -> Tensor:
 
 
 class TripletGate(nn.Module):
-    """One convolution over the maximum and the mean along one axis: a gate of 1 along it."""
+    """One convolution over the maximum and the mean along `axis`; the gate has size 1 there."""
 
     def __init__(self, axis: int, kernel_size: int) -> None:
         super().__init__()
@@ -232,7 +232,7 @@ class TripletGate(nn.Module):
 
 
 class TripletAttention(AttentionBlock):
-    """Triplet attention, arXiv 2010.03045: the mean of a gate along the height, the width and the channels."""
+    """Triplet attention, arXiv 2010.03045: the mean of the gates across height, width and channels."""
 
     def __init__(self, channels: int, kernel_size: int = 7) -> None:
         super().__init__()
@@ -245,63 +245,75 @@ class TripletAttention(AttentionBlock):
 
 
 def check_odd(name: str, kernel_size: int) -> None:
-    """Raise ValueError for a kernel that has no middle."""
+    """Raise ValueError unless the kernel size is odd and positive."""
     if kernel_size < 1 or kernel_size % 2 == 0:
-        raise ValueError(f"{name}'s kernel_size is {kernel_size}, but must be odd")
+        raise ValueError(f"kernel_size of {name} is {kernel_size}, but must be odd")
 
 
 def reduced_channels(channels: int, ratio: int) -> int:
-    """Width of a bottleneck; raises ValueError when the ratio leaves no channel."""
+    """Channels of a bottleneck; raises ValueError if the ratio leaves none."""
     if not 1 <= ratio <= channels:
-        raise ValueError(
-            f"attention ratio is {ratio}, but must lie between 1 and the {channels} channels of the feature"
-        )
+        raise ValueError(f"attention ratio is {ratio}, but must be between 1 and the feature's {channels} channels")
     return channels // ratio
 
 
 def eca_kernel_size(channels: int, b: int, gamma: int) -> int:
-    """ECA's odd kernel size for a number of channels (equation 12 of the paper)."""
+    """The odd kernel size of ECA for a number of channels (equation 12 of the paper)."""
     if gamma < 1:
-        raise ValueError(f"ECA's gamma is {gamma}, but must be at least 1")
-    size = int(abs((log2(channels) + b) / gamma))
-    return size if size % 2 else size + 1
+        raise ValueError(f"gamma of ECA is {gamma}, but must be at least 1")
+    return int(abs((log2(channels) + b) / gamma)) | 1  # the next odd number if it is even
 
 
-ATTENTION: dict[int, type[AttentionBlock] | None] = {
-    0: None,
-    1: se_block,
-    2: cbam_block,
-    3: eca_block,
-    4: CA_Block,
-    5: SimAM,
-    6: EMAAttention,
-    7: ELA,
-    8: MLCA,
-    9: TripletAttention,
+class AttentionOption(NamedTuple):
+    """What a value of `phi` stands for."""
+
+    name: str  # accepted by `--phi` as well as the number
+    block: type[AttentionBlock] | None
+
+
+ATTENTION: dict[int, AttentionOption] = {
+    0: AttentionOption("none", None),
+    1: AttentionOption("se", se_block),
+    2: AttentionOption("cbam", cbam_block),
+    3: AttentionOption("eca", eca_block),
+    4: AttentionOption("ca", CA_Block),
+    5: AttentionOption("simam", SimAM),
+    6: AttentionOption("ema", EMAAttention),
+    7: AttentionOption("ela", ELA),
+    8: AttentionOption("mlca", MLCA),
+    9: AttentionOption("triplet", TripletAttention),
 }
 
 
 def describe_phi() -> str:
-    """The valid values of `phi`, for messages: "0 (none), 1 (se_block), ..."."""
-    return ", ".join(f"{phi} ({block.__name__ if block else 'none'})" for phi, block in ATTENTION.items())
+    """The valid values of `phi`, for messages: "0 (none), 1 (se), ..."."""
+    return ", ".join(f"{phi} ({option.name})" for phi, option in ATTENTION.items())
+
+
+def parse_phi(text: str) -> int:
+    """The phi given by its number or its name; raises ValueError for any other text."""
+    for phi, option in ATTENTION.items():
+        if text.strip().lower() in (str(phi), option.name):
+            return phi
+    raise ValueError(f"phi is {text}, but must be one of {describe_phi()}")
 
 
 def build_attention(phi: int, channels: int, arguments: dict[str, Any]) -> nn.Module | None:
-    """The block that `phi` stands for, or None for phi 0.
+    """The attention block selected by `phi`, or None for phi 0.
 
-    Raises ValueError for an unknown phi or for arguments that the block does not take.
+    Raises ValueError for an unknown phi or an argument that the block does not accept.
     """
     if phi not in ATTENTION:
         raise ValueError(f"phi is {phi}, but must be one of {describe_phi()}")
-    block = ATTENTION[phi]
+    name, block = ATTENTION[phi]
     if block is None:
         if arguments:
-            raise ValueError(f"phi 0 has no attention block, so it takes no arguments (got {', '.join(arguments)})")
+            raise ValueError(f"phi 0 has no attention block and takes no arguments, but got {', '.join(arguments)}")
         return None
     known = dict(list(signature(block).parameters.items())[1:])  # after `channels`
-    for name, value in arguments.items():
-        if name not in known:
-            raise ValueError(f"phi {phi} ({block.__name__}) takes {', '.join(known)}, but no argument {name!r}")
-        if known[name].annotation is int and not isinstance(value, int):
-            raise ValueError(f"{name} of phi {phi} ({block.__name__}) is {value}, but must be a whole number")
+    for argument, value in arguments.items():
+        if argument not in known:
+            raise ValueError(f"phi {phi} ({name}) takes the arguments {', '.join(known)}, not {argument!r}")
+        if known[argument].annotation is int and not isinstance(value, int):
+            raise ValueError(f"{argument} of phi {phi} ({name}) is {value}, but must be an integer")
     return block(channels, **arguments)

@@ -10,7 +10,7 @@ BACKBONE_WEIGHTS = Path("model_data/CSPdarknet53_tiny_backbone_weights.pth")
 
 
 class BasicConv(nn.Module):
-    """Convolution without bias, batch norm, leaky ReLU: the only convolution block of this network."""
+    """Convolution without bias, batch norm and leaky ReLU."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1) -> None:
         super().__init__()
@@ -23,9 +23,9 @@ class BasicConv(nn.Module):
 
 
 class ResblockBody(nn.Module):
-    """Cross-stage-partial block: half of the channels go through two convolutions, then all are joined and pooled.
+    """Cross-stage partial block: half of the channels pass two convolutions, then all are concatenated and pooled.
 
-    Takes (B, C, H, W) and returns the pooled output (B, 2C, H/2, W/2) and the inner feature (B, C, H, W).
+    (B, C, H, W) -> the pooled output (B, 2C, H/2, W/2) and the feature before pooling (B, C, H, W).
     """
 
     def __init__(self, channels: int) -> None:
@@ -59,18 +59,18 @@ class CSPDarkNet(nn.Module):
         x = self.conv2(self.conv1(x))  # /4
         x, _ = self.resblock_body1(x)  # /8
         x, _ = self.resblock_body2(x)  # /16
-        x, feat1 = self.resblock_body3(x)  # /32, and its inner feature at /16
+        x, feat1 = self.resblock_body3(x)  # /32, and the feature before pooling at /16
         return feat1, self.conv3(x)
 
 
 def darknet53_tiny(pretrained: bool = False) -> CSPDarkNet:
-    """The backbone, with the published ImageNet weights when `pretrained`.
+    """The backbone, with the published ImageNet weights if `pretrained`.
 
-    Raises FileNotFoundError when the weights are not in `model_data/`.
+    Raises FileNotFoundError if the weights are not in `model_data/`.
     """
     model = CSPDarkNet()
     if pretrained:
         if not BACKBONE_WEIGHTS.is_file():
-            raise FileNotFoundError(f"there is no {BACKBONE_WEIGHTS}; put the published backbone weights there")
+            raise FileNotFoundError(f"{BACKBONE_WEIGHTS} does not exist; copy the published backbone weights there")
         model.load_state_dict(torch.load(BACKBONE_WEIGHTS, map_location="cpu", weights_only=True))
     return model

@@ -1,4 +1,4 @@
-"""YOLOv4-tiny: the network, and the specification that rebuilds it exactly."""
+"""YOLOv4-tiny: backbone, optional attention blocks, neck and two heads."""
 
 import copy
 from math import log
@@ -10,9 +10,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nets.attention import build_attention
 from nets.darknet53_tiny import BasicConv, darknet53_tiny
-from nets.spec import PLACES, STRIDES, ModelSpec
+from nets.spec import ATTENTION_PLACES, STRIDES, ModelSpec
 
-OBJECTS_PER_IMAGE = 8  # the prior that the heads' biases start from, arXiv 1708.02002 section 3.3
+OBJECTS_PER_IMAGE = 8  # prior for the initial bias of the objectness outputs, arXiv 1708.02002 section 3.3
+CLASS_PRIOR = 0.6  # divided by the number of classes - 0.99: initial bias of the class outputs
 
 
 class Upsample(nn.Module):
@@ -27,15 +28,16 @@ class Upsample(nn.Module):
 
 
 def yolo_head(in_channels: int, hidden_channels: int, out_channels: int) -> nn.Sequential:
+    """(B, C, H, W) -> (B, out_channels, H, W)."""
     return nn.Sequential(BasicConv(in_channels, hidden_channels, 3), nn.Conv2d(hidden_channels, out_channels, 1))
 
 
 class YoloBody(nn.Module):
     """Image batch (B, 3, H, W) in 0..1 -> raw heads P5 (B, A*(5+C), H/32, W/32) and P4 (B, A*(5+C), H/16, W/16).
 
-    `phi` chooses the attention block (`nets.attention.ATTENTION`), `attention_args` are its arguments, `places` says
-    where it stands. With `identity_start` a block enters as x + gain * (block(x) - x) with one learned gain per place
-    that begins at 0 (zero-init residual, arXiv 1706.02677), so that every phi equals phi 0 at step 0.
+    `phi` selects the attention block (see `nets.attention.ATTENTION`), `attention_args` are its arguments, and `places`
+    are the features it is applied to. With `identity_start` the block contributes x + gain * (block(x) - x), with one
+    learned gain per place that starts at 0 (zero-init residual, arXiv 1706.02677), so every phi initially equals phi 0.
     Raises ValueError for an unknown phi or place.
     """
 
@@ -47,20 +49,22 @@ class YoloBody(nn.Module):
         pretrained: bool = False,
         *,
         attention_args: dict[str, Any] | None = None,
-        places: tuple[str, ...] = tuple(PLACES),
+        places: tuple[str, ...] = tuple(ATTENTION_PLACES),
         identity_start: bool = False,
     ) -> None:
         super().__init__()
-        unknown = [place for place in places if place not in PLACES]
+        unknown = [place for place in places if place not in ATTENTION_PLACES]
         if unknown or (phi and not places):
-            raise ValueError(f"attention places are {', '.join(PLACES)}, not {', '.join(unknown) or 'none of them'}")
+            wrong = ", ".join(unknown) or "empty"
+            raise ValueError(f"places is {wrong}, but must be one or more of {', '.join(ATTENTION_PLACES)}")
         self.backbone = darknet53_tiny(pretrained)
         self.conv_for_P5 = BasicConv(512, 256, 1)
         self.yolo_headP5 = yolo_head(256, 512, len(anchors_mask[0]) * (5 + num_classes))
         self.upsample = Upsample(256, 128)
         self.yolo_headP4 = yolo_head(384, 256, len(anchors_mask[1]) * (5 + num_classes))
         self.attention_gain = nn.ParameterDict()
-        for place, channels in PLACES.items():  # last: for one seed every phi then draws the same for all other layers
+        # created last, so that all other layers are initialised alike for one seed, whatever phi is
+        for place, channels in ATTENTION_PLACES.items():
             block = build_attention(phi, channels, attention_args or {})
             if block is not None and place in places:
                 self.add_module(f"{place}_att", block)
@@ -84,7 +88,7 @@ class YoloBody(nn.Module):
 
 
 def build_model(spec: ModelSpec) -> YoloBody:
-    """A network of this specification with fresh weights; raises ValueError as `YoloBody` does."""
+    """A network with newly initialised weights; raises ValueError as `YoloBody` does."""
     model = YoloBody(
         spec.anchors_mask,
         spec.num_classes,
@@ -103,17 +107,17 @@ def set_head_priors(model: YoloBody, spec: ModelSpec) -> None:
         cells = spec.input_size[0] * spec.input_size[1] / stride**2
         bias = head[1].bias.detach().view(-1, 5 + spec.num_classes)
         bias[:, 4] = log(OBJECTS_PER_IMAGE / cells)
-        bias[:, 5:] = log(0.6 / (spec.num_classes - 0.99))
+        bias[:, 5:] = log(CLASS_PRIOR / (spec.num_classes - 0.99))
 
 
 def count_cost(model: nn.Module, input_size: tuple[int, int]) -> tuple[int, float]:
-    """Parameters, and GFLOP (two per multiply-add) for one image of (height, width)."""
+    """Number of parameters, and GFLOP (two per multiply-add) for one image of (height, width)."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         copy.deepcopy(model).to("meta").eval()(torch.empty(1, 3, *input_size, device="meta"))
     return sum(parameter.numel() for parameter in model.parameters()), counter.get_total_flops() / 1e9
 
 
 def summary(model: nn.Module, input_size: tuple[int, int]) -> str:
-    """The cost in one line."""
+    """Parameters and GFLOP as text, such as "5,918,006 parameters, 6.85 GFLOP at 416x416"."""
     parameters, gflop = count_cost(model, input_size)
     return f"{parameters:,} parameters, {gflop:.2f} GFLOP at {input_size[0]}x{input_size[1]}"

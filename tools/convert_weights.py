@@ -16,12 +16,12 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from nets.attention import ATTENTION
-from nets.spec import ModelSpec
+from nets.spec import ModelSpec, check_input_size
 from nets.yolo import YoloBody, build_model
 from utils.data.voc import load_classes
 from utils.detection.anchors import load_anchors
 from utils.system.cli import run_script
-from utils.system.errors import UserError, make_folder, refuse_overwrite
+from utils.system.errors import UserError, as_user_error, make_folder, refuse_overwrite
 from utils.weights.checkpoint import Checkpoint, save_checkpoint
 from utils.weights.pretrained import DARKNET, GAIN, fill, read_weights
 
@@ -45,8 +45,8 @@ class Config:
         """Raise UserError for a value that cannot work."""
         if not all(0 <= index < 6 for index in self.masks):
             raise UserError(f"masks are {self.masks}, but there are six anchors, 0 to 5")
-        if min(self.input_size) < 32 or any(side % 32 for side in self.input_size):
-            raise UserError(f"input_size is {self.input_size}, but both sides must be multiples of 32")
+        with as_user_error():
+            check_input_size(self.input_size)
 
 
 def main(config: Config) -> Path:

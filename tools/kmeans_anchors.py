@@ -14,7 +14,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from nets.spec import ModelSpec
+from nets.spec import ModelSpec, check_input_size
 from utils.data.statistics import anchor_fit, input_sides
 from utils.data.voc import load_classes, load_samples
 from utils.detection.anchors import load_anchors
@@ -22,7 +22,7 @@ from utils.detection.boxes import shape_iou
 from utils.reports.plots import draw_shapes
 from utils.system.cli import run_script
 from utils.system.diagnostics import Diagnostics
-from utils.system.errors import UserError, check_range, make_folder, refuse_overwrite
+from utils.system.errors import UserError, as_user_error, check_range, make_folder, refuse_overwrite
 from utils.system.files import atomic_write
 
 ROUNDS = 100  # of k-means at most
@@ -48,8 +48,8 @@ class Config:
     def __post_init__(self) -> None:
         """Raise UserError for a value that cannot work."""
         check_range(self, 1, 1000, "starts")
-        if min(self.input_size) < 32 or any(side % 32 for side in self.input_size):
-            raise UserError(f"input_size is {self.input_size}, but both sides must be multiples of 32")
+        with as_user_error():
+            check_input_size(self.input_size)
 
 
 def main(config: Config) -> Tensor:

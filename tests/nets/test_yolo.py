@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nets.attention import ATTENTION
-from nets.spec import PLACES, ModelSpec
+from nets.spec import ATTENTION_PLACES, ModelSpec
 from nets.yolo import YoloBody, build_model, summary
 from tests.conftest import ANCHORS, MASKS, REFERENCE, needs_shared, reference_value
 from tools import convert_weights
@@ -78,7 +78,7 @@ def test_a_phi_0_checkpoint_starts_every_phi(phi, tmp_path):
     other = build_model(replace(spec, phi=phi, class_names=("a", "b", "c"))).eval()
     line = start_from(other, weights, "a.safetensors")
     fresh = line.partition("fresh: ")[2].split(", ")
-    assert {name for name in fresh if not name.startswith(("attention_gain.", *PLACES))} == {
+    assert {name for name in fresh if not name.startswith(("attention_gain.", *ATTENTION_PLACES))} == {
         f"yolo_head{head}.1.{name}" for head in ("P5", "P4") for name in ("weight", "bias")
     }
     with torch.no_grad():

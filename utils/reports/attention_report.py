@@ -52,7 +52,7 @@ class Row:
 
     @property
     def name(self) -> str:
-        block = ATTENTION[self.phi]
+        block = ATTENTION[self.phi].block
         return block.__name__ if block else "none"
 
     def cells(self) -> list[str]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from nets.attention import AttentionBlock
-from nets.spec import PLACES
+from nets.spec import ATTENTION_PLACES
 from nets.yolo import YoloBody
 from utils.detection.anchors import decode_head, head_levels, reshape_head
 from utils.detection.boxes import batched_iou
@@ -163,7 +163,7 @@ def kept_inputs(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]
 def attend(model: YoloBody, pixels: Tensor) -> dict[str, Attended]:
     """Run a network in evaluation mode on a batch (B, 3, H, W) in 0..1: what its attention did, by place."""
     blocks: dict[str, AttentionBlock] = {
-        place: getattr(model, f"{place}_att") for place in PLACES if hasattr(model, f"{place}_att")
+        place: getattr(model, f"{place}_att") for place in ATTENTION_PLACES if hasattr(model, f"{place}_att")
     }
     with kept_inputs(blocks) as features:
         model(pixels)

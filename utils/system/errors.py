@@ -1,13 +1,23 @@
 """The one error type for a user's mistake, and how a script shows it."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from math import inf
 from pathlib import Path
 
 
 class UserError(Exception):
     """A mistake that one sentence explains: what is wrong, in which file or setting, and what to do."""
+
+
+@contextmanager
+def as_user_error() -> Iterator[None]:
+    """Turn a ValueError raised in the block into a UserError with the same message."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def check_range(settings: object, low: float, high: float, *names: str) -> None:
