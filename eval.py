@@ -12,9 +12,8 @@ from typing import Any
 import torch
 
 from utils.data.cache import PLACES, ImageCache, build_cache
-from utils.data.coco_json import Dataset, read_coco
-from utils.data.sample_checks import check_once
-from utils.data.voc import Sample, load_classes, load_samples
+from utils.data.coco_json import CocoDataset, load_coco_samples
+from utils.data.voc import Sample, check_unique, load_classes, load_samples
 from utils.detection.nms import Thresholds
 from utils.evaluation.coco import RESULTS, write_results
 from utils.evaluation.label_errors import BARELY
@@ -90,14 +89,14 @@ def load_detectors(config: Config, paths: Sequence[Path], device: torch.device) 
 
 def load_split(
     config: Config, class_names: tuple[str, ...], diagnostics: Diagnostics
-) -> tuple[list[Sample], Dataset | None, list[str]]:
+) -> tuple[list[Sample], CocoDataset | None, list[str]]:
     """The samples to measure on, what COCO's JSON says of them, and the names of the sets."""
     sets = [config.coco] if config.coco else list(config.sets)
     if config.coco:
-        samples, dataset = read_coco(config.coco, config.images, class_names)
+        samples, dataset = load_coco_samples(config.coco, config.images, class_names)
     else:
         samples, dataset = load_samples(config.devkit, config.sets, class_names, diagnostics), None
-    check_once(samples, sets, diagnostics)
+    check_unique(samples, sets, diagnostics)
     return samples, dataset, sets
 
 

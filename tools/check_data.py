@@ -17,9 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from nets.spec import ModelSpec
 from utils.data.duplicates import near_duplicates
-from utils.data.sample_checks import check_once, check_overlap
 from utils.data.statistics import input_sides, inspect_all
-from utils.data.voc import load_classes, load_samples
+from utils.data.voc import check_overlap, check_unique, load_classes, load_samples
 from utils.detection.anchors import head_levels, load_anchors
 from utils.reports.dataset_report import PAGE, TEXT, DataReport, Duplicate, Part
 from utils.system.cli import run_script
@@ -60,7 +59,7 @@ def check(config: Config) -> DataReport:
     class_names = load_classes(config.classes, settings)
     parts = read_parts(config, class_names)
     anchors = torch.zeros(0, 2)
-    with settings.item():
+    with settings.capture():
         anchors = torch.cat([level.anchors for level in head_levels(ModelSpec((), load_anchors(config.anchors)))])
     sides = input_sides(parts["train"].samples, config.input_size, config.letterbox)
     return DataReport(class_names, parts, settings, find_duplicates(parts), sides, anchors)
@@ -75,7 +74,7 @@ def read_parts(config: Config, class_names: Sequence[str]) -> dict[str, Part]:
             samples = load_samples(config.devkit, sets, class_names, diagnostics)
             objects[name] = sum(len(sample.labels) for sample in samples)
             if name != "train":
-                check_once(samples, sets, diagnostics)
+                check_unique(samples, sets, diagnostics)
             found = inspect_all(samples, ", ".join(sets), diagnostics)
             parts[name] = Part(sets, found, diagnostics, stops=name != "test")
     if "train" not in parts:

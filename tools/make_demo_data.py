@@ -1,7 +1,7 @@
-"""Draw a synthetic detection set in VOC layout: python tools/make_demo_data.py
+"""Draw a synthetic detection dataset in VOC layout: python tools/make_demo_data.py
 
-Coloured shapes of several classes, of a wide range of sizes and overlapping, on textured backgrounds. The same seed
-draws the same set. It goes into VOCdevkit/Demo and nowhere else.
+Overlapping coloured shapes of six classes and a wide range of sizes on textured backgrounds, written to
+VOCdevkit/Demo. The same seed draws the same dataset.
 """
 
 import sys
@@ -17,35 +17,36 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils.data.image_io import write_image
-from utils.data.label_writers import voc_xml
+from utils.data.label_writers import format_voc, write_lines
+from utils.data.voc_xml import LabeledObject
 from utils.system.cli import run_script
 from utils.system.errors import UserError, check_range, make_folder
 
 CLASSES = ("circle", "square", "triangle", "star", "cross", "ring")
-MARKER = "drawn_by_make_demo_data.txt"  # a folder without it is not ours to write to
+MARKER = "drawn_by_make_demo_data.txt"  # marks folders that this tool may overwrite
 MAX_OBJECTS = 9
-SIDES = (20, 180)  # pixels, least and greatest size of a shape
-MIN_VISIBLE = 0.5  # share of a shape that later ones leave uncovered
+SIDES = (20, 180)  # minimum and maximum size of a shape in pixels
+MIN_VISIBLE = 0.5  # fraction of a shape that must stay uncovered to be annotated
 CURVE_POINTS = 64
 
 
 @dataclass(frozen=True)
 class Config:
-    """Draw a synthetic detection set in VOC layout."""
+    """Draw a synthetic detection dataset in VOC layout."""
 
-    folder: str = "VOCdevkit/Demo"  # where it goes
-    train: int = 520  # images to train on
-    val: int = 60  # images to choose the best checkpoint on
-    test: int = 100  # images held out
-    seed: int = 0  # the same seed draws the same set
+    folder: str = "VOCdevkit/Demo"  # output folder
+    train: int = 520  # number of training images
+    val: int = 60  # number of validation images
+    test: int = 100  # number of test images
+    seed: int = 0  # random seed
 
     def __post_init__(self) -> None:
-        """Raise UserError for a value that cannot work."""
+        """Raise UserError for an invalid value."""
         check_range(self, 1, 1e6, "train", "val", "test")
 
 
 def outline(name: str, rng: np.random.Generator) -> np.ndarray:
-    """Points (N, 2) of a shape around the origin, within a circle of radius 1."""
+    """The outline (N, 2) of a shape within the unit circle."""
     if name in ("circle", "ring"):
         angles = np.linspace(0, 2 * np.pi, CURVE_POINTS, endpoint=False)
         return np.stack([np.cos(angles), np.sin(angles) * rng.uniform(0.8, 1)], axis=1)
@@ -64,7 +65,7 @@ def outline(name: str, rng: np.random.Generator) -> np.ndarray:
 
 
 def background(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """A texture: smooth noise at several scales, stripes and grain, uint8 (H, W, 3)."""
+    """A texture of smooth noise at several scales, stripes and grain, uint8 (H, W, 3)."""
     picture = np.full((height, width, 3), rng.uniform(60, 190, 3), np.float32)
     for cells in (3, 9, 27):
         noise = rng.normal(0, 45 / np.sqrt(cells), (cells, cells, 3)).astype(np.float32)
@@ -77,11 +78,11 @@ def background(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     return picture.clip(0, 255).astype(np.uint8)
 
 
-def draw_image(rng: np.random.Generator) -> tuple[np.ndarray, list[tuple[str, tuple[int, int, int, int]]]]:
-    """A picture (H, W, 3) and its objects: class, and xmin, ymin, xmax, ymax, 1-based and inclusive."""
+def draw_image(rng: np.random.Generator) -> tuple[np.ndarray, list[LabeledObject]]:
+    """An image (H, W, 3) and its objects."""
     height, width = int(rng.integers(260, 400)), int(rng.integers(300, 480))
     picture = background(rng, height, width)
-    owner = np.zeros((height, width), np.uint8)  # number of the object seen at each pixel
+    owner = np.zeros((height, width), np.uint8)  # number of the visible object at each pixel
     drawn = []
     for number in range(1, 1 + int(rng.integers(1, MAX_OBJECTS + 1))):
         name = str(rng.choice(CLASSES))
@@ -102,32 +103,29 @@ def draw_image(rng: np.random.Generator) -> tuple[np.ndarray, list[tuple[str, tu
         picture[inside] = (colour * np.broadcast_to(shade, picture.shape)).clip(0, 255)[inside]
         owner[inside] = number
         rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-        box = (int(columns[0]) + 1, int(rows[0]) + 1, int(columns[-1]) + 1, int(rows[-1]) + 1)
-        drawn.append((number, name, box, int(mask.sum())))
-    seen = np.bincount(owner.ravel(), minlength=MAX_OBJECTS + 1)
-    objects = [(name, box) for number, name, box, area in drawn if seen[number] >= MIN_VISIBLE * area]
+        box = [int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1]
+        drawn.append((number, LabeledObject(name, box, False), int(mask.sum())))
+    visible = np.bincount(owner.ravel(), minlength=MAX_OBJECTS + 1)
+    objects = [item for number, item, area in drawn if visible[number] >= MIN_VISIBLE * area]
     return cv2.GaussianBlur(picture, (3, 3), rng.uniform(0.3, 0.9)), objects
 
 
 def write_sample(folder: Path, seed: int, item: tuple[int, str]) -> None:
-    """Draw one image of its own seed, and write it with its annotation."""
+    """Draw and write one image, seeded by its number, with its annotation."""
     number, name = item
     picture, objects = draw_image(np.random.default_rng([seed, number]))
     write_image(folder / "JPEGImages" / f"{name}.jpg", picture)
-    labels = [(class_name, [x1 - 1, y1 - 1, x2, y2], False) for class_name, (x1, y1, x2, y2) in objects]
-    text = voc_xml(f"{name}.jpg", picture.shape[:2], labels)
+    text = format_voc(f"{name}.jpg", picture.shape[:2], objects)
     (folder / "Annotations" / f"{name}.xml").write_text(text, encoding="utf-8")
 
 
 def main(config: Config) -> None:
     folder = Path(config.folder)
     if folder.exists() and not (folder / MARKER).is_file() and any(folder.iterdir()):
-        raise UserError(f"{folder} exists and was not drawn by this tool; choose another --folder")
-    for part in ("JPEGImages", "Annotations", "ImageSets/Main"):
+        raise UserError(f"{folder} exists and was not made by this tool; choose another --folder")
+    for part in ("JPEGImages", "Annotations"):
         make_folder(folder / part)
-    (folder / MARKER).write_text(
-        "This folder is made, and overwritten, by tools/make_demo_data.py.\n", encoding="utf-8"
-    )
+    write_lines(folder / MARKER, ["This folder is written by tools/make_demo_data.py, which may overwrite it."])
     splits = {"train": config.train, "val": config.val, "test": config.test}
     names = {split: [f"{split}_{i:04d}" for i in range(count)] for split, count in splits.items()}
     items = list(enumerate(name for split in names.values() for name in split))
@@ -135,9 +133,9 @@ def main(config: Config) -> None:
         results = pool.map(partial(write_sample, folder, config.seed), items, chunksize=8)
         list(tqdm(results, f"drawing {folder}", len(items), disable=None))
     for split, ids in names.items():
-        (folder / "ImageSets" / "Main" / f"{split}.txt").write_text("\n".join(ids) + "\n", encoding="utf-8")
-    (folder / "classes.txt").write_text("\n".join(CLASSES) + "\n", encoding="utf-8")
-    print(f"{len(items)} images of {len(CLASSES)} classes are in {folder}; train on them with")
+        write_lines(folder / "ImageSets" / "Main" / f"{split}.txt", ids)
+    write_lines(folder / "classes.txt", CLASSES)
+    print(f"wrote {len(items)} images of {len(CLASSES)} classes to {folder}; train on them with")
     sets = f"--train-sets {folder.name}/train --val-sets {folder.name}/val"
     print(f"python train.py --devkit {folder.parent} {sets} --classes {folder / 'classes.txt'}")
 

@@ -13,7 +13,7 @@ import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from utils.data.coco_json import read_coco
+from utils.data.coco_json import load_coco_samples
 from utils.data.voc import Sample
 from utils.evaluation import coco
 from utils.evaluation.coco import coco_score, dataset_of, write_results
@@ -131,7 +131,7 @@ def truth(tmp_path):
 
 
 def test_coco_truth_and_results(truth, tmp_path):
-    samples, dataset = read_coco(truth, tmp_path, NAMES)
+    samples, dataset = load_coco_samples(truth, tmp_path, NAMES)
     assert [sample.name for sample in samples] == ["ä b", "1"]
     assert samples[0].boxes.tolist() == [[10, 10, 50, 50], [60, 10, 100.5, 50]]
     assert samples[0].labels.tolist() == [0, 1]
@@ -166,7 +166,7 @@ def test_ids_and_optional_fields_do_not_matter(truth, tmp_path):
     content = json.loads(truth.read_text())
     annotations = content["annotations"][:2]
     bare = [{name: item[name] for name in ("image_id", "category_id", "bbox")} for item in annotations]
-    samples, _ = read_coco(truth, tmp_path, NAMES)
+    samples, _ = load_coco_samples(truth, tmp_path, NAMES)
     perfect = [
         sv.Detections(sample.boxes, confidence=np.full(len(sample.labels), 0.9), class_id=sample.labels)
         if len(sample.labels)
@@ -176,7 +176,7 @@ def test_ids_and_optional_fields_do_not_matter(truth, tmp_path):
     perfect[1] = sv.Detections.empty()
     for changed in ([item | {"id": i} for i, item in enumerate(annotations)], bare):
         truth.write_text(json.dumps(content | {"annotations": changed}))
-        _, dataset = read_coco(truth, tmp_path, NAMES)
+        _, dataset = load_coco_samples(truth, tmp_path, NAMES)
         assert coco_score(dataset, perfect, NAMES).metrics["AP"] == pytest.approx(1)
 
 
@@ -184,7 +184,7 @@ def test_a_test_set_without_annotations_gives_results(truth, tmp_path):
     content = json.loads(truth.read_text())
     del content["annotations"]
     truth.write_text(json.dumps(content))
-    samples, dataset = read_coco(truth, tmp_path, NAMES)
+    samples, dataset = load_coco_samples(truth, tmp_path, NAMES)
     found = sv.Detections(np.array([[0.0, 0, 9, 9]]), confidence=np.array([0.5]), class_id=np.array([1]))
     write_results(tmp_path, dataset, [found] * len(samples))
     assert len(json.loads((tmp_path / "coco_results.json").read_text())) == 2
@@ -195,24 +195,24 @@ def test_an_object_without_width_is_cocos_alone(truth, tmp_path):
     content = json.loads(truth.read_text())
     content["annotations"][0]["bbox"][2] = 0
     truth.write_text(json.dumps(content))
-    samples, dataset = read_coco(truth, tmp_path, NAMES)
+    samples, dataset = load_coco_samples(truth, tmp_path, NAMES)
     assert samples[0].labels.tolist() == [1]
     assert len(dataset.truth["annotations"]) == 3
 
 
 def test_mistakes_in_coco_truth(truth, tmp_path):
     with pytest.raises(UserError, match=r"does not know: b; it knows a, c"):
-        read_coco(truth, tmp_path, ["a", "c"])
+        load_coco_samples(truth, tmp_path, ["a", "c"])
     with pytest.raises(UserError, match=r"ä b\.jpg, but it is not in .*--images"):
-        read_coco(truth, tmp_path / "elsewhere", NAMES)
+        load_coco_samples(truth, tmp_path / "elsewhere", NAMES)
     with pytest.raises(UserError, match=r"none\.json does not exist"):
-        read_coco(tmp_path / "none.json", tmp_path, NAMES)
+        load_coco_samples(tmp_path / "none.json", tmp_path, NAMES)
     content = json.loads(truth.read_text())
     first, second = content["images"]
     for name in ("../ä b.jpg", str(tmp_path / "ä b.jpg")):  # not even where there is one
         truth.write_text(json.dumps(content | {"images": [first | {"file_name": name}, second]}))
         with pytest.raises(UserError, match="not within a folder of images"):
-            read_coco(truth, tmp_path / "elsewhere", NAMES)
+            load_coco_samples(truth, tmp_path / "elsewhere", NAMES)
     image, category, annotation = (content[part][0] for part in ("images", "categories", "annotations"))
     broken = [
         {},
@@ -238,24 +238,24 @@ def test_mistakes_in_coco_truth(truth, tmp_path):
     ):
         truth.write_text(json.dumps(changed))
         with pytest.raises(UserError, match=words):
-            read_coco(truth, tmp_path, NAMES)
+            load_coco_samples(truth, tmp_path, NAMES)
     for text in ("", "[]", "null", "[" * 100_000, *map(json.dumps, broken)):
         truth.write_text(text)
         with pytest.raises(UserError, match=r"truth\.json is not COCO ground truth"):
-            read_coco(truth, tmp_path, NAMES)
+            load_coco_samples(truth, tmp_path, NAMES)
     truth.write_text(json.dumps(content | {"images": [first | {"file_name": "a" * 5000}, second]}))
     with pytest.raises(UserError, match="names the image aaa"):
-        read_coco(truth, tmp_path, NAMES)
+        load_coco_samples(truth, tmp_path, NAMES)
     os.truncate(truth, coco.MAX_BYTES + 1)
     with pytest.raises(UserError, match="too large"):
-        read_coco(truth, tmp_path, NAMES)
+        load_coco_samples(truth, tmp_path, NAMES)
     truth.unlink()
     os.mkfifo(truth)
     with pytest.raises(UserError, match="pipe or device"):
-        read_coco(truth, tmp_path, NAMES)
+        load_coco_samples(truth, tmp_path, NAMES)
 
 
 def test_a_byte_order_mark_does_not_matter(truth, tmp_path):
-    before = read_coco(truth, tmp_path, NAMES)[1].truth
+    before = load_coco_samples(truth, tmp_path, NAMES)[1].truth
     truth.write_bytes(codecs.BOM_UTF8 + truth.read_bytes())
-    assert read_coco(truth, tmp_path, NAMES)[1].truth == before
+    assert load_coco_samples(truth, tmp_path, NAMES)[1].truth == before

@@ -32,7 +32,7 @@ from nets.yolo import build_model
 from tests.benchmarks import benchmark_inference as benchmark_predict
 from tests.conftest import ANCHORS, ROOT, run
 from utils.data.image_io import encode_image, read_image, write_image
-from utils.data.voc_xml import read_annotation
+from utils.data.voc_xml import read_voc_xml
 from utils.inference.backends import TorchNetwork
 from utils.inference.detector import Detector
 from utils.inference.drawing import draw_detections
@@ -164,7 +164,7 @@ def test_compiling_changes_nothing(weights):
     images = torch.randint(256, (2, 3, 64, 96), dtype=torch.uint8)
     plain, compiled = (Detector.load(weights, compiled=compiled).network for compiled in (False, True))
     for part in (images, images[:1]):
-        for one, other in zip(plain.decode(plain(part)), compiled.decode(compiled(part)), strict=True):
+        for one, other in zip(plain.to_boxes(plain(part)), compiled.to_boxes(compiled(part)), strict=True):
             torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-3)
     counters = torch._dynamo.utils.counters
     assert counters["stats"]["unique_graphs"] == 1
@@ -186,8 +186,8 @@ def test_label_files_are_read_back(config, devkit, tmp_path):
     names = (out / "yolo" / "classes.txt").read_text().split()
     for image in coco.imgs.values():
         stem = Path(image["file_name"]).stem
-        _, objects = read_annotation(out / "voc" / "Annotations" / f"{stem}.xml")
-        pairs = [(item[1], box) for item, box in zip(objects, boxes[stem], strict=True) if item]  # None: the same again
+        _, objects = read_voc_xml(out / "voc" / "Annotations" / f"{stem}.xml")
+        pairs = [(item.box, boxes[stem][number - 1]) for number, item in objects.items()]
         np.testing.assert_allclose(*zip(*pairs, strict=True), atol=0.01)
         yolo = [line.split() for line in (out / "yolo" / "labels" / f"{stem}.txt").read_text().splitlines()]
         assert {names[int(row[0])] for row in yolo} <= {"disc", "square"}
@@ -551,8 +551,8 @@ def test_a_live_view_shows_the_newest_frame(weights, monkeypatch):
                 yield Frame(Path("x.jpg"), drawn_frame(number), Video("camera 0", RATE), number, time.monotonic())
 
     detector = Detector.load(weights)
-    find = detector.find
-    monkeypatch.setattr(detector, "find", lambda batch: time.sleep(delay) or find(batch))
+    detect_batch = detector.detect_batch
+    monkeypatch.setattr(detector, "detect_batch", lambda batch: time.sleep(delay) or detect_batch(batch))
     for every in (1, 3):
         pipeline = Pipeline(detector, [Endless(0, 0)], Look(every=every))
         seen = [(frame.number, frame.time, time.monotonic() - frame.time) for frame, _, _ in pipeline]

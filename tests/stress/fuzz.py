@@ -34,7 +34,7 @@ from utils.data.coco_json import read_truth
 from utils.data.image_io import read_image
 from utils.data.label_readers import read_label
 from utils.data.voc import load_classes, read_split, split_file
-from utils.data.voc_xml import read_annotation
+from utils.data.voc_xml import read_voc_xml
 from utils.detection.anchors import load_anchors
 from utils.system.diagnostics import Diagnostics
 from utils.system.errors import UserError
@@ -220,7 +220,7 @@ def read_set(path: Path) -> None:
 
 
 TARGETS = {
-    "xml": Target("a.xml", lambda path: read_annotation(path, Diagnostics()), annotations),
+    "xml": Target("a.xml", lambda path: read_voc_xml(path, Diagnostics()), annotations),
     "split": Target("a.txt", read_set, partial(words, "a", "../", "/", "\\", "\ufeff", "\r", " ", "\0", "a\nb", "..")),
     "classes": Target(
         "a.txt", lambda path: load_classes(path, Diagnostics()), partial(words, "cat", "\ufeff", "\r", " ")

@@ -13,7 +13,7 @@ from tests.conftest import ROOT
 from tools import check_data
 from utils.data.duplicates import Look, look_of, near_duplicates
 from utils.data.image_io import decode_image, read_encoded, write_image
-from utils.data.label_writers import voc_xml
+from utils.data.label_writers import format_voc
 from utils.data.statistics import describe_samples
 from utils.data.voc import Sample
 from utils.system.errors import UserError
@@ -63,7 +63,7 @@ def messy(devkit, tmp_path):
     picture = decode_image(read_encoded(folder / "JPEGImages" / "train_0003.jpg"), "a.jpg")
     smaller = cv2.resize(picture, None, fx=0.7, fy=0.7, interpolation=cv2.INTER_AREA)
     write_image(folder / "JPEGImages" / "copy.jpg", smaller)
-    text = voc_xml("copy.jpg", smaller.shape[:2], [("circel", [5, 5, 50, 60], True), ("star", [0, 0, 20, 20], False)])
+    text = format_voc("copy.jpg", smaller.shape[:2], [("circel", [5, 5, 50, 60], True), ("star", [0, 0, 20, 20], False)])
     (folder / "Annotations" / "copy.xml").write_text(
         text.replace("<difficult>1", "<truncated>1</truncated><difficult>1")
     )

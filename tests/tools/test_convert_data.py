@@ -11,7 +11,7 @@ from tests.conftest import SHARED, needs_shared
 from tools import convert_data
 from utils.data.image_io import write_image
 from utils.data.label_readers import read_coco, read_voc, read_yolo
-from utils.data.label_writers import voc_xml
+from utils.data.label_writers import format_voc
 from utils.data.voc import load_classes, load_samples
 from utils.system.diagnostics import Diagnostics
 
@@ -33,7 +33,7 @@ def voc(tmp_path):
     for name, objects in OBJECTS.items():
         write_image(folder / "JPEGImages" / name, np.full((30, 40, 3), 99, np.uint8))
         stem = name.rpartition(".")[0]
-        (folder / "Annotations" / f"{stem}.xml").write_text(voc_xml(name, (30, 40), objects), encoding="utf-8")
+        (folder / "Annotations" / f"{stem}.xml").write_text(format_voc(name, (30, 40), objects), encoding="utf-8")
     for split, names in SPLITS.items():
         (folder / "ImageSets" / "Main" / f"{split}.txt").write_text("\n".join(names), encoding="utf-8")
     (folder / "ImageSets" / "Main" / "zebra_train.txt").write_text("photo 1  1\nbild-ü -1\n", encoding="utf-8")
@@ -129,7 +129,7 @@ def test_exports_as_they_are(tmp_path, program, capsys):
         "CVAT": "<occluded>1</occluded><attributes><attribute><name>a</name><value>1</value></attribute></attributes>",
         "Label Studio": "<pose>Unspecified</pose><truncated>0</truncated>",
     }[program]
-    text = voc_xml("other name", (30, 40), [("cat", [1.5, 2.25, 10.0, 20.0], False)])
+    text = format_voc("other name", (30, 40), [("cat", [1.5, 2.25, 10.0, 20.0], False)])
     place = "<object>" if program != "LabelImg" else "<annotation>"
     (xml / "1a2b-cat.xml").write_text(text.replace(place, place + more))
     if program == "CVAT":

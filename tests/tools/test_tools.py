@@ -34,7 +34,7 @@ def test_demo_data_is_seeded_and_valid(devkit, tmp_path):
 
 def test_demo_data_spares_foreign_folders(expect_failure, tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
-    expect_failure(make_demo_data, ["--folder", tmp_path], "was not drawn by this tool")
+    expect_failure(make_demo_data, ["--folder", tmp_path], "was not made by this tool")
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 

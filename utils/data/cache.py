@@ -27,8 +27,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nets.spec import ModelSpec
+from utils.data.image_checks import clip_objects, read_sample
 from utils.data.image_io import fit_image
-from utils.data.sample_checks import fit_objects, read_sample
 from utils.data.voc import Sample
 from utils.detection.letterbox import Fit, fit_to_input
 from utils.system.device import available_memory
@@ -106,7 +106,7 @@ def build_cache(
     sizes = [(int(height), int(width)) for height, width in decoded.sizes]
     skipped = set(decoded.skipped)
     usable = [sample for i, sample in enumerate(samples) if i not in skipped]
-    samples = [fit_objects(sample, size, diagnostics) for sample, size in zip(usable, sizes, strict=True)]
+    samples = [clip_objects(sample, size, diagnostics) for sample, size in zip(usable, sizes, strict=True)]
     fits = [fit_to_input(size, spec.input_size, spec.letterbox)[0] for size in sizes]
     boxes, labels = padded_targets(samples, fits)
     return ImageCache(samples, images, boxes, labels, fits, sizes, decoded.checksums.tolist(), place)

@@ -1,4 +1,4 @@
-"""COCO JSON files: ground truth to evaluate on and to convert."""
+"""Ground truth in COCO's JSON format, read for evaluation and conversion."""
 
 import json
 import math
@@ -16,43 +16,47 @@ from utils.system.errors import UserError
 from utils.system.files import read_file
 from utils.system.text import show
 
-MAX_BYTES = 500_000_000  # of a JSON file; COCO's largest, instances_train2017.json, has 470 million
+MAX_BYTES = 500_000_000  # size limit of a JSON file; instances_train2017.json has 470 MB
+
+Entry = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Dataset:
-    """A split as COCO sees it."""
+class CocoDataset:
+    """Ground truth in COCO's terms, for samples in the same order."""
 
-    truth: dict[str, list]  # images, categories and annotations, as in COCO's JSON
-    images: list[int]  # the id of each sample's image
-    categories: list[int | None]  # the id of each class; None for one that the truth does not have
+    truth: dict[str, list[Entry]]  # images, categories and annotations, as in the JSON
+    images: list[int]  # the image id of each sample
+    categories: list[int | None]  # the category id of each class; None for a class that the ground truth lacks
 
 
-def read_coco(path: str | Path, images: str | Path, class_names: Sequence[str]) -> tuple[list[Sample], Dataset]:
-    """The ground truth in a COCO JSON file, whose images lie in the folder `images`; crowd counts as difficult.
+def load_coco_samples(
+    path: str | Path, images: str | Path, class_names: Sequence[str]
+) -> tuple[list[Sample], CocoDataset]:
+    """Read the ground truth in a COCO JSON file, whose images are in the folder `images`; crowds count as difficult.
 
-    Objects without width or height are COCO's alone, since no sample has them. Raises UserError for a file of another
-    form, an image that is not there, and objects of an unknown class.
+    The samples leave out objects without width or height, which only COCO's own scoring uses. Raises UserError for an
+    invalid file, a missing image, and objects of unknown classes.
     """
     path, folder = Path(path), Path(images)
     truth = read_truth(path)
     names = {item["id"]: item["name"] for item in truth["categories"]}
     labels = {name: i for i, name in enumerate(class_names)}
-    objects = defaultdict(list)
-    for item in truth["annotations"]:
-        objects[item["image_id"]].append(item)
     unknown = sorted({names[item["category_id"]] for item in truth["annotations"]} - set(class_names))
     if unknown:
         raise UserError(
             f"{path} has objects of classes that the checkpoint does not know: {', '.join(unknown)}; it knows "
             f"{', '.join(class_names)}"
         )
+    objects = defaultdict(list)
+    for item in truth["annotations"]:
+        objects[item["image_id"]].append(item)
     samples = []
     for image in truth["images"]:
         name = image["file_name"]
         check_within(path, name)
         if not os.path.isfile(folder / name):
-            raise UserError(f"{path} names the image {name}, but it is not in {folder}; give the folder as --images")
+            raise UserError(f"{path} lists the image {name}, but it is not in {folder}; give its folder with --images")
         found = [item for item in objects[image["id"]] if min(item["bbox"][2:]) > 0]
         boxes = np.array([item["bbox"] for item in found], dtype=np.float64).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
@@ -66,59 +70,61 @@ def read_coco(path: str | Path, images: str | Path, class_names: Sequence[str]) 
                 np.array([item["iscrowd"] for item in found], dtype=bool),
             )
         )
-    ids = {name: category for category, name in names.items()}
-    return samples, Dataset(truth, [item["id"] for item in truth["images"]], [ids.get(name) for name in class_names])
+    category_ids = {name: category for category, name in names.items()}
+    categories = [category_ids.get(name) for name in class_names]
+    return samples, CocoDataset(truth, [item["id"] for item in truth["images"]], categories)
 
 
-def read_truth(path: Path) -> dict[str, list[dict[str, Any]]]:
-    """What an evaluation needs of a COCO JSON file, checked; its annotations, which a test set lacks, from 1 on."""
+def read_truth(path: Path) -> dict[str, list[Entry]]:
+    """The checked images, categories and annotations of a COCO JSON file; annotation ids are renumbered from 1.
+
+    Test sets have no annotations.
+    """
     try:
         content = json.loads(read_file(path, MAX_BYTES))
         if not isinstance(content, dict):
             raise ValueError("it must be an object with images, categories and annotations")
         images = [
             {"id": item["id"], "file_name": str(item["file_name"])}
-            | {side: read_side(item, side) for side in ("height", "width")}
+            | {side: parse_side(item, side) for side in ("height", "width")}
             for item in content["images"]
         ]
         categories = [{"id": item["id"], "name": str(item["name"])} for item in content["categories"]]
-        annotations = [read_annotation(i, item) for i, item in enumerate(content.get("annotations") or [], start=1)]
-        check_listed(images, categories, annotations)
+        annotations = [parse_annotation(i, item) for i, item in enumerate(content.get("annotations") or [], start=1)]
+        check_references(images, categories, annotations)
     except KeyError as error:
-        raise UserError(f"{path} is not COCO ground truth: something in it has no {error}") from None
+        raise UserError(f"{path} is not COCO ground truth: it lacks an entry {error}") from None
     except (ValueError, TypeError, OverflowError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is not COCO ground truth: {error}") from None
     return {"images": images, "categories": categories, "annotations": annotations}
 
 
-def read_annotation(number: int, item: dict[str, Any]) -> dict[str, Any]:
-    """What an evaluation needs of an annotation; raises ValueError, TypeError or KeyError for what is none."""
+def parse_annotation(number: int, item: Entry) -> Entry:
+    """The entries of an annotation that an evaluation needs; raises ValueError, TypeError or KeyError if invalid."""
     x, y, width, height = map(float, item["bbox"])
-    surface = float(item.get("area", width * height))
-    if not all(map(math.isfinite, (x, y, width, height, surface))) or surface < 0:
-        raise ValueError(f"annotation {number} has the box {item['bbox']} and the area {surface:g}")
-    which = {name: item[name] for name in ("image_id", "category_id")}
+    area = float(item.get("area", width * height))
+    if not all(map(math.isfinite, (x, y, width, height, area))) or area < 0:
+        raise ValueError(f"annotation {number} has the box {item['bbox']} and the area {area:g}")
+    ids = {name: item[name] for name in ("image_id", "category_id")}
     crowd = int(bool(item.get("iscrowd", 0)))
-    return {"id": number, **which, "bbox": [x, y, width, height], "area": surface, "iscrowd": crowd}
+    return {"id": number, **ids, "bbox": [x, y, width, height], "area": area, "iscrowd": crowd}
 
 
-def check_listed(
-    images: list[dict[str, Any]], categories: list[dict[str, Any]], annotations: list[dict[str, Any]]
-) -> None:
-    """Raise ValueError unless images and categories are there, each once, and annotations are of these alone."""
+def check_references(images: Sequence[Entry], categories: Sequence[Entry], annotations: Sequence[Entry]) -> None:
+    """Raise ValueError unless there are images and categories with unique ids, and annotations refer only to these."""
     for what, items, key in (("image", images, "id"), ("category", categories, "id"), ("category", categories, "name")):
         if not items:
             raise ValueError(f"it lists no {what}")
-        if len(sorted({item[key] for item in items})) < len(items):  # ids of one type alone can be sorted
-            raise ValueError(f"it lists two items of {what} with one {key}")
+        if len(sorted({item[key] for item in items})) < len(items):  # sorting refuses ids of mixed types
+            raise ValueError(f"it lists two {what} entries with the same {key}")
     known_images, known_categories = ({item["id"] for item in items} for items in (images, categories))
     for item in annotations:
         if item["image_id"] not in known_images or item["category_id"] not in known_categories:
-            raise ValueError(f"annotation {item['id']} is of an image or a category that it does not list")
+            raise ValueError(f"annotation {item['id']} refers to an unlisted image or category")
 
 
-def read_side(image: dict[str, Any], name: str) -> int:
-    """An image's height or width in pixels; raises ValueError for what none can have."""
+def parse_side(image: Entry, name: str) -> int:
+    """An image's height or width in pixels; raises ValueError if it is invalid."""
     side = image[name]
     if not (isinstance(side, int | float) and 0 < side < 2**31 and side == int(side)):
         raise ValueError(f"the {name} of {show(image['file_name'])} is {show(side)}")
@@ -126,6 +132,6 @@ def read_side(image: dict[str, Any], name: str) -> int:
 
 
 def check_within(path: Path, name: str) -> None:
-    """Raise UserError for an image that would lie outside the folder of images."""
+    """Raise UserError for an image name that points outside the image folder."""
     if Path(name).is_absolute() or ".." in Path(name).parts:
-        raise UserError(f"{path} names the image {name}, which is not within a folder of images; name it from there")
+        raise UserError(f"{path} lists the image {name}, which is outside the image folder; use a path relative to it")

@@ -14,13 +14,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from utils.data.duplicates import Look, look_of
+from utils.data.image_checks import clip_objects, read_sample
 from utils.data.image_io import file_size
-from utils.data.sample_checks import fit_objects, read_sample
 from utils.data.voc import Sample
 from utils.data.voc_xml import MAX_BYTES
+from utils.detection.anchors import MIN_ANCHOR_IOU
 from utils.detection.boxes import shape_iou
 from utils.detection.letterbox import clip_boxes, fit_to_input
-from utils.detection.loss import LossSettings
 from utils.system.diagnostics import Diagnostic, Diagnostics
 from utils.system.files import read_file
 
@@ -47,7 +47,7 @@ def anchor_fit(sides: Tensor, anchors: Tensor) -> AnchorFit | None:
     if not len(sides):
         return None
     overlap = shape_iou(sides, anchors).amax(dim=1).double()
-    return AnchorFit((overlap > LossSettings.anchor_iou).double().mean().item(), overlap.mean().item())
+    return AnchorFit((overlap > MIN_ANCHOR_IOU).double().mean().item(), overlap.mean().item())
 
 
 def image_size(sample: Sample) -> tuple[int, int]:
@@ -85,7 +85,7 @@ def inspect(sample: Sample) -> Inspected:
     diagnostics, fitted, look = Diagnostics(collect=True), None, None
     with diagnostics.capture():
         image, _ = read_sample(sample, diagnostics)
-        fitted = replace(fit_objects(sample, image.shape[:2], diagnostics), size=image.shape[:2])
+        fitted = replace(clip_objects(sample, image.shape[:2], diagnostics), size=image.shape[:2])
         look = look_of(image)
     xml = read_file(sample.annotation, MAX_BYTES) if sample.annotation else b""
     return Inspected(fitted, look, len(TRUNCATED.findall(xml)), diagnostics.found)

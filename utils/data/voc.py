@@ -1,9 +1,9 @@
-"""Data sets in VOC layout: class files, split files and the samples that they name, each checked as it is read."""
+"""Datasets in VOC layout: class files, split files and the samples they list, checked as they are read."""
 
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -13,57 +13,61 @@ import numpy as np
 from tqdm import tqdm
 
 from nets.spec import MAX_CLASSES
-from utils.data.voc_xml import Annotation, AnnotationIndex
+from utils.data.voc_xml import Annotation, read_voc_xml
 from utils.system.diagnostics import Diagnostic, Diagnostics, FileError
 from utils.system.errors import UserError
 from utils.system.text import BOM, read_lines, read_text, show
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
-SIMILAR = 0.8  # share of letters that a misspelt class has in common with the one that is meant
+MIN_SIMILARITY = 0.8  # of a misspelt class name and the suggested one, from 0 to 1
 
-Unknown = dict[str, list[tuple[Path, str]]]  # of each class that is not known the files and places that have it
+UnknownClasses = dict[str, list[tuple[Path, str]]]  # class name -> files and places where it occurs
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One image and its objects."""
+    """An image and its objects."""
 
     name: str  # the image's id in its split file
     image: Path
-    size: tuple[int, int] | None  # height, width that the annotation states; (0, 0) where that cannot be
+    size: tuple[int, int] | None  # height, width as the annotation states them; (0, 0) if invalid, None if missing
     boxes: np.ndarray  # (N, 4) float32 xyxy in pixels of the image
     labels: np.ndarray  # (N,) int64, index into the class names
     difficult: np.ndarray  # (N,) bool
     annotation: Path | None = None  # the XML file
-    numbers: tuple[int, ...] = ()  # of each object its place among those of the annotation, from 1; empty: all of them
+    numbers: tuple[int, ...] = ()  # position of each object in the annotation, counted from 1; empty: 1 to N
 
     @property
     def source(self) -> Path:
-        """The file to name where an object is wrong."""
+        """The file to name in messages about an object."""
         return self.annotation or self.image
 
+    def number(self, index: int) -> int:
+        """The position of an object in its annotation, counted from 1."""
+        return self.numbers[index] if self.numbers else index + 1
+
     def place(self, index: int) -> str:
-        """The words for an object in a message."""
-        return f"object {self.numbers[index] if self.numbers else index + 1}"
+        """How messages refer to an object."""
+        return f"object {self.number(index)}"
 
 
 def load_classes(path: str | Path, diagnostics: Diagnostics | None = None) -> tuple[str, ...]:
-    """Class names from a file with one name a line."""
+    """The class names in a file with one name per line; raises UserError for a file that is missing or invalid."""
     path = Path(path)
     if not path.exists():
-        raise UserError(f"there is no class file {path}; write one with a class name on each line")
+        raise UserError(f"the class file {path} does not exist; write one class name per line to it")
     names = read_lines(path)
     if not names:
-        raise FileError(path, "is empty; write a class name on each line")
+        raise FileError(path, "is empty; write one class name per line")
     if "" in names:
         raise FileError(path, "is blank; remove it", f"line {names.index('') + 1}")
     name, times = Counter(names).most_common(1)[0]
     if times > 1:
-        raise FileError(path, f"has the class {show(name)!r} {times} times; keep one")
+        raise FileError(path, f"lists the class {show(name)!r} {times} times; keep one")
     if len(names) > MAX_CLASSES:
-        raise FileError(path, f"has {len(names):,} classes, but a network has at most {MAX_CLASSES:,}")
+        raise FileError(path, f"lists {len(names):,} classes, but at most {MAX_CLASSES:,} are supported")
     if diagnostics and BOM in read_text(path):
-        diagnostics.record_repair(path, "a byte-order mark before a class; it counts without", "line 1")
+        diagnostics.record_repair(path, "has a byte-order mark, which is ignored")
     return tuple(names)
 
 
@@ -74,28 +78,28 @@ def split_file(devkit: Path, name: str) -> Path:
 
 
 def read_split(devkit: Path, name: str, diagnostics: Diagnostics | None = None) -> list[str]:
-    """The image ids of a set such as VOC2007/trainval, each once."""
+    """The image ids of a set such as VOC2007/trainval, without repetitions."""
     diagnostics = diagnostics or Diagnostics(skips=False)
     if "/" not in name:
-        raise UserError(f"the set {name!r} names no split; write it as folder/split, such as {name}/train")
+        raise UserError(f"the set {name!r} does not name a split; write folder/split, such as {name}/train")
     path = split_file(devkit, name)
     if not path.exists():
         raise UserError(
-            f"there is no data set {name}: looked for {path}. Put a VOC data set under {devkit} "
-            "(make its split files with tools/make_splits.py), or run `make demo` for one to try"
+            f"the set {name} does not exist: looked for {path}. Put a VOC dataset in {devkit} (tools/make_splits.py "
+            "can make its split files), or try the demo dataset with `make demo`"
         )
     ids: dict[str, None] = {}
     for number, image_id in enumerate(read_lines(path), start=1):
         place = f"line {number}"
         with diagnostics.capture():
             if re.search(r"[/\\]|^\.\.?$", image_id):
-                raise FileError(path, f"names the path {show(image_id)!r}; it must be an image's name alone", place)
+                raise FileError(path, f"is the path {show(image_id)!r}, but must be the name of an image alone", place)
             if image_id in ids:
-                diagnostics.record_repair(path, "the same image again; it counts once", place)
+                diagnostics.record_repair(path, "repeats an earlier image and is ignored", place)
             elif image_id:
                 ids[image_id] = None
     if not ids:
-        raise FileError(path, "is empty: it must name an image on each line; tools/make_splits.py can make the splits")
+        raise FileError(path, "is empty; it must list one image per line (tools/make_splits.py can make the splits)")
     return list(ids)
 
 
@@ -104,82 +108,79 @@ def load_samples(
 ) -> list[Sample]:
     """All samples of sets such as ("VOC2007/trainval", "VOC2012/trainval"), in the order of their split files.
 
-    Raises UserError for whatever is missing or malformed, naming the file, unless `diagnostics` lets it go on; objects of
-    unknown classes then have the label -1.
+    Raises UserError, naming the file, for anything missing or malformed that `diagnostics` does not accept. If it
+    collects errors, objects of unknown classes have the label -1.
     """
     diagnostics = diagnostics or Diagnostics(skips=False)
     if not sets:
-        raise UserError("no set was given; name one such as VOC2007/train")
+        raise UserError("no dataset was given; name one or more sets such as VOC2007/train")
     indices = {name: i for i, name in enumerate(class_names)}
-    unknown: Unknown = defaultdict(list)
+    unknown: UnknownClasses = defaultdict(list)
     samples = [sample for name in sets for sample in load_set(Path(devkit), name, indices, diagnostics, unknown)]
     if unknown and not diagnostics.collect:
-        found = [f"{show(name)!r} ({len(unknown[name])}){hint(name, class_names)}" for name in sorted(unknown)]
+        found = [f"{show(name)!r} ({len(unknown[name])}{suggest(name, class_names)})" for name in sorted(unknown)]
         raise UserError(
-            f"the annotations of {', '.join(sets)} have classes that are not to be detected: {', '.join(found)}; those "
-            f"that are: {', '.join(class_names)}. Correct them, or take the class file or checkpoint that fits"
+            f"the annotations of {', '.join(sets)} have unknown classes: {', '.join(found)}; the known classes are "
+            f"{', '.join(class_names)}. Correct the annotations, or use a class file or checkpoint that matches"
         )
     for name, places in unknown.items():
-        reason = f"has the class {show(name)!r}{hint(name, class_names)}, which is not to be detected"
+        reason = f"has the unknown class {show(name)!r}{suggest(name, class_names)}"
         diagnostics.extend(Diagnostic("error", str(file), place, reason) for file, place in places)
     return samples
 
 
-def hint(name: str, class_names: Sequence[str]) -> str:
-    """The class that is meant, where a name differs from it little or in its case alone."""
+def suggest(name: str, class_names: Sequence[str]) -> str:
+    """A hint at the class that is probably meant, if one has a similar name."""
     folded = {known.casefold(): known for known in class_names}
-    near = get_close_matches(name.casefold(), folded, 1, SIMILAR)
-    return f" instead of {folded[near[0]]!r}" if near else ""
+    similar = get_close_matches(name.casefold(), folded, 1, MIN_SIMILARITY)
+    return f"; did you mean {folded[similar[0]]!r}?" if similar else ""
 
 
 def load_set(
-    devkit: Path, name: str, indices: Mapping[str, int], diagnostics: Diagnostics, unknown: Unknown
+    devkit: Path, name: str, indices: Mapping[str, int], diagnostics: Diagnostics, unknown: UnknownClasses
 ) -> list[Sample]:
-    """The samples of one set, with the labels that `indices` gives; other classes are noted in `unknown`."""
+    """The samples of one set, with the labels in `indices`; other classes are added to `unknown`."""
     source, folder = split_file(devkit, name), devkit / name.rpartition("/")[0]
     ids = read_split(devkit, name, diagnostics)
     images = index_images(folder / "JPEGImages")
-    annotations = AnnotationIndex(folder / "Annotations")
     samples = []
     for image_id in tqdm(ids, desc=f"annotations of {name}", leave=False, disable=None):
         with diagnostics.capture():
-            stem, xml = spelled(image_id, images), spelled(f"{image_id}.xml", annotations.states)
-            if stem != image_id or xml != f"{image_id}.xml":
-                diagnostics.record_repair(
-                    source, "writes an accent in another way than the file's name", show(image_id)
-                )
+            stem = match_spelling(image_id, images.__contains__)
+            xml = match_spelling(image_id, lambda form: os.path.lexists(folder / "Annotations" / f"{form}.xml"))
+            if stem != image_id or xml != image_id:
+                diagnostics.record_repair(source, "encodes accents differently from the file's name", show(image_id))
             image = find_image(images, stem, folder, source)
-            size, objects = annotations.read(xml, diagnostics)
-            sample = make_sample(image_id, image, folder / "Annotations" / xml, (size, objects), indices)
+            path = folder / "Annotations" / f"{xml}.xml"
+            annotation = read_voc_xml(path, diagnostics)
+            sample = make_sample(image_id, image, path, annotation, indices)
             for i in np.flatnonzero(sample.labels < 0):
-                unknown[objects[sample.numbers[i] - 1][0]].append((sample.source, sample.place(i)))
+                class_name = annotation.objects[sample.numbers[i]].class_name
+                unknown[class_name].append((sample.source, sample.place(i)))
             samples.append(sample)
-    annotations.save()
     return samples
 
 
 def make_sample(image_id: str, image: Path, xml: Path, annotation: Annotation, indices: Mapping[str, int]) -> Sample:
-    size, objects = annotation
-    numbers = [number for number, item in enumerate(objects, start=1) if item]
-    names, boxes, difficult = zip(*filter(None, objects), strict=True) if numbers else ((), (), ())
+    objects = annotation.objects.values()
     return Sample(
         image_id,
         image,
-        size,
-        np.array(boxes, dtype=np.float32).reshape(-1, 4),
-        np.array([indices.get(name, -1) for name in names], dtype=np.int64),
-        np.array(difficult, dtype=bool),
+        annotation.size,
+        np.array([item.box for item in objects], dtype=np.float32).reshape(-1, 4),
+        np.array([indices.get(item.class_name, -1) for item in objects], dtype=np.int64),
+        np.array([item.difficult for item in objects], dtype=bool),
         xml,
-        tuple(numbers),
+        tuple(annotation.objects),
     )
 
 
 def index_images(folder: Path) -> dict[str, list[Path]]:
-    """Image files of a folder by their name without suffix."""
+    """The image files in a folder by their names without suffix."""
     try:
         names = sorted(os.listdir(folder))
     except OSError as error:
-        raise UserError(f"there is no image folder {folder} that can be read: {error.strerror}") from None
+        raise UserError(f"cannot read the image folder {folder}: {error.strerror}") from None
     images = defaultdict(list)
     for name in names:
         stem, suffix = os.path.splitext(name)
@@ -188,18 +189,35 @@ def index_images(folder: Path) -> dict[str, list[Path]]:
     return images
 
 
-def spelled(name: str, names: Container[str]) -> str:
-    """A name as it stands among `names`, in either of the two ways in which Unicode can write accents."""
-    return next((form for form in (name, normalize("NFC", name), normalize("NFD", name)) if form in names), name)
+def match_spelling(name: str, exists: Callable[[str], bool]) -> str:
+    """The form of a name that exists, out of the two ways in which Unicode encodes accents; else the name itself."""
+    return next((form for form in (name, normalize("NFC", name), normalize("NFD", name)) if exists(form)), name)
 
 
 def find_image(images: Mapping[str, list[Path]], stem: str, folder: Path, source: Path) -> Path:
     found = images.get(stem, [])
     if not found:
-        raise FileError(source, f"names {show(stem)!r}, but {folder / 'JPEGImages'} has no image of that name")
+        raise FileError(source, f"lists {show(stem)!r}, but {folder / 'JPEGImages'} has no image of that name")
     if len(found) > 1:
-        raise FileError(
-            source,
-            f"names {show(stem)!r}, which has several images, {', '.join(path.name for path in found)}: keep one",
-        )
+        names = ", ".join(path.name for path in found)
+        raise FileError(source, f"lists {show(stem)!r}, which has several images ({names}); keep one")
     return found[0]
+
+
+def check_unique(samples: Sequence[Sample], sets: Sequence[str], diagnostics: Diagnostics) -> None:
+    """Add an error if `sets` list an image more than once, since an evaluation would count it more than once."""
+    counts = Counter(sample.image.resolve() for sample in samples)
+    repeated = [path for path, count in counts.items() if count > 1]
+    if repeated:
+        reason = f"list {len(repeated)} images more than once, such as {repeated[0]}; each must be counted once"
+        diagnostics.add(Diagnostic("error", ", ".join(sets), "", reason))
+
+
+def check_overlap(train: Sequence[Sample], val: Sequence[Sample], diagnostics: Diagnostics) -> None:
+    """Add an error if an image is in both the training and the validation sets, which would invalidate validation."""
+    known = {sample.image for sample in train}
+    shared = [sample for sample in val if sample.image in known]
+    if shared:
+        more = f", and so are {len(shared) - 1} others" if len(shared) > 1 else ""
+        reason = f"is in both the training and the validation sets{more}; tools/make_splits.py can make new splits"
+        diagnostics.add(Diagnostic("error", str(shared[0].image), "", reason))

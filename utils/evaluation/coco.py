@@ -16,7 +16,7 @@ import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from utils.data.coco_json import Dataset
+from utils.data.coco_json import CocoDataset
 from utils.data.voc import Sample
 from utils.evaluation.significance import ClassMatches
 from utils.system.files import atomic_write
@@ -25,7 +25,7 @@ RESULTS = "coco_results.json"
 COCO_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 
 
-def dataset_of(samples: Sequence[Sample], sizes: Sequence[tuple[int, int]], class_names: Sequence[str]) -> Dataset:
+def dataset_of(samples: Sequence[Sample], sizes: Sequence[tuple[int, int]], class_names: Sequence[str]) -> CocoDataset:
     """Samples of VOC. Objects marked difficult become crowd, as COCO has no other way to ignore them."""
     annotations = [
         {"image_id": i, "category_id": int(label), "bbox": to_xywh(box), "area": area(box), "iscrowd": int(difficult)}
@@ -37,10 +37,10 @@ def dataset_of(samples: Sequence[Sample], sizes: Sequence[tuple[int, int]], clas
         "categories": [{"id": i, "name": name} for i, name in enumerate(class_names)],
         "annotations": [{"id": i, **annotation} for i, annotation in enumerate(annotations, start=1)],
     }
-    return Dataset(truth, list(range(len(samples))), list(range(len(class_names))))
+    return CocoDataset(truth, list(range(len(samples))), list(range(len(class_names))))
 
 
-def results_of(dataset: Dataset, detections: Sequence[sv.Detections]) -> list[dict[str, Any]]:
+def results_of(dataset: CocoDataset, detections: Sequence[sv.Detections]) -> list[dict[str, Any]]:
     """Detections as COCO's results, in the ids of its JSON; those of classes that it does not have are left out."""
     return [
         {"image_id": image, "category_id": category, "bbox": to_xywh(box), "score": float(score)}
@@ -50,7 +50,7 @@ def results_of(dataset: Dataset, detections: Sequence[sv.Detections]) -> list[di
     ]
 
 
-def write_results(folder: Path, dataset: Dataset | None, detections: Sequence[sv.Detections]) -> None:
+def write_results(folder: Path, dataset: CocoDataset | None, detections: Sequence[sv.Detections]) -> None:
     """RESULTS in `folder`, as the COCO server takes it; without `dataset` nothing, and an older one is removed."""
     path = folder / RESULTS
     if dataset is None:
@@ -69,7 +69,7 @@ class CocoScore:
     matches: list[ClassMatches]  # of the classes that have objects
 
 
-def coco_score(dataset: Dataset, detections: Sequence[sv.Detections], class_names: Sequence[str]) -> CocoScore:
+def coco_score(dataset: CocoDataset, detections: Sequence[sv.Detections], class_names: Sequence[str]) -> CocoScore:
     """COCO's twelve figures from pycocotools, and AP per class; -1 where there is nothing to measure."""
     results = results_of(dataset, detections)
     truth = COCO()

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import supervision as sv
 
-from utils.data.coco_json import Dataset
+from utils.data.coco_json import CocoDataset
 from utils.data.voc import Sample
 from utils.detection.boxes import iou_matrix
 from utils.detection.nms import FALLBACK_CONFIDENCE, MIN_CONFIDENCE
@@ -80,7 +80,7 @@ def evaluate(
     detections: Sequence[sv.Detections],
     sizes: Sequence[tuple[int, int]],
     class_names: Sequence[str],
-    dataset: Dataset | None = None,
+    dataset: CocoDataset | None = None,
 ) -> Evaluation:
     """All figures of one split whose images are of `sizes`, height and width.
 

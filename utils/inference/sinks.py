@@ -18,14 +18,13 @@ from typing import Any
 import cv2
 import numpy as np
 import supervision as sv
-from supervision.dataset.formats.yolo import detections_to_yolo_annotations
 
 from utils.data.image_io import write_image
-from utils.data.label_writers import is_pixel, voc_xml
+from utils.data.label_writers import CocoFile, format_voc, format_yolo, spans_a_pixel, write_lines
 from utils.data.voc import IMAGE_SUFFIXES
+from utils.data.voc_xml import LabeledObject
 from utils.inference.drawing import draw_detections
 from utils.inference.video import Frame, Video, VideoWriter
-from utils.system.files import atomic_write
 
 VIDEO_SUFFIX = ".mp4"
 WINDOW = "detections; q or Esc closes"
@@ -190,9 +189,8 @@ class Voc(Labels):
         (self.folder / "Annotations").mkdir(parents=True, exist_ok=True)
 
     def label(self, name: str, frame: Frame, detections: sv.Detections) -> None:
-        found = zip(detections.class_id, detections.xyxy.astype(float).round(2).tolist(), strict=True)
-        objects = [(self.class_names[label], box, False) for label, box in found if is_pixel(box)]
-        text = voc_xml(name, frame.image.shape[:2], objects)
+        objects = [item for item in to_objects(detections, self.class_names) if spans_a_pixel(item.box)]
+        text = format_voc(name, frame.image.shape[:2], objects)
         (self.folder / "Annotations" / name).with_suffix(".xml").write_text(text, encoding="utf-8")
 
 
@@ -202,10 +200,10 @@ class Yolo(Labels):
     def __init__(self, folder: Path, class_names: Sequence[str]) -> None:
         super().__init__(folder / "yolo", class_names)
         (self.folder / "labels").mkdir(parents=True, exist_ok=True)
-        (self.folder / "classes.txt").write_text("\n".join(class_names) + "\n", encoding="utf-8")
+        write_lines(self.folder / "classes.txt", class_names)
 
     def label(self, name: str, frame: Frame, detections: sv.Detections) -> None:
-        lines = detections_to_yolo_annotations(detections, frame.image.shape)
+        lines = format_yolo(frame.image.shape[:2], to_objects(detections, self.class_names), self.class_names)
         text = "".join(line + "\n" for line in lines)
         (self.folder / "labels" / name).with_suffix(".txt").write_text(text, encoding="utf-8")
 
@@ -216,24 +214,17 @@ class Coco(Labels):
     def __init__(self, folder: Path, class_names: Sequence[str]) -> None:
         super().__init__(folder / "coco", class_names)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.entries: list[dict[str, Any]] = []
-        self.annotations: list[dict[str, Any]] = []
+        self.file = CocoFile(class_names)
 
     def label(self, name: str, frame: Frame, detections: sv.Detections) -> None:
-        height, width = frame.image.shape[:2]
-        self.entries.append({"id": len(self.entries) + 1, "file_name": name, "width": width, "height": height})
-        for item, label in zip(describe_detections(detections, self.class_names), detections.class_id, strict=True):
-            x1, y1, x2, y2 = item["box"]
-            sides = [round(x2 - x1, 2), round(y2 - y1, 2)]
-            annotation = {"id": len(self.annotations) + 1, "image_id": len(self.entries), "category_id": int(label) + 1}
-            annotation |= {"bbox": [x1, y1, *sides], "area": round(sides[0] * sides[1], 2), "iscrowd": 0}
-            self.annotations.append(annotation | {"score": item["score"]})
+        image_id = len(self.file.images) + 1
+        self.file.add_image(image_id, name, frame.image.shape[:2])
+        objects = to_objects(detections, self.class_names)
+        for item, score in zip(objects, detections.confidence, strict=True):
+            self.file.add_object(image_id, item, score=round(float(score), 5))
 
     def close(self) -> None:
-        categories = [{"id": number, "name": name} for number, name in enumerate(self.class_names, start=1)]
-        content = {"images": self.entries, "annotations": self.annotations, "categories": categories}
-        with atomic_write(self.folder / "annotations.json") as file:
-            file.write(json.dumps(content, ensure_ascii=False).encode())
+        self.file.write(self.folder / "annotations.json")
 
 
 class Crops(Sink):
@@ -333,6 +324,12 @@ def describe_detections(detections: sv.Detections, class_names: Sequence[str]) -
         | ({} if track is None else {"track": track})
         for box, score, label, track in columns
     ]
+
+
+def to_objects(detections: sv.Detections, class_names: Sequence[str]) -> list[LabeledObject]:
+    """The detections as objects of an annotation, rounded like those in `describe_detections`."""
+    items = describe_detections(detections, class_names)
+    return [LabeledObject(item["class"], item["box"], False) for item in items]
 
 
 def track_ids(detections: sv.Detections) -> list[int | None]:

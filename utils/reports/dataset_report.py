@@ -12,7 +12,7 @@ import supervision as sv
 from torch import Tensor
 
 from utils.data.image_io import encode_image
-from utils.data.sample_checks import read_sample
+from utils.data.image_checks import read_sample
 from utils.data.statistics import Inspected, anchor_fit, describe_samples, summarize
 from utils.data.voc import Sample
 from utils.inference.drawing import draw_view

@@ -13,11 +13,11 @@ import torch
 
 from utils.data.cache import ImageCache
 from utils.data.image_io import encode_image
-from utils.data.sample_checks import read_sample
+from utils.data.image_checks import read_sample
 from utils.data.statistics import anchor_fit
 from utils.data.voc import Sample
 from utils.detection.anchors import head_levels
-from utils.detection.loss import LossSettings
+from utils.detection.anchors import MIN_ANCHOR_IOU
 from utils.evaluation.coco import COCO_NAMES
 from utils.evaluation.label_errors import Suspicion, suspect_labels
 from utils.evaluation.metrics import Evaluation, confident, confusion_matrix, on_difficult, pair
@@ -137,7 +137,7 @@ class Report:
             num_suspicions=len(suspicions),
             kinds=Counter(item.kind for item in suspicions),
             recall=show(metrics["best_possible_recall"]),
-            anchor_iou=LossSettings.anchor_iou,
+            anchor_iou=MIN_ANCHOR_IOU,
         )
 
     def worst_images(self) -> list[dict[str, Any]]:
