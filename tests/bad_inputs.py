@@ -432,11 +432,11 @@ CLASSES = [
         ("classes.txt", "300,000 classes", "at most 10,000"),
     ),
     Row(76, "empty", lambda scene: scene.classes.write_text("\ufeff\n"), ERROR, ("classes.txt", "is empty")),
-    Row(77, "odd count", lambda scene: scene.anchors.write_text("1,2, " * 5 + "3"), ERROR, ("anchors.txt", "has 11")),
+    Row(77, "odd count", lambda scene: scene.anchors.write_text("1,2, " * 5 + "3"), ERROR, ("anchors.txt", "contains 11 numbers")),
     Row(
-        78, "no number", lambda scene: scene.anchors.write_text("1,x, " * 6), ERROR, ("anchors.txt", "'x' is no number")
+        78, "no number", lambda scene: scene.anchors.write_text("1,x, " * 6), ERROR, ("anchors.txt", "'x' is not a number")
     ),
-    Row(78, "NaN", lambda scene: scene.anchors.write_text("1,nan, " * 6), ERROR, ("anchors.txt", "'nan' is no number")),
+    Row(78, "NaN", lambda scene: scene.anchors.write_text("1,nan, " * 6), ERROR, ("anchors.txt", "'nan' is not a number")),
     Row(79, "zero", lambda scene: scene.anchors.write_text("1,0, " * 6), ERROR, ("anchors.txt", "sides")),
     Row(79, "negative", lambda scene: scene.anchors.write_text("1,-2, " * 6), ERROR, ("anchors.txt", "sides")),
 ]

@@ -6,7 +6,7 @@ import torch
 
 from nets.spec import ModelSpec
 from tests.conftest import ANCHORS, REFERENCE, ROOT, needs_shared
-from utils.detection.anchors import decode, head_levels, load_anchors
+from utils.detection.anchors import decode_heads, head_levels, load_anchors
 from utils.system.errors import UserError
 
 
@@ -16,7 +16,7 @@ def test_decode_by_hand(scale_xy, left):
     heads = [torch.full((1, 21, size, size), -20.0) for size in (2, 4)]
     # the second P5 anchor (135x169), cell x 1, y 0: tx 1, ty 0, tw log 2, th 0, objectness 0, class b certain
     heads[0].view(1, 3, 7, 2, 2)[0, 1, :, 0, 1] = torch.tensor([1.0, 0.0, np.log(2), 0.0, 0.0, -20.0, 20.0])
-    boxes, scores = decode(heads, head_levels(spec), scale_xy)
+    boxes, scores = decode_heads(heads, head_levels(spec), scale_xy)
     assert boxes.shape == (1, 3 * (4 + 16), 4)
     best = scores[0, :, 1].argmax()
     assert best == 1 * 4 + 0 * 2 + 1  # anchor, row, column
@@ -30,7 +30,7 @@ def test_decode_matches_darknet():
     arrays = np.load(REFERENCE / "darknet_voc20.npz")
     spec = ModelSpec(tuple(map(str, range(20))), ANCHORS, scale_xy=1.05)
     heads = [torch.from_numpy(arrays[f"head_{name}"]) for name in ("p5", "p4")]
-    boxes, scores = decode(heads, head_levels(spec), spec.scale_xy)
+    boxes, scores = decode_heads(heads, head_levels(spec), spec.scale_xy)
     # Darknet's rows run cell by cell with the anchor fastest, ours anchor by anchor
     rows = [arrays[f"yolo_{name}"].reshape(size * size, 3, 25) for name, size in (("p5", 5), ("p4", 10))]
     theirs = torch.from_numpy(np.concatenate([row.transpose(1, 0, 2).reshape(-1, 25) for row in rows]))
@@ -43,7 +43,7 @@ def test_decode_matches_darknet():
 
 def test_wild_sizes_stay_finite():
     heads = [torch.full((1, 18, size, size), value) for size, value in ((1, 1e4), (2, -1e4))]
-    boxes, _ = decode(heads, head_levels(ModelSpec(("a",), ANCHORS)), 2.0)
+    boxes, _ = decode_heads(heads, head_levels(ModelSpec(("a",), ANCHORS)), 2.0)
     assert boxes.isfinite().all()
     assert (boxes[..., 2:] > boxes[..., :2]).all()
 

@@ -8,9 +8,10 @@ import torch.nn.functional as F
 
 from nets.spec import STRIDES, ModelSpec
 from tests.conftest import ANCHORS
-from utils.detection.anchors import Level, head_levels
+from utils.detection.anchors import head_levels
+from utils.detection.assignment import assign_targets
 from utils.detection.boxes import batched_iou, ciou
-from utils.detection.loss import HEAD_BALANCE, LossSettings, YoloLoss, assign_targets, matching_anchors
+from utils.detection.loss import HEAD_BALANCE, LossSettings, YoloLoss
 
 SPEC = ModelSpec(("a", "b", "c"), ANCHORS, input_size=(96, 128))
 SETTINGS = LossSettings()
@@ -27,38 +28,6 @@ LABELS = torch.tensor([[0, 2, -1], [1, -1, -1], [-1, -1, -1]])
 def random_heads(seed: int = 0) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(3, 24, 96 // stride, 128 // stride, generator=generator) for stride in STRIDES]
-
-
-def test_anchors_by_hand():
-    levels = (Level(32, torch.tensor([[40.0, 40], [200, 200]])), Level(16, torch.tensor([[20.0, 40], [40, 40]])))
-    boxes = torch.tensor([[[0.0, 0, 40, 40], [0, 0, 30, 40], [0, 0, 2, 2]]])
-    coarse, fine = matching_anchors(boxes, levels, 0.6)
-    # 40x40 is itself in both heads; 30x40 overlaps 40x40 by 0.75 and 20x40 by 0.67; 2x2 takes the best, 4 / 800
-    assert coarse[0].tolist() == [[True, False], [True, False], [False, False]]
-    assert fine[0].tolist() == [[False, True], [True, True], [True, False]]
-
-
-def test_assignment_by_hand():
-    level = Level(32, torch.tensor([[40.0, 40], [200, 200]]))
-    boxes = torch.tensor([[[20.0, 68, 60, 108], [0, 0, 1, 1]]])  # centre 40, 88: cell (1, 2), at (1.25, 2.75)
-    labels, matches = torch.tensor([[0, -1]]), torch.tensor([[[True, False], [True, True]]])
-    found = assign_targets(boxes, labels, matches, level, (4, 4))
-    slots = found.mask[0].nonzero().flatten().tolist()
-    assert slots == [0, 1, 2]
-    assert found.cells[0, slots].tolist() == [[1, 2], [0, 2], [1, 3]]  # own cell, left, below
-    assert found.index[0, slots].tolist() == [9, 8, 13]
-    assert found.target[0, slots].tolist() == [0, 0, 0]
-    both = assign_targets(boxes, labels, torch.ones_like(matches), level, (4, 4))
-    assert both.mask.sum() == 6
-    assert both.index[0, 3:6].tolist() == [25, 24, 29]
-    assert both.anchors[3].tolist() == [200, 200]
-
-
-def test_no_neighbour_beyond_the_border():
-    level = Level(32, torch.tensor([[40.0, 40]]))
-    boxes = torch.tensor([[[0.0, 0, 30, 30], [98, 98, 128, 128]]])  # centres (0.47, 0.47) and (3.53, 3.53)
-    found = assign_targets(boxes, torch.tensor([[0, 0]]), torch.ones(1, 2, 1, dtype=torch.bool), level, (4, 4))
-    assert found.mask[0].tolist() == [True, False, False, True, False, False]
 
 
 def slow_boxes(head, level) -> dict[tuple[int, ...], torch.Tensor]:

@@ -4,7 +4,7 @@ from math import exp
 
 import torch
 
-from utils.detection.nms import SPREAD, Thresholds, select_detections
+from utils.detection.nms import VOTING_SIGMA, Thresholds, select_detections
 
 BOXES = torch.tensor(
     [[[0.0, 0, 10, 10], [0, 0, 10, 9], [20, 20, 30, 30]], [[0.0, 0, 10, 10], [1, 1, 5, 5], [0, 0, 9, 9]]]
@@ -15,7 +15,7 @@ SCORES = torch.tensor([[[0.6, 0.1], [0.9, 0.2], [0.3, 0.8]], [[0.0, 0.0], [0.0, 
 def test_classes_and_images_are_apart():
     first, second = select_detections(BOXES, SCORES, 0.15, Thresholds())
     kept = BOXES[0][[1, 2, 2, 1]].clone()  # the first box of class 0 overlaps the second
-    share = 0.6 * exp(-((1 - 0.9) ** 2) / SPREAD)  # of its say, at an IoU of 0.9
+    share = 0.6 * exp(-((1 - 0.9) ** 2) / VOTING_SIGMA)  # of its say, at an IoU of 0.9
     kept[0, 3] = (0.9 * 9 + share * 10) / (0.9 + share)
     torch.testing.assert_close(first[0], kept)
     torch.testing.assert_close(first[1], torch.tensor([0.9, 0.8, 0.3, 0.2]))
@@ -30,7 +30,7 @@ def test_a_box_does_not_depend_on_the_confidence():
     scores = torch.tensor([[[0.8], [0.3], [0.09], [0.08], [0.07]]])
     for confidence in (0.001, 0.2, 0.5):
         ((found, *_),) = select_detections(boxes, scores, confidence, Thresholds())
-        share = 0.3 * exp(-((1 - 0.9) ** 2) / SPREAD)
+        share = 0.3 * exp(-((1 - 0.9) ** 2) / VOTING_SIGMA)
         torch.testing.assert_close(found[0], torch.tensor([0, 0, 10, (0.8 * 10 + share * 9) / (0.8 + share)]))
     ((found, *_),) = select_detections(boxes, scores, 0.001, Thresholds())
     assert torch.equal(found[1:], boxes[0, 3:4])
@@ -71,7 +71,7 @@ def test_a_batch_gives_what_its_images_give():
 
 
 def test_agnostic_suppression_keeps_one_class_per_object():
-    first, _ = select_detections(BOXES, SCORES, 0.15, Thresholds(agnostic=True))
+    first, _ = select_detections(BOXES, SCORES, 0.15, Thresholds(class_agnostic=True))
     torch.testing.assert_close(first[1], torch.tensor([0.9, 0.8]))
     assert first[2].tolist() == [0, 1]
 

@@ -16,8 +16,8 @@ from nets.spec import ModelSpec
 from nets.yolo import YoloBody, build_model
 from tests.conftest import ANCHORS, MASKS
 from utils.data.image_io import fit_image, read_image, write_image
-from utils.detection.anchors import decode, decode_head, head_levels
-from utils.detection.boxes import spread
+from utils.detection.anchors import decode_head, decode_heads, head_levels
+from utils.detection.boxes import project_to_image
 from utils.detection.letterbox import Fit
 from utils.detection.nms import Thresholds
 from utils.inference.backends import TorchNetwork
@@ -31,12 +31,12 @@ from utils.weights.checkpoint import Checkpoint, save_checkpoint
 
 def test_cells_are_spread_over_the_pixels_of_the_image():
     row = torch.tensor([[[0.0, 1.0]]])  # two cells of 2x4 pixels each
-    whole = spread(row, Fit(1, 1, 0, 0), (4, 4), (4, 4))
+    whole = project_to_image(row, Fit(1, 1, 0, 0), (4, 4), (4, 4))
     np.testing.assert_allclose(whole, np.broadcast_to([0, 0.25, 0.75, 1], (1, 4, 4)), atol=1e-6)
     column = torch.tensor([[[0.0], [4.0], [8.0], [0.0]]])  # a cell for each row, of which the middle two are the image
-    inner = spread(column, Fit(1, 1, 0, 1), (4, 4), (2, 4))
+    inner = project_to_image(column, Fit(1, 1, 0, 1), (4, 4), (2, 4))
     np.testing.assert_allclose(inner, np.broadcast_to([[4], [8]], (1, 2, 4)), atol=1e-5)
-    twice = spread(row, Fit(0.5, 0.5, 0, 0), (4, 4), (8, 8))[0, 0]
+    twice = project_to_image(row, Fit(0.5, 0.5, 0, 0), (4, 4), (8, 8))[0, 0]
     np.testing.assert_allclose(twice, [0, 0, 0.125, 0.375, 0.625, 0.875, 1, 1], atol=1e-6)
 
 
@@ -89,7 +89,7 @@ def test_a_planted_gate_lights_the_planted_place():
     fitted, fit = fit_image(image, (160, 160), letterbox=True)
     attention = attend(model, torch.from_numpy(fitted).permute(2, 0, 1)[None] / 255)
     for place in ("feat1", "feat2"):
-        (lit,) = spread(attention[place].factor.mean(dim=1), fit, (160, 160), (200, 320))
+        (lit,) = project_to_image(attention[place].factor.mean(dim=1), fit, (160, 160), (200, 320))
         outside = np.ones((200, 320), bool)
         outside[square] = False
         assert (lit[outside] < 0.25).all()
@@ -117,7 +117,7 @@ def test_maps_shift_with_the_object():
         explanation = explainer(image, detections)
         (cause,) = explanation.causes
         maps = [*explanation.objectness.values(), cause.grad_cam, cause.evidence]
-        found.append([spread(cells[None], explanation.fit, (576, 576), (576, 576))[0] for cells in maps])
+        found.append([project_to_image(cells[None], explanation.fit, (576, 576), (576, 576))[0] for cells in maps])
     for before, after in zip(*found, strict=True):
         assert np.ptp(before[middle]) > 1e-4
         np.testing.assert_allclose(after[208:336, 272:368], before[middle], atol=1e-3)  # CA's gates see the whole row
@@ -134,7 +134,7 @@ def test_a_detection_is_traced_to_the_prediction_it_came_from():
     with torch.no_grad():
         outputs = explainer.model(torch.rand(1, 3, 64, 96))
     levels = dict(zip(HEADS, head_levels(spec), strict=True))
-    everything, scores = decode(outputs, tuple(levels.values()), spec.scale_xy)
+    everything, scores = decode_heads(outputs, tuple(levels.values()), spec.scale_xy)
     for number in (0, 17, 20, 60):  # of the 18 of P5 and 72 of P4
         head, index = explainer.find_cell(outputs, everything[0, number], 1)
         boxes, logits = decode_head(outputs[HEADS.index(head)], levels[head], spec.scale_xy)

@@ -18,7 +18,7 @@ from nets.yolo import build_model
 from tests.conftest import ANCHORS, REFERENCE, ROOT, needs_shared
 from tools import convert_weights
 from utils.data.voc import load_classes
-from utils.detection.anchors import decode, head_levels
+from utils.detection.anchors import decode_heads, head_levels
 from utils.inference.detector import Detector
 from utils.system.errors import UserError
 from utils.weights.checkpoint import load_checkpoint
@@ -71,7 +71,7 @@ def test_heads_and_boxes_are_darknets(voc_file):
         heads = model(torch.from_numpy(reference["x"]))
     for head, level, name in zip(heads, head_levels(VOC), ("p5", "p4"), strict=True):
         np.testing.assert_allclose(head.numpy(), reference[f"head_{name}"], atol=1e-4)
-        boxes, scores = (values[0] for values in decode([head], [level], VOC.scale_xy))
+        boxes, scores = (values[0] for values in decode_heads([head], [level], VOC.scale_xy))
         cells = head.shape[2] * head.shape[3]
         boxes, scores = (values.view(3, cells, -1).transpose(0, 1).flatten(0, 1).numpy() for values in (boxes, scores))
         expected = reference[f"yolo_{name}"]
@@ -93,7 +93,7 @@ def test_converted_darknet_weights_find_the_same(voc_file, tmp_path, capsys):
         heads = detector.network.model(torch.from_numpy(reference["x"]))
     for head, name in zip(heads, ("p5", "p4"), strict=True):
         np.testing.assert_allclose(head.numpy(), reference[f"head_{name}"], atol=1e-4)
-    boxes, scores = (values[0].numpy() for values in detector.network.decode(heads))
+    boxes, scores = (values[0].numpy() for values in detector.network.to_boxes(heads))
     expected = np.concatenate([
         reference[f"yolo_{name}"].reshape(-1, 3, 25).swapaxes(0, 1).reshape(-1, 25) for name in ("p5", "p4")
     ])  # the cell fastest, as ours  # fmt: skip

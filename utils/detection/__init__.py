@@ -1,4 +1,4 @@
-"""The mathematics of detection: boxes, anchors, loss and non-maximum suppression.
+"""The mathematics of detection: boxes, anchors, target assignment, loss and non-maximum suppression.
 
 May import `nets` and `utils.system`.
 """

@@ -1,4 +1,4 @@
-"""The only reader of raw heads: anchors, grids, and the decoding of predictions into boxes."""
+"""Anchors, and decoding of the network's raw heads into boxes and scores."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,12 +7,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nets.spec import STRIDES, ModelSpec
+from nets.spec import MAX_ANCHOR_SIDE, MIN_ANCHOR_SIDE, STRIDES, ModelSpec
 from utils.system.diagnostics import FileError
 from utils.system.text import parse_number, read_lines
 
-MIN_SIDE, MAX_SIDE = 0.1, 100_000  # pixels of an anchor
-MAX_LOG_SIZE = 8.0  # keeps the exp() of a wild size away from 0 and infinity; no box is e^8 times its anchor
+MIN_ANCHOR_IOU = 0.3  # between the shapes of an object and of the anchors assigned to it
+MAX_LOG_SIZE = 8.0  # keeps exp() finite and above 0; no box is e^8 times as large as its anchor
 
 
 class Level(NamedTuple):
@@ -23,7 +23,7 @@ class Level(NamedTuple):
 
 
 def head_levels(spec: ModelSpec, device: torch.device | str = "cpu") -> tuple[Level, ...]:
-    """The heads of a network in its order, P5 first."""
+    """The heads of a network, P5 first."""
     anchors = torch.tensor(spec.anchors, dtype=torch.float32, device=device)
     return tuple(Level(stride, anchors[list(mask)]) for stride, mask in zip(STRIDES, spec.anchors_mask, strict=True))
 
@@ -35,7 +35,7 @@ def reshape_head(head: Tensor, num_anchors: int) -> Tensor:
 
 
 def decode_boxes(raw: Tensor, cells: Tensor, anchors: Tensor, stride: int, scale_xy: float) -> Tensor:
-    """Raw (..., 4) at cells (..., 2) x, y with anchors (..., 2) -> xyxy (..., 4) in input pixels.
+    """Raw predictions (..., 4), cells (..., 2) x, y and anchors (..., 2) -> xyxy (..., 4) in input pixels.
 
     Darknet's formula: centre = sigmoid(t) * scale_xy - (scale_xy - 1) / 2 + cell, size = anchor * exp(t).
     """
@@ -54,25 +54,25 @@ def decode_head(head: Tensor, level: Level, scale_xy: float) -> tuple[Tensor, Te
     return boxes.flatten(1, 3), raw[..., 4:].flatten(1, 3)
 
 
-def decode(heads: Sequence[Tensor], levels: Sequence[Level], scale_xy: float) -> tuple[Tensor, Tensor]:
-    """Raw heads -> boxes (B, N, 4) xyxy in input pixels and class scores (B, N, C), objectness multiplied in."""
-    boxes, logits = zip(
-        *(decode_head(head, level, scale_xy) for head, level in zip(heads, levels, strict=True)), strict=True
-    )
+def decode_heads(heads: Sequence[Tensor], levels: Sequence[Level], scale_xy: float) -> tuple[Tensor, Tensor]:
+    """Raw heads -> boxes (B, N, 4) xyxy in input pixels and scores (B, N, C), class times objectness."""
+    decoded = [decode_head(head, level, scale_xy) for head, level in zip(heads, levels, strict=True)]
+    boxes, logits = zip(*decoded, strict=True)
     scores = torch.cat(logits, dim=1).sigmoid()  # (B, N, 1+C)
     return torch.cat(boxes, dim=1), scores[..., :1] * scores[..., 1:]
 
 
 def load_anchors(path: str | Path) -> tuple[tuple[float, float], ...]:
-    """Anchors from a text file of comma-separated width, height pairs in input pixels."""
+    """Read six anchors from a text file of comma-separated widths and heights in input pixels; raises FileError."""
     path = Path(path)
     words = " ".join(read_lines(path)).replace(",", " ").split()
     try:
         numbers = [parse_number(word) for word in words]
     except ValueError as error:
-        raise FileError(path, f"must have numbers as anchors, such as 10,14, 23,27 ({error})") from None
+        raise FileError(path, f"must contain numbers, such as 10,14, 23,27: {error}") from None
     if len(numbers) != 12:
-        raise FileError(path, f"must have six anchors, that is 12 numbers, and has {len(numbers)}")
-    if not all(MIN_SIDE <= number <= MAX_SIDE for number in numbers):
-        raise FileError(path, f"has anchors whose sides are not between {MIN_SIDE} and {MAX_SIDE:,} pixels")
+        raise FileError(path, f"must contain six anchors (12 numbers), but contains {len(numbers)} numbers")
+    low, high = MIN_ANCHOR_SIDE, MAX_ANCHOR_SIDE
+    if not all(low <= number <= high for number in numbers):
+        raise FileError(path, f"contains anchors with sides that are not between {low} and {high:,} pixels")
     return tuple(zip(numbers[::2], numbers[1::2], strict=True))

@@ -1,4 +1,4 @@
-"""Coordinate arithmetic. Boxes are float xyxy in pixels of the image they belong to, unless a name says otherwise."""
+"""Box arithmetic. Boxes are float xyxy in pixels of the image they belong to, unless a name says otherwise."""
 
 from math import pi
 
@@ -10,16 +10,16 @@ from torchvision.ops import box_iou
 
 from utils.detection.letterbox import Fit
 
-EPSILON = 1e-7  # keeps divisions finite, as in torchvision
+EPSILON = 1e-7  # avoids division by zero; the value of torchvision
 
 
-def spread(cells: Tensor, fit: Fit, input_size: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
-    """Maps (K, H, W) whose cells share the network's input evenly -> (K, *size), each pixel of the image its value.
+def project_to_image(cells: Tensor, fit: Fit, input_size: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
+    """Resample feature maps (K, H, W) bilinearly to the original image of `size` -> (K, *size), without the padding.
 
-    Between the centres of cells it is interpolated; what lies on padding is cut off.
+    The cells of a map divide the network's input of `input_size` evenly. Sizes are (height, width).
     """
     (height, width), (input_height, input_width) = size, input_size
-    y = ((torch.arange(height) + 0.5) * fit.scale_y + fit.offset_y) / input_height  # of pixel centres, in 0..1
+    y = ((torch.arange(height) + 0.5) * fit.scale_y + fit.offset_y) / input_height  # centres of the pixels, in 0..1
     x = ((torch.arange(width) + 0.5) * fit.scale_x + fit.offset_x) / input_width
     grid = torch.stack(torch.meshgrid(2 * x - 1, 2 * y - 1, indexing="xy"), dim=-1)  # (height, width, 2)
     cells = cells.detach().float().cpu()
@@ -29,7 +29,7 @@ def spread(cells: Tensor, fit: Fit, input_size: tuple[int, int], size: tuple[int
 def ciou(boxes: Tensor, others: Tensor) -> Tensor:
     """Complete IoU (arXiv 1911.08287) of pairs: (..., 4) and (..., 4) xyxy -> (...), at most 1.
 
-    Equal to torchvision's, which picks the pairs that overlap and so has a GPU's user wait for their number.
+    The values of torchvision's version, which selects overlapping pairs by index and so synchronises with the GPU.
     """
     sides, other_sides = boxes[..., 2:] - boxes[..., :2], others[..., 2:] - others[..., :2]
     corners = torch.maximum(boxes[..., :2], others[..., :2]), torch.minimum(boxes[..., 2:], others[..., 2:])
@@ -45,12 +45,12 @@ def ciou(boxes: Tensor, others: Tensor) -> Tensor:
 
 
 def box_area(boxes: Tensor) -> Tensor:
-    """(..., 4) xyxy -> (...)."""
+    """Areas: (..., 4) xyxy -> (...)."""
     return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
 
 
 def batched_iou(boxes: Tensor, others: Tensor) -> Tensor:
-    """IoU of every pair within each image: (B, N, 4) and (B, M, 4) xyxy -> (B, N, M); 0 for empty boxes."""
+    """IoU of all pairs within each image: (B, N, 4) and (B, M, 4) xyxy -> (B, N, M); 0 for empty boxes."""
     left_top = torch.maximum(boxes[:, :, None, :2], others[:, None, :, :2])
     right_bottom = torch.minimum(boxes[:, :, None, 2:], others[:, None, :, 2:])
     overlap = (right_bottom - left_top).clamp_(min=0).prod(dim=-1)  # (B, N, M)
@@ -59,11 +59,11 @@ def batched_iou(boxes: Tensor, others: Tensor) -> Tensor:
 
 
 def iou_matrix(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """IoU of every pair: (N, 4) and (M, 4) xyxy -> (N, M) float64."""
+    """IoU of all pairs: (N, 4) and (M, 4) xyxy -> (N, M) float64."""
     return box_iou(torch.from_numpy(boxes).double(), torch.from_numpy(others).double()).numpy()
 
 
 def shape_iou(sides: Tensor, others: Tensor) -> Tensor:
-    """IoU of boxes laid over each other at one corner: sides (..., 2) and (N, 2), width and height -> (..., N)."""
+    """IoU of boxes aligned at one corner: widths and heights (..., 2) and (N, 2) -> (..., N)."""
     overlap = torch.minimum(sides[..., None, :], others).prod(dim=-1)
     return overlap / (sides.prod(dim=-1)[..., None] + others.prod(dim=-1) - overlap)

@@ -1,4 +1,4 @@
-"""How an image is placed in the network's input, stretched or letterboxed, and how boxes move with it."""
+"""Placement of an image in the network's input, stretched or letterboxed, and the same transform of boxes."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,7 @@ import numpy as np
 
 
 class Fit(NamedTuple):
-    """How an image lies in the network's input: input = original * scale + offset, per axis."""
+    """Transform from image to network input, per axis: input = original * scale + offset."""
 
     scale_x: float
     scale_y: float
@@ -14,7 +14,7 @@ class Fit(NamedTuple):
     offset_y: float
 
     def to_input(self, boxes: np.ndarray) -> np.ndarray:
-        """(N, 4) xyxy in the original -> (N, 4) xyxy in the network's input."""
+        """Boxes (N, 4) xyxy in the original image -> (N, 4) xyxy in the network's input."""
         return boxes * np.float32([self.scale_x, self.scale_y] * 2) + np.float32([self.offset_x, self.offset_y] * 2)
 
     def to_original(self, boxes: np.ndarray) -> np.ndarray:
@@ -23,9 +23,9 @@ class Fit(NamedTuple):
 
 
 def fit_to_input(size: tuple[int, int], input_size: tuple[int, int], letterbox: bool) -> tuple[Fit, tuple[int, int]]:
-    """Where an image of `size` lies in an input of `input_size` (both height, width), and its size there.
+    """The transform of an image of `size` into an input of `input_size` (both height, width), and its size there.
 
-    With `letterbox` the aspect ratio stays and the rest is padding on both sides, else each axis is stretched.
+    With `letterbox` the aspect ratio is kept and both sides are padded; otherwise each axis is stretched.
     """
     (height, width), (input_height, input_width) = size, input_size
     if not letterbox:
@@ -37,6 +37,6 @@ def fit_to_input(size: tuple[int, int], input_size: tuple[int, int], letterbox: 
 
 
 def clip_boxes(boxes: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """(N, 4) xyxy clipped to an image of (height, width)."""
+    """Boxes (N, 4) xyxy clipped to an image of (height, width)."""
     height, width = size
     return np.clip(boxes, 0, np.float32([width, height, width, height]))

@@ -1,4 +1,4 @@
-"""From scores to detections: threshold, the best few, suppression, and the mean of what was suppressed."""
+"""Non-maximum suppression (NMS) with confidence thresholds and box averaging."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,60 +10,60 @@ from torchvision.ops import batched_nms, box_iou
 
 from utils.system.errors import UserError, check_range
 
-FALLBACK_CONFIDENCE = 0.3  # of a class for which no validation suggests a better one
-MIN_CONFIDENCE = 0.1  # that is suggested for a class; boxes with less have no say in where an object is
-SPREAD = 0.05  # of the overlaps of boxes with an object that have a say in where it is
+FALLBACK_CONFIDENCE = 0.3  # threshold of a class for which validation has suggested none
+MIN_CONFIDENCE = 0.1  # lowest suggested threshold; lower-scoring boxes do not take part in box averaging
+VOTING_SIGMA = 0.05  # of variance voting: the larger, the more boxes with a low IoU count in the average
 
 Selection = tuple[Tensor, Tensor, Tensor]  # boxes (D, 4), scores (D,), labels (D,)
 
 
 @dataclass(frozen=True)
 class Thresholds:
-    """What of the network's output becomes a detection."""
+    """Settings that decide which predictions become detections."""
 
-    confidence: float | None = None  # least score; None: of each class what the checkpoint suggests
-    per_class: Mapping[str, float] = field(default_factory=dict)  # the same, of single classes
-    only: tuple[str, ...] = ()  # classes to detect; empty: all
-    nms_iou: float = 0.5  # two boxes of a class that overlap more are one object
-    agnostic: bool = False  # of whichever classes
-    top_k: int = 3000  # candidates of an image that enter NMS
-    max_detections: int = 300  # of an image
+    confidence: float | None = None  # minimum score; None: the thresholds that the checkpoint suggests per class
+    per_class: Mapping[str, float] = field(default_factory=dict)  # minimum scores that override it for some classes
+    class_filter: tuple[str, ...] = ()  # classes to detect; empty: all
+    nms_iou: float = 0.5  # two boxes of a class with a higher IoU count as one object
+    class_agnostic: bool = False  # suppress overlapping boxes of different classes too
+    top_k: int = 3000  # candidates per image that enter NMS
+    max_detections: int = 300  # per image
 
     def __post_init__(self) -> None:
         if self.confidence is not None:
             check_range(self, 0, 1, "confidence")
         for name, value in self.per_class.items():
             if not 0 <= value <= 1:
-                raise UserError(f"the confidence for {name} is {value}, but must be between 0 and 1")
+                raise UserError(f"confidence of {name} is {value}, but must be between 0 and 1")
         check_range(self, 0, 1, "nms_iou")
         check_range(self, 1, inf, "top_k", "max_detections")
 
 
-EVALUATION_THRESHOLDS = Thresholds(confidence=0.001)  # low, so that the whole curve is seen
+EVALUATION_THRESHOLDS = Thresholds(confidence=0.001)  # low, to cover the whole precision-recall curve
 
 
 def select_detections(boxes: Tensor, scores: Tensor, confidence: float | Tensor, limits: Thresholds) -> list[Selection]:
     """Boxes (B, N, 4) xyxy and class scores (B, N, C) -> per image boxes (D, 4), scores (D,), labels (D,).
 
-    A box counts once for each class whose score exceeds `confidence`, one for all or (C,), and not that of `limits`.
-    The best `top_k` pairs of an image enter NMS, at most `max_detections` leave it, sorted by falling score. Then each
-    box becomes the mean that `average_boxes` tells, whatever `confidence` is.
+    A box is a candidate for each class whose score exceeds `confidence`, a number or one per class (C,), which replaces
+    that of `limits`. The `top_k` candidates of an image enter NMS; at most `max_detections` remain, in descending order
+    of score, and are refined by `average_boxes`, whose result does not depend on `confidence`.
     """
     batch, _, num_classes = scores.shape
     flat = scores.flatten(1)  # (B, N*C)
-    scores, order = flat.topk(min(limits.top_k, flat.shape[1]), dim=1)  # (B, K), falling
+    scores, order = flat.topk(min(limits.top_k, flat.shape[1]), dim=1)  # (B, K), descending
     labels = order % num_classes
     if isinstance(confidence, Tensor):
         confidence = confidence[labels]
     images, columns = (scores > confidence).nonzero(as_tuple=True)
     places = order // num_classes
-    groups = images if limits.agnostic else images * num_classes + labels[images, columns]
+    groups = images if limits.class_agnostic else images * num_classes + labels[images, columns]
     entering = boxes[images, places[images, columns]], scores[images, columns]
-    # float64, since batched_nms may shift the boxes of each group far apart
+    # float64, since batched_nms may offset the boxes of each group by a large number
     kept = batched_nms(*(values.double() for values in entering), groups, limits.nms_iou)
-    kept = kept.sort().values  # as the candidates came: image by image, falling score within
+    kept = kept.sort().values  # by image, then by descending score
     images, columns = images[kept], columns[kept]
-    voters = (scores > MIN_CONFIDENCE).sum(dim=1)  # the first of each image
+    voters = (scores > MIN_CONFIDENCE).sum(dim=1)  # per image, the first of its candidates
     counts, voters = torch.stack([torch.bincount(images, minlength=batch), voters]).tolist()
     found = []
     for image, (own, voting) in enumerate(zip(columns.split(counts), voters, strict=True)):
@@ -76,15 +76,14 @@ def select_detections(boxes: Tensor, scores: Tensor, confidence: float | Tensor,
 
 
 def average_boxes(detections: Selection, candidates: Selection) -> Tensor:
-    """Boxes (D, 4), each the mean of the `candidates` of its class, weighted by their scores and by their overlaps.
+    """Replace each box by a weighted mean of the `candidates` of its class; returns (D, 4).
 
-    The weight exp(-(1 - IoU)^2 / SPREAD) is that of variance voting (He et al., arXiv 1809.08545), where the score
-    stands for the certainty that the network has of a box. Boxes with MIN_CONFIDENCE or less, and those without area,
-    stay as they are.
+    The weight is score * exp(-(1 - IoU)^2 / VOTING_SIGMA), as in variance voting (arXiv 1809.08545) with the score in
+    place of the predicted variance. Boxes that score MIN_CONFIDENCE or less or have no area are returned unchanged.
     """
     (boxes, scores, labels), (near, near_scores, near_labels) = detections, candidates
-    weights = near_scores * torch.exp(-((1 - box_iou(boxes, near)) ** 2) / SPREAD)
+    weights = near_scores * torch.exp(-((1 - box_iou(boxes, near)) ** 2) / VOTING_SIGMA)
     weights = weights * (labels[:, None] == near_labels)
-    total = weights.sum(dim=1, keepdim=True)  # at least the box's own score, but of a box without area NaN
+    total = weights.sum(dim=1, keepdim=True)  # at least the box's own score; NaN for a box without area
     has_votes = (scores[:, None] > MIN_CONFIDENCE) & (total > MIN_CONFIDENCE)
     return torch.where(has_votes, weights @ near / total, boxes)

@@ -17,8 +17,8 @@ from torch.export import Dim, ExportedProgram
 from nets.spec import STRIDES, ModelSpec
 from nets.yolo import build_model
 from utils.data.image_io import fit_image, read_image
-from utils.detection.anchors import decode, head_levels
-from utils.detection.nms import MIN_CONFIDENCE, SPREAD, Thresholds
+from utils.detection.anchors import decode_heads, head_levels
+from utils.detection.nms import MIN_CONFIDENCE, VOTING_SIGMA, Thresholds
 from utils.inference.backends import (
     EXPORT_KEY,
     OUTPUTS,
@@ -110,7 +110,7 @@ class DecodedModel(nn.Module):
         self.model, self.levels, self.scale_xy = model, head_levels(spec), spec.scale_xy
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        return decode(self.model(images), self.levels, self.scale_xy)
+        return decode_heads(self.model(images), self.levels, self.scale_xy)
 
 
 class ModuleNetwork(ExportedNetwork):
@@ -204,7 +204,7 @@ def write_onnx_nms(job: Job, path: Path) -> None:
             float[1] nms_least_of_all = {{{min(least):.9f}}},
             float[1] nms_iou = {{{job.thresholds.nms_iou:.9f}}},
             float[1] nms_voting_least = {{{MIN_CONFIDENCE:.9f}}},
-            float[1] nms_minus_spread = {{{-SPREAD:.9f}}},
+            float[1] nms_minus_spread = {{{-VOTING_SIGMA:.9f}}},
             float[1] nms_zero = {{0.0}},
             float[1] nms_one = {{1.0}},
             int64[1] nms_most = {{{MAX_OF_A_CLASS}}},

@@ -67,7 +67,7 @@ class Cause(NamedTuple):
 
 @dataclass(frozen=True)
 class Explanation:
-    """Maps of one image, in the cells of the network; `utils.detection.boxes.spread` lays them over the image."""
+    """Maps of one image, in the cells of the network; `utils.detection.boxes.project_to_image` lays them over the image."""
 
     fit: Fit  # how the image lies in the network's input
     input_size: tuple[int, int]

@@ -18,7 +18,7 @@ from matplotlib.figure import SubFigure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
-from utils.detection.boxes import spread
+from utils.detection.boxes import project_to_image
 from utils.detection.letterbox import Fit
 from utils.inference.detector import Detector
 from utils.inference.drawing import draw_detections
@@ -71,7 +71,7 @@ class View:
     def draw(self, axes: Axes, cells: Tensor, title: str, limits: tuple[float | None, float | None]) -> None:
         """A map (H, W) over the image, with its scale, whose ends are `limits` or the map's own."""
         axes.imshow(self.gray, cmap="gray", vmin=0, vmax=1)
-        values = spread(cells[None], self.fit, self.input_size, self.size)[0]
+        values = project_to_image(cells[None], self.fit, self.input_size, self.size)[0]
         drawn = axes.imshow(values, cmap=COLOURS, alpha=OPACITY, vmin=limits[0], vmax=limits[1])
         bar = axes.figure.colorbar(drawn, ax=axes, shrink=0.85, pad=0.02)
         bar.ax.tick_params(labelsize="x-small")
