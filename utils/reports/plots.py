@@ -7,7 +7,6 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-import supervision as sv
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -17,12 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from utils.data.augment import draw
-from utils.data.cache import ImageCache
-from utils.data.loader import Batches
-from utils.evaluation.metrics import Curve, confident
+from utils.evaluation.metrics import Curve
 from utils.evaluation.significance import Mean
-from utils.inference.drawing import draw_sheet, draw_targets
 from utils.system.files import atomic_write
 
 DPI = 110
@@ -47,7 +42,6 @@ MAX_NAMES = 20  # classes up to which all lines are named
 COLOURS = 10  # that matplotlib gives lines in turn; a second round of them is dashed
 LONGEST_NAME = 25  # letters of a class in a plot
 Lines = list[tuple[np.ndarray, np.ndarray]]  # x and y, of a line for each panel
-PICTURES = 8  # images drawn of a batch and of a validation
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -200,25 +194,6 @@ def draw_counts(counts: dict[str, dict[str, int]], path: Path) -> None:
     axes.set(xlabel="objects", xscale="symlog", ylim=(len(names) - 0.4, -0.6))
     axes.legend()
     save(figure, path)
-
-
-def draw_examples(
-    detections: Sequence[sv.Detections], thresholds: Sequence[float], cache: ImageCache, class_names: Sequence[str]
-) -> np.ndarray:
-    """The first validation images as the network sees them, with what prediction would show."""
-    shown = []
-    for every, fit in zip(detections[:PICTURES], cache.fits, strict=False):
-        found = confident(every, thresholds)
-        boxes = fit.to_input(found.xyxy)
-        shown.append(sv.Detections(boxes, confidence=found.confidence, class_id=found.class_id))
-    return draw_sheet(cache.images[:PICTURES], shown, class_names)
-
-
-def draw_batch(batches: Batches, number: int, class_names: Sequence[str]) -> np.ndarray:
-    """The first images of a batch as the network will see them, with their boxes."""
-    batch = batches.prepare(number, PICTURES)
-    images = draw(batch._replace(images=batch.images.cpu()))
-    return draw_targets(images, batch.boxes, batch.labels, class_names)
 
 
 def draw_means(panels: Mapping[str, Sequence[tuple[str, Sequence[float], Mean]]], path: Path) -> None:

@@ -1,37 +1,113 @@
-"""How much a device can take: a trial of the largest batch, its memory and time, and the batch size that fits."""
+"""What fits into memory: the largest batch size, and a dry run that measures the time and memory of a step."""
 
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
+from math import ceil
 
 import torch
+
+from nets.spec import ModelSpec
+from utils.data.cache import ImageCache
+from utils.system.device import synchronize
+from utils.system.distributed import ProcessGroup
+from utils.system.errors import UserError
+from utils.training.run_data import RunData
+from utils.training.settings import TrainingSettings
+from utils.training.trainer import Batching, Trainer, build_trainer
+from utils.training.training_state import Progress
 
 try:
     import resource
 except ImportError:  # Windows
     resource = None
 
-from utils.system.device import synchronize
-from utils.system.errors import UserError
-from utils.training.trainer import Trainer, restore_training
-
-TRIAL_STEPS = 3  # of which the first, which also prepares the device, is not timed
-MEMORY_SHARE = 0.9  # of a GPU that a training may fill; the rest is for validation and for other batches' sizes
-BATCH_STEP = 8  # found batch sizes are multiples of it
+TRIAL_STEPS = 3  # the first one, which also initialises the device, is not timed
+MEMORY_SHARE = 0.9  # of a GPU; the rest is left for validation and for fragmentation
+SIZE_MULTIPLE = 8  # larger batch sizes that are found are multiples of this
+VALIDATION_COST = 0.5  # of an image, relative to a training step, in the estimate of the duration
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What some steps took."""
+    """The cost of some steps."""
 
     seconds: float  # per step
-    memory: int  # bytes at the peak; of the GPU, or resident of the whole process
+    memory: int  # peak in bytes, of the GPU or resident of the whole process
+
+
+def resolve_batch_size(
+    settings: TrainingSettings, spec: ModelSpec, cache: ImageCache, device: torch.device, group: ProcessGroup
+) -> int:
+    """The batch size over all processes, at most the size of the data set; 0 becomes the largest that fits.
+
+    Raises UserError for a batch size that the processes cannot share equally.
+    """
+    size = settings.batch_size
+    if size == 0:
+        if device.type != "cuda":
+            raise UserError("batch_size 0 picks the largest that fits into a GPU; on the CPU give a number, such as 8")
+        eager = replace(settings, compile="off")
+        probe = build_trainer(eager, spec, Batching(1, len(cache), 1), Progress(end=1), device, ProcessGroup())
+        largest = find_largest_batch(probe, max_objects(cache), len(cache) // group.size)
+        size = group.size * min(group.all_gather(largest))
+        group.print_once(f"batch size {size} fits; an epoch has {len(cache) // size} batches, which should be many")
+    if size % group.size or len(cache) < group.size:
+        raise UserError(
+            f"{group.size} processes cannot share {len(cache)} images in batches of {size}; give a multiple of "
+            f"{group.size} as --batch-size, and at least as many images"
+        )
+    return min(size, len(cache)) // group.size * group.size
+
+
+def max_objects(cache: ImageCache) -> int:
+    """The most objects that an augmented image can have."""
+    return 2 * cache.labels.shape[1]
+
+
+def dry_run(trainer: Trainer, settings: TrainingSettings, data: RunData) -> None:
+    """Try steps on the largest batch, which also compiles the network, and print what they take.
+
+    The training state is restored. Raises UserError, with a batch size to try, if memory does not suffice.
+    """
+    batch_size, progress = trainer.batching.batch_size, trainer.state.progress
+    frozen_first = trainer.compiled and progress.epoch < settings.freeze_epochs  # compile both variants
+    trials = []
+    try:
+        for frozen in (False, True) if frozen_first else (False,):
+            trainer.set_mode(frozen)
+            step = partial(trainer.step_on_blank_batch, batch_size // trainer.group.size, max_objects(data.train))
+            trials.append(try_steps(step, trainer.device))
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise out_of_memory_error(batch_size, trainer.spec.input_size) from None
+    trainer.roll_back()
+    height, width = trainer.spec.input_size
+    epochs, seconds = progress.end - progress.epoch, trials[0].seconds
+    validated = len(data.val) * ceil(epochs / settings.eval_every) * VALIDATION_COST if data.val else 0
+    duration = format_duration(seconds / batch_size * (epochs * len(data.train) + validated))
+    trainer.group.print_once(
+        f"a step of {batch_size} images at {height}x{width} takes {seconds:.3f} s and {trials[0].memory / 1e9:.1f} GB; "
+        f"estimated training time {duration}"
+    )
+
+
+def format_duration(seconds: float) -> str:
+    """
+    >>> [format_duration(seconds) for seconds in (29.4, 150, 4321)]
+    ['29 s', '2 min 30 s', '1 h 12 min']
+    """
+    minutes, seconds = divmod(round(seconds), 60)
+    if minutes == 0:
+        return f"{seconds} s"
+    return f"{minutes} min {seconds} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def try_steps(step: Callable[[], None], device: torch.device) -> Trial:
-    """Run a step a few times; running out of memory raises torch.OutOfMemoryError or RuntimeError."""
+    """Run a step several times; raises torch.OutOfMemoryError or RuntimeError if memory runs out."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
@@ -46,7 +122,7 @@ def try_steps(step: Callable[[], None], device: torch.device) -> Trial:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes at the peak: reserved on the GPU, or resident for the process; 0 where the system does not say."""
+    """Peak bytes reserved on the GPU, or resident in the process; 0 where the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device)
     if resource is None:
@@ -55,65 +131,53 @@ def peak_memory(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else 1024 * peak
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error of torch says that a device, or the machine, has no memory left."""
-    texts = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
+def find_largest_batch(trainer: Trainer, objects: int, max_size: int) -> int:
+    """The most images, up to `max_size`, whose step fits into the GPU; changes the trainer's state.
 
-
-def try_largest(trainer: Trainer, batch_size: int, objects: int, modes: Sequence[bool]) -> Trial:
-    """Run the largest batch, with the backbone frozen or not as `modes` say.
-
-    The state stays as it was. Returns what the first took; raises UserError with a batch size to try when memory does
-    not suffice.
-    """
-    images, trials = batch_size // trainer.group.size, []
-    try:
-        for frozen in modes:
-            trainer.set_mode(frozen)
-            trials.append(try_steps(partial(trainer.try_batch, images, objects), trainer.device))
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        raise too_large(batch_size, trainer.spec.input_size) from None
-    restore_training(trainer.state, trainer.kept)
-    return trials[0]
-
-
-def largest_batch(trainer: Trainer, objects: int, most: int) -> int:
-    """The most images, up to `most`, whose step fits into the GPU; uses the trainer up.
-
-    Found by doubling, then by halving the interval; from 8 on a multiple of 8. Raises UserError when not even one fits.
+    Raises UserError if not even one image fits.
     """
     total = torch.cuda.get_device_properties(trainer.device).total_memory
     trainer.set_mode(frozen=False)
 
     def fits(images: int) -> bool:
         try:
-            return try_steps(partial(trainer.try_batch, images, objects), trainer.device).memory < MEMORY_SHARE * total
+            trial = try_steps(partial(trainer.step_on_blank_batch, images, objects), trainer.device)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             return False
+        return trial.memory < MEMORY_SHARE * total
 
-    return search_largest(fits, most)
+    return search_largest(fits, max_size)
 
 
-def search_largest(fits: Callable[[int], bool], most: int) -> int:
-    """The largest size up to `most` that fits, if all below it do; from BATCH_STEP on a multiple of it."""
+def search_largest(fits: Callable[[int], bool], max_size: int) -> int:
+    """The largest size up to `max_size` that fits, by doubling, then bisection; above 8 only multiples of 8.
+
+    Raises UserError if not even 1 fits.
+    """
     good, size = 0, 1
-    while size <= most and fits(size):
+    while size <= max_size and fits(size):
         good, size = size, 2 * size
     if good == 0:
         raise UserError("not even one image fits into the GPU's memory; lower input_size")
-    bad = min(size, most + 1)
-    while good >= BATCH_STEP and (middle := max(good + BATCH_STEP, (good + bad) // 2 // BATCH_STEP * BATCH_STEP)) < bad:
+    bad = min(size, max_size + 1)
+    while good >= SIZE_MULTIPLE:
+        middle = max(good + SIZE_MULTIPLE, (good + bad) // 2 // SIZE_MULTIPLE * SIZE_MULTIPLE)
+        if middle >= bad:
+            break
         good, bad = (middle, bad) if fits(middle) else (good, middle)
     return good
 
 
-def too_large(batch_size: int, size: tuple[int, int]) -> UserError:
-    """What to say when a batch does not fit."""
-    smaller = f"try --batch-size {batch_size // 2} (on a GPU, 0 takes what fits), which nominal_batch makes up for"
-    what = f"a batch of {batch_size} images at {size[0]}x{size[1]} does not fit into memory"
-    return UserError(f"{what}; {smaller if batch_size > 1 else 'lower input_size'}")
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error of torch means that the device or the machine is out of memory."""
+    texts = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
+
+
+def out_of_memory_error(batch_size: int, size: tuple[int, int]) -> UserError:
+    """The error for a batch of `batch_size` images of `size` (height, width) that does not fit into memory."""
+    smaller = f"try --batch-size {batch_size // 2} (nominal_batch compensates), or on a GPU 0 for the largest that fits"
+    problem = f"a batch of {batch_size} images at {size[0]}x{size[1]} does not fit into memory"
+    return UserError(f"{problem}; {smaller if batch_size > 1 else 'lower input_size'}")

@@ -1,126 +1,143 @@
-"""What an epoch consists of: its batches, the checks and checkpoints between them, and its validation."""
+"""The training loop: the batches of an epoch, its validation, its row of metrics and its checkpoints."""
 
+import time
 from contextlib import closing
-from functools import partial
 from math import ceil
 from typing import Any
 
-import supervision as sv
-import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from utils.data.cache import ImageCache
 from utils.data.loader import Batches
-from utils.detection.loss import TERMS, YoloLoss
-from utils.evaluation.metrics import evaluate
-from utils.reports.explain import attend
-from utils.reports.plots import draw_examples
+from utils.reports.explain import gains_of
 from utils.system.signals import StopSignals
-from utils.training.run_folder import RunLog
+from utils.training.batch_size import is_out_of_memory, out_of_memory_error
+from utils.training.run_data import RunData
+from utils.training.run_folder import RunFolder
+from utils.training.settings import TrainingSettings
 from utils.training.trainer import COLUMNS, Trainer
+from utils.training.validation import log_gates, validate
+from utils.weights.checkpoint import Checkpoint
 
-CHECK_EVERY = 20  # batches between two looks at the losses, which wait for the device
-VALIDATION_BATCH = 16  # images at a time; eval.py's default too, and several processes share them evenly
-GATE_IMAGES = 4  # that the distribution of the attention's gates is taken of
+CHECK_INTERVAL = 20  # batches between two checks of the losses, which wait for the device
+PRINTED = ("train/loss", "val/loss", "val/AP", "val/AP50", "train/images_per_second")
+
+
+def train_epochs(
+    trainer: Trainer, settings: TrainingSettings, data: RunData, run: RunFolder, stop: StopSignals
+) -> None:
+    """Train to the last epoch, or until validations bring no improvement; raises Stopped after a signal."""
+    try:
+        with stop.defer():
+            while not trainer.state.progress.is_finished(settings.patience):
+                run_epoch(trainer, settings, data, run, stop)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise out_of_memory_error(trainer.batching.batch_size, trainer.spec.input_size) from None
+    run.finish_saving()
+
+
+def run_epoch(trainer: Trainer, settings: TrainingSettings, data: RunData, run: RunFolder, stop: StopSignals) -> None:
+    """Train one epoch, validate if it is due, log a row of metrics and save the checkpoints."""
+    values = train_and_measure(trainer, settings, data, run, stop)
+    values |= {f"gain/{place}": gain for place, gain in gains_of(trainer.state.ema.module).items()}
+    progress = trainer.state.progress
+    epoch = progress.epoch + 1
+    due = epoch % settings.eval_every == 0 or epoch == progress.end
+    is_best = data.val is None and epoch == progress.end
+    metrics: dict[str, Any] = {}
+    if due and data.val:
+        validation_values, metrics = validate(trainer, data.val, run, stop)
+        values |= validation_values
+        thresholds = [best["threshold"] for best in metrics["best"].values()]
+        is_best = progress.record_validation(values["val/AP"], thresholds)
+    if due:
+        log_gates(trainer, data.val or data.train, run)
+    progress.epoch, progress.batch = epoch, 0
+    values["seconds"] = time.perf_counter() - trainer.started
+    run.log_epoch(epoch, values)
+    trainer.update_snapshot(metrics=metrics)
+    last = trainer.snapshot
+    run.save_checkpoints(last, Checkpoint(trainer.spec, last.weights, last.info, {}) if is_best else None)
+    printed = " ".join(f"{name} {values[name]:.4g}" for name in PRINTED if name in values)
+    trainer.group.print_once(f"epoch {epoch}/{progress.end} {printed}")
+
+
+def train_and_measure(
+    trainer: Trainer, settings: TrainingSettings, data: RunData, run: RunFolder, stop: StopSignals
+) -> dict[str, float]:
+    """Train the rest of the current epoch; returns its mean losses, its speed and the learning rate."""
+    started, progress = time.perf_counter(), trainer.state.progress
+    batches = epoch_batches(trainer, settings, data)
+    remaining = len(batches) - progress.batch
+    frozen = progress.epoch < settings.freeze_epochs
+    train_one_epoch(trainer, batches, frozen, settings.checkpoint_every, run, stop)
+    values = mean_losses(trainer)
+    if remaining:
+        seconds = time.perf_counter() - started
+        values["train/images_per_second"] = remaining * trainer.batching.batch_size / seconds
+    return values | {"train/lr": trainer.state.scheduler.get_last_lr()[0]}
+
+
+def epoch_batches(trainer: Trainer, settings: TrainingSettings, data: RunData) -> Batches:
+    """The batches of the current epoch."""
+    progress = trainer.state.progress
+    share = (progress.epoch - progress.start) / (progress.end - progress.start)
+    augment, batch_size = settings.augment_settings(share), trainer.batching.batch_size
+    return Batches(data.train, batch_size, settings.seed, progress.epoch, augment, trainer.group)
 
 
 def train_one_epoch(
-    trainer: Trainer, batches: Batches, frozen: bool, checkpoint_every: int, log: RunLog, stop: StopSignals
+    trainer: Trainer, batches: Batches, frozen: bool, checkpoint_every: int, run: RunFolder, stop: StopSignals
 ) -> None:
-    """The batches of an epoch, from where it stands to its end; a checkpoint every so many steps, 0 for none.
+    """Train on the remaining batches of the epoch, with a checkpoint every `checkpoint_every` steps (0: none).
 
-    Raises Stopped, after a checkpoint, when a signal came.
+    Raises Stopped after a signal, once a checkpoint is saved.
     """
-    state, last = trainer.state, len(batches)
+    state, total = trainer.state, len(batches)
     trainer.set_mode(frozen)
     title = f"epoch {batches.epoch + 1}/{state.progress.end}"
-    with tqdm(total=last, desc=title, leave=False, disable=log.quiet or None) as bar:
-        while state.progress.batch < last:  # once, and again for each time that it goes back
-            skips = state.progress.skips(batches.epoch)
-            numbers = range(state.progress.batch, last)
-            gathered = 0  # batches whose gradients wait for the step
-            with closing(batches.load([n for n in numbers if n not in skips], trainer.device)) as loaded:
+    with tqdm(total=total, desc=title, leave=False, disable=run.read_only or None) as bar:
+        while state.progress.batch < total:  # once, and once more after each rollback
+            skipped = state.progress.skipped_batches(batches.epoch)
+            numbers = range(state.progress.batch, total)
+            accumulated = 0  # batches since the last step
+            with closing(batches.load([n for n in numbers if n not in skipped], trainer.device)) as loaded:
                 for done, number in enumerate(numbers, numbers.start + 1):
-                    at_step = done % trainer.accumulate == 0 or done == last
-                    if number not in skips:
-                        state.losses[number] = trainer.backward(*next(loaded), joins=at_step or bool(skips))
-                        gathered += 1
-                    if at_step and gathered:
+                    at_step = done % trainer.batching.accumulate == 0 or done == total
+                    if number not in skipped:
+                        state.losses[number] = trainer.backward(*next(loaded), sync=at_step or bool(skipped))
+                        accumulated += 1
+                    if at_step and accumulated:
                         state.step()
-                        gathered = 0
+                        accumulated = 0
                     bar.update(done - bar.n)
-                    if at_step and not check_and_save(trainer, batches, done, checkpoint_every, log, stop):
+                    if at_step and not check_and_save(trainer, batches, done, checkpoint_every, run, stop):
                         break
 
 
 def check_and_save(
-    trainer: Trainer, batches: Batches, done: int, checkpoint_every: int, log: RunLog, stop: StopSignals
+    trainer: Trainer, batches: Batches, done: int, checkpoint_every: int, run: RunFolder, stop: StopSignals
 ) -> bool:
-    """After a step: check, save and stop where it is time; False when the state went back to an earlier batch."""
+    """After a step: check, save and stop if it is time to; returns False after a rollback."""
     stopping = trainer.group.any_rank(stop.requested)
-    saving = checkpoint_every and ceil(done / trainer.accumulate) % checkpoint_every == 0
+    saving = checkpoint_every and ceil(done / trainer.batching.accumulate) % checkpoint_every == 0
     unchecked = done - trainer.state.progress.batch
-    if not (stopping or saving or unchecked >= CHECK_EVERY or done == len(batches)):
+    if not (stopping or saving or unchecked >= CHECK_INTERVAL or done == len(batches)):
         return True
-    if not trainer.goes_well(batches, done):
+    if not trainer.check_batches(batches, done):
         return False
     if saving or stopping:
-        log.save(trainer.kept)
+        run.save_checkpoints(trainer.snapshot)
     if stopping:
         stop.raise_stopped()
     return True
 
 
 def mean_losses(trainer: Trainer) -> dict[str, float]:
-    """Of the epoch under way, without the batches left out."""
+    """The mean of each column over the batches of the current epoch that were not skipped."""
     progress = trainer.state.progress
-    skips = progress.skips(progress.epoch)
-    used = [number for number in range(len(trainer.state.losses)) if number not in skips]
+    skipped = progress.skipped_batches(progress.epoch)
+    used = [number for number in range(len(trainer.state.losses)) if number not in skipped]
     means = trainer.state.losses[used].mean(dim=0).tolist()
     return {f"train/{name}": value for name, value in zip(COLUMNS, means, strict=True)}
-
-
-@torch.inference_mode()
-def validate(
-    trainer: Trainer, cache: ImageCache, log: RunLog, stop: StopSignals
-) -> tuple[dict[str, float], dict[str, Any]]:
-    """Loss and accuracy of the averaged weights on the validation split: values to log, and all the metrics."""
-    group, spec = trainer.group, trainer.spec
-    group.broadcast_module(trainer.state.ema.module)
-    detector = trainer.detector()
-    loss = YoloLoss(spec, trainer.loss.settings, trainer.device)  # of this process alone
-    found: dict[int, tuple[Tensor, list[sv.Detections]]] = {}
-    with tqdm(total=len(cache), desc="validating", leave=False, disable=log.quiet or None) as bar:
-        for part, heads in detector.run_cached(cache, VALIDATION_BATCH, group):
-            if stop.requested:
-                break
-            terms = loss(heads, cache.boxes[part].to(trainer.device), cache.labels[part].to(trainer.device))
-            losses = torch.stack([terms[name] for name in TERMS]).cpu() * (part.stop - part.start) / len(cache)
-            found[part.start] = losses, detector.select(heads, cache.fits[part], cache.sizes[part])
-            bar.update(group.size * (part.stop - part.start))
-    if group.any_rank(stop.requested):
-        log.save(trainer.kept)
-        stop.raise_stopped()
-    parts = list(group.gather(found).values())
-    if not group.is_main:
-        return group.broadcast(None)
-    detections = [item for _, batch in parts for item in batch]
-    evaluation = evaluate(cache.samples, detections, cache.sizes, spec.class_names)
-    metrics, epoch = evaluation.metrics, trainer.state.progress.epoch + 1
-    draw = partial(draw_examples, detections, evaluation.thresholds, cache, spec.class_names)
-    log.picture("val_examples", draw, epoch)
-    losses = sum(losses for losses, _ in parts).tolist()
-    values = {f"val/{name}": value for name, value in zip(TERMS, losses, strict=True)}
-    values |= {f"val/{name}": metrics["coco"][name] for name in ("AP", "AP50", "AP75")}
-    values |= {f"val/{name}": metrics["voc"][name] for name in ("mAP_11point", "mAP_area")}
-    return group.broadcast((values, metrics))
-
-
-def log_gates(trainer: Trainer, cache: ImageCache, log: RunLog) -> None:
-    """For TensorBoard, the distribution of the averaged network's gates at each place, on a few images."""
-    if trainer.spec.phi and not log.quiet:
-        pixels = cache.images[:GATE_IMAGES].to(trainer.device).float() / 255
-        attention = attend(trainer.detector().network.model, pixels)
-        gates = {f"gate/{place}": attended.gate.cpu().numpy() for place, attended in attention.items()}
-        log.histograms(gates, trainer.state.progress.epoch + 1)
