@@ -12,11 +12,11 @@ from utils.data.augment import (
     FILL,
     AugmentSettings,
     colour_matrices,
-    draw,
-    draw_image,
-    draw_tiles,
     epoch_order,
-    prepare,
+    plan_batch,
+    render_batch,
+    render_image,
+    render_tiles,
 )
 from utils.data.cache import ImageCache
 from utils.detection.letterbox import Fit
@@ -48,8 +48,8 @@ def in_memory(images, boxes, labels) -> ImageCache:
 
 
 def augment(cache, order, random, settings):
-    batch = prepare(cache, order, random, settings)
-    return draw(batch), batch.boxes, batch.labels
+    batch = plan_batch(cache, order, random, settings)
+    return render_batch(batch), batch.boxes, batch.labels
 
 
 def batch(cache, settings, seed=0):
@@ -151,7 +151,7 @@ def test_drawing_tile_by_tile_gives_what_drawing_all_at_once_does(cache):
     order, random = epoch_order(3, 1, len(cache))
     for mosaic in (0.0, 0.5, 1.0):
         settings = replace(GEOMETRY, mosaic=mosaic)
-        planned = prepare(cache, order, random, settings)
+        planned = plan_batch(cache, order, random, settings)
         ends = torch.searchsorted(planned.rows, torch.arange(len(order) + 1)).tolist()
-        alone = torch.stack([draw_image(planned, range(start, stop)) for start, stop in pairwise(ends)])
-        torch.testing.assert_close(alone, draw_tiles(planned), atol=1e-3, rtol=0)
+        alone = torch.stack([render_image(planned, range(start, stop)) for start, stop in pairwise(ends)])
+        torch.testing.assert_close(alone, render_tiles(planned), atol=1e-3, rtol=0)

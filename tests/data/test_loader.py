@@ -1,4 +1,4 @@
-"""Batches loaded ahead are those that were planned, whoever asks for them; and where decoded images go."""
+"""EpochBatches loaded ahead are those that were planned, whoever asks for them; and where decoded images go."""
 
 from dataclasses import replace
 
@@ -8,9 +8,9 @@ import torch
 from nets.spec import ModelSpec
 from tests.conftest import ANCHORS
 from utils.data import cache as cache_module
-from utils.data.augment import AugmentSettings, draw
+from utils.data.augment import AugmentSettings, render_batch
 from utils.data.cache import ImageCache, build_cache, choose_place
-from utils.data.loader import Batches
+from utils.data.loader import EpochBatches
 from utils.data.voc import load_classes, load_samples
 from utils.system.distributed import ProcessGroup
 from utils.system.errors import UserError
@@ -30,8 +30,8 @@ def cache(devkit, spec) -> ImageCache:
 
 
 @pytest.fixture
-def batches(cache) -> Batches:
-    return Batches(cache, 4, 0, 3, SETTINGS, ProcessGroup())
+def batches(cache) -> EpochBatches:
+    return EpochBatches(cache, 4, 0, 3, SETTINGS, ProcessGroup())
 
 
 def test_what_is_loaded_ahead_is_what_was_planned(batches):
@@ -39,17 +39,17 @@ def test_what_is_loaded_ahead_is_what_was_planned(batches):
     loaded = list(batches.load(numbers, CPU))
     assert len(loaded) == 4
     for number, (images, boxes, labels) in zip(numbers, loaded, strict=True):
-        planned = batches.prepare(number)
+        planned = batches.plan(number)
         assert images.shape == (4, 3, 64, 96)
         assert images.is_contiguous(memory_format=torch.channels_last)
-        assert torch.equal(images, draw(planned))
+        assert torch.equal(images, render_batch(planned))
         assert torch.equal(boxes, planned.boxes)
         assert torch.equal(labels, planned.labels)
 
 
 def test_processes_share_a_batch(cache, batches):
     """Two halves are the whole, and the images named are the whole batch's."""
-    halves = [Batches(cache, 4, 0, 3, SETTINGS, ProcessGroup(rank, 2)) for rank in range(2)]
+    halves = [EpochBatches(cache, 4, 0, 3, SETTINGS, ProcessGroup(rank, 2)) for rank in range(2)]
     for number in range(len(batches)):
         (whole,) = batches.load([number], CPU)
         parts = zip(*(next(half.load([number], CPU)) for half in halves), strict=True)
@@ -60,7 +60,7 @@ def test_processes_share_a_batch(cache, batches):
 
 
 def test_an_error_while_loading_ahead_is_not_lost(cache):
-    broken = Batches(replace(cache, boxes=cache.boxes[:3]), 4, 0, 0, SETTINGS, ProcessGroup())
+    broken = EpochBatches(replace(cache, boxes=cache.boxes[:3]), 4, 0, 0, SETTINGS, ProcessGroup())
     with pytest.raises(IndexError):
         list(broken.load(range(6), CPU))
 

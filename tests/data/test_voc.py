@@ -1,7 +1,5 @@
 """VOC data as users write it, and the one sentence that each mistake gets."""
 
-import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +10,10 @@ from PIL import Image
 from nets.spec import ModelSpec
 from tests.conftest import ANCHORS, SHARED, needs_shared
 from utils.data.cache import build_cache
+from utils.data.image_checks import clip_objects
 from utils.data.image_io import write_image
-from utils.data.voc import Sample, load_classes, load_samples
-from utils.data.voc_xml import read_annotation
+from utils.data.voc import load_classes, load_samples
+from utils.data.voc_xml import count_truncated
 from utils.system.diagnostics import Diagnostics
 from utils.system.errors import UserError
 
@@ -141,161 +140,22 @@ def test_exif_orientation_follows_the_annotation(tmp_path, stated):
     assert cache.images[0].float().mean() < 140
 
 
-WRITTEN = 1_000_000_000  # when the annotations of `large` were written, in seconds
+def test_objects_keep_their_position_in_the_file(tmp_path):
+    """Messages number objects as the file does, also after repeated ones and ones outside the image were left out."""
+    text = annotation(("cat", (1, 1, 9, 9), 0), ("cat", (1, 1, 9, 9), 0), ("cat", (90, 1, 95, 9), 0), ("dog", BOX, 1))
+    (sample,) = load_samples(make_set(tmp_path, {"a": text}), ["VOC/train"], ("cat", "dog"), Diagnostics())
+    assert [sample.place(i) for i in range(3)] == ["object 1", "object 3", "object 4"]
+    clipped = clip_objects(sample, (30, 40), Diagnostics())
+    assert clipped.labels.tolist() == [0, 1]
+    assert [clipped.place(i) for i in range(2)] == ["object 1", "object 4"]
+    with pytest.raises(UserError, match=r"a\.xml, object 3: the box lies outside the image"):
+        clip_objects(sample, (30, 40), Diagnostics(skips=False))
 
 
-def write_annotation(devkit: Path, name: str, text: str, seconds: int = WRITTEN) -> None:
-    path = devkit / "VOC" / "Annotations" / f"{name}.xml"
-    path.write_text(text, encoding="utf-8")
-    os.utime(path, (seconds, seconds))
-
-
-def load(devkit: Path) -> list[Sample]:
-    return load_samples(devkit, ["VOC/train"], ("cat", "dog"))
-
-
-def assert_same(first: list[Sample], second: list[Sample]) -> None:
-    for one, other in zip(first, second, strict=True):
-        assert (one.name, one.image, one.size) == (other.name, other.image, other.size)
-        for field in ("boxes", "labels", "difficult"):
-            np.testing.assert_array_equal(getattr(one, field), getattr(other, field), strict=True)
-
-
-@pytest.fixture
-def large(tmp_path, monkeypatch) -> Path:
-    """A devkit with three annotations, in a working directory where that is enough for an index."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("utils.data.voc_xml.INDEX_FROM", 3)
-    sized = annotation(("cat", (1.25, 2, 30, 20), 0), ("dog", (3, 4, 5, 6), 1))
-    sized = sized.replace("<object>", "<size><width>40</width><height>30</height></size><object>", 1)
-    texts = {"a": sized, "b": annotation(), "c": annotation(("cat", (1, 1, 5, 5), 0))}
-    devkit = make_set(tmp_path, texts)
-    for name, text in texts.items():
-        write_annotation(devkit, name, text)
-    return devkit
-
-
-@pytest.fixture
-def parsed(monkeypatch) -> list[str]:
-    """The names of the files that are parsed from here on."""
-    names = []
-
-    def spy(path: Path, diagnostics: Diagnostics):
-        names.append(path.name)
-        return read_annotation(path, diagnostics)
-
-    monkeypatch.setattr("utils.data.voc_xml.read_annotation", spy)
-    return names
-
-
-def test_index_spares_the_parsing(large, parsed):
-    first = load(large)
-    assert parsed == ["a.xml", "b.xml", "c.xml"]
-    second = load(large)
-    assert len(parsed) == 3
-    assert_same(first, second)
-    assert [sample.size for sample in second] == [(30, 40), None, None]
-
-
-@pytest.mark.parametrize(
-    ("box", "seconds"), [((1, 1, 5, 15), WRITTEN), ((1, 1, 5, 6), WRITTEN + 1), ((1, 1, 5, 6), WRITTEN - 1)]
-)
-def test_changed_and_added_annotations_are_read_anew(large, parsed, box, seconds):
-    load(large)
-    write_annotation(large, "c", annotation(("cat", box, 0)), seconds)
-    write_annotation(large, "d", annotation(("dog", box, 0)))
-    write_image(large / "VOC" / "JPEGImages" / "d.jpg", np.zeros((4, 4, 3), np.uint8))
-    (large / "VOC" / "ImageSets" / "Main" / "train.txt").write_text("a\nb\nc\nd\n")
-    parsed.clear()
-    for _ in range(2):
-        samples = load(large)
-        assert parsed == ["c.xml", "d.xml"]
-        assert samples[2].boxes.tolist() == samples[3].boxes.tolist() == [[0, 0, *box[2:]]]
-
-
-def test_removed_annotation_is_missed_in_spite_of_the_index(large, monkeypatch):
-    load(large)
-    monkeypatch.setattr("utils.data.voc_xml.INDEX_FROM", 2)
-    (large / "VOC" / "Annotations" / "b.xml").unlink()
-    with pytest.raises(UserError, match=r"b\.xml does not exist; an image without objects"):
-        load(large)
-    (large / "VOC" / "ImageSets" / "Main" / "train.txt").write_text("a\nc\n")
-    write_annotation(large, "c", annotation(), WRITTEN + 1)
-    load(large)
-    (index,) = Path("logs/cache").glob("*.json")
-    assert list(json.loads(index.read_text())["annotations"]) == ["a.xml", "c.xml"]
-
-
-@pytest.mark.parametrize(
-    ("old", "new"),
-    [
-        ('"version": 2', '"version": 1'),
-        ('{"version"', '["version"'),
-        ("}}", ""),
-        ('"cat"', "7"),
-        ("[0.25, 1.0, 30.0, 20.0]", "[0.25, 1.0, 30.0]"),
-        ("[30, 40]", "30"),
-        ("[30, 40], [", "["),
-        (str(WRITTEN), "x"),
-    ],
-)
-def test_damaged_index_is_ignored_and_rewritten(large, old, new):
-    first = load(large)
-    (index,) = Path("logs/cache").glob("*.json")
-    text = index.read_text()
-    assert old in text
-    index.write_text(text.replace(old, new))
-    assert_same(first, load(large))
-    assert json.loads(index.read_text()) == json.loads(text)
-
-
-@pytest.mark.parametrize("content", [b"", b"\xff\x00", b"[" * 100_000, b"null"])
-def test_foreign_index_is_ignored(large, content):
-    first = load(large)
-    (index,) = Path("logs/cache").glob("*.json")
-    index.write_bytes(content)
-    assert_same(first, load(large))
-
-
-@pytest.mark.parametrize(("age_ns", "names"), [(1_900_000_000, []), (2_100_000_000, ["a.xml", "b.xml", "c.xml"])])
-def test_what_was_just_written_is_not_indexed(large, parsed, monkeypatch, age_ns, names):
-    monkeypatch.setattr("time.time_ns", lambda: WRITTEN * 10**9 + age_ns)
-    load(large)
-    indexed = [name for path in Path("logs").rglob("*.json") for name in json.loads(path.read_text())["annotations"]]
-    assert indexed == names
-
-
-def test_small_folder_has_no_index(large, monkeypatch):
-    monkeypatch.setattr("utils.data.voc_xml.INDEX_FROM", 4)
-    load(large)
-    assert not Path("logs").exists()
-
-
-def test_unwritable_index_only_warns(large, parsed, capsys):
-    Path("logs").write_text("a file where the folder should be")
-    assert_same(load(large), load(large))
-    assert len(parsed) == 6
-    warnings = capsys.readouterr().err.splitlines()
-    assert len(warnings) == 2
-    assert all("could not be written" in line and "logs" in line for line in warnings)
-
-
-def test_index_that_another_process_writes_is_left_to_it(large, parsed, monkeypatch, capsys):
-    monkeypatch.setattr("utils.data.voc_xml.lock", lambda path: None)
-    assert_same(load(large), load(large))
-    assert len(parsed) == 6
-    assert not list(Path("logs/cache").iterdir())
-    assert not capsys.readouterr().err
-
-
-def test_unknown_class_is_told_from_the_index_too(large, parsed):
-    messages = []
-    for _ in range(2):
-        with pytest.raises(UserError, match=r"'dog' \(1\); those that are: cat\.") as mistake:
-            load_samples(large, ["VOC/train"], ("cat",))
-        messages.append(str(mistake.value))
-    assert messages[0] == messages[1]
-    assert len(parsed) == 3
+def test_counts_truncated_objects(tmp_path):
+    text = annotation(*[("cat", (1, 1, 5, 5 + i), 0) for i in range(3)])
+    (tmp_path / "a.xml").write_text(text.replace("<difficult>", "<truncated> 1 </truncated><difficult>", 2))
+    assert count_truncated(tmp_path / "a.xml") == 2
 
 
 def test_class_file(tmp_path):

@@ -11,11 +11,12 @@ import pytest
 from tests.bad_inputs import DATA, ERROR, OK, Scene
 from tests.conftest import ROOT
 from tools import check_data
-from utils.data.duplicates import Look, look_of, near_duplicates
+from utils.data.duplicates import ImageHash, hash_image, near_duplicates
 from utils.data.image_io import decode_image, read_encoded, write_image
 from utils.data.label_writers import format_voc
 from utils.data.statistics import describe_samples
 from utils.data.voc import Sample
+from utils.data.voc_xml import LabeledObject
 from utils.system.errors import UserError
 
 ANCHORS_FILE = ROOT / "model_data" / "yolo_anchors.txt"
@@ -63,7 +64,11 @@ def messy(devkit, tmp_path):
     picture = decode_image(read_encoded(folder / "JPEGImages" / "train_0003.jpg"), "a.jpg")
     smaller = cv2.resize(picture, None, fx=0.7, fy=0.7, interpolation=cv2.INTER_AREA)
     write_image(folder / "JPEGImages" / "copy.jpg", smaller)
-    text = format_voc("copy.jpg", smaller.shape[:2], [("circel", [5, 5, 50, 60], True), ("star", [0, 0, 20, 20], False)])
+    text = format_voc(
+        "copy.jpg",
+        smaller.shape[:2],
+        [LabeledObject("circel", [5, 5, 50, 60], True), LabeledObject("star", [0, 0, 20, 20], False)],
+    )
     (folder / "Annotations" / "copy.xml").write_text(
         text.replace("<difficult>1", "<truncated>1</truncated><difficult>1")
     )
@@ -116,9 +121,9 @@ def test_near_duplicates_are_told_from_others():
     rng = np.random.default_rng(0)
     images = [cv2.resize(rng.integers(0, 255, (6, 7, 3), dtype=np.uint8), (320, 240)) for _ in range(40)]
     plain = [np.full((100, 100, 3), level, np.uint8) for level in (0, 90, 180)]
-    looks = [look_of(image) for image in [*images, *plain]]
+    looks = [hash_image(image) for image in [*images, *plain]]
     changed = cv2.resize(images[7], (200, 160)).astype(int) + rng.integers(-4, 5, (160, 200, 3)) + 5
-    others = [look_of(changed.clip(0, 255).astype(np.uint8)), look_of(plain[1] + 1)]
+    others = [hash_image(changed.clip(0, 255).astype(np.uint8)), hash_image(plain[1] + 1)]
     assert [pair[:2] for pair in near_duplicates(looks, others)] == [(7, 0), (41, 1)]
     assert near_duplicates(looks, []) == []
 
@@ -126,7 +131,7 @@ def test_near_duplicates_are_told_from_others():
 def test_near_duplicates_of_10_000_images_are_quick():
     rng = np.random.default_rng(0)
     codes = rng.integers(0, 2**63, 10_000, dtype=np.uint64).tolist()
-    looks = [Look(code, np.zeros((8, 9), np.uint8)) for code in codes]
+    looks = [ImageHash(code, np.zeros((8, 9), np.uint8)) for code in codes]
     started = time.process_time()
     assert len(near_duplicates(looks, looks)) == 10_000
     assert time.process_time() - started < 10
@@ -139,5 +144,5 @@ def test_the_line_before_a_training():
 
     samples = [sample([0, 0, 2], [False, True, False]), sample([], []), sample([1], [True]), sample([2], [False])]
     assert describe_samples(samples, ("cat", "dog", "owl")) == (
-        "4 images, 2 without objects; 3 objects: owl 2, cat 1; none of dog"
+        "4 images (2 without objects), 3 objects: owl 2, cat 1; none of dog"
     )

@@ -50,11 +50,11 @@ def expect_same(labels, crowd=True):
     assert {split: sorted(names) for split, names in labels.splits.items()} == {
         split: sorted(names) for split, names in SPLITS.items()
     }
-    assert {name: item.image.suffix for name, item in labels.items.items()} == {
+    assert {name: item.path.suffix for name, item in labels.images.items()} == {
         name.rpartition(".")[0]: "." + name.rpartition(".")[2] for name in OBJECTS
     }
     for name, objects in OBJECTS.items():
-        item = labels.items[name.rpartition(".")[0]]
+        item = labels.images[name.rpartition(".")[0]]
         assert item.size == (30, 40)
         assert [found[0] for found in item.objects] == [given[0] for given in objects]
         for (_, box, difficult), (_, expected, mark) in zip(item.objects, objects, strict=True):
@@ -106,7 +106,7 @@ def test_what_voc_cannot_hold_is_said(tmp_path, capsys):
     (tmp_path / "truth.json").write_text(json.dumps(truth))
     labels = convert(tmp_path / "truth.json", "voc", tmp_path / "out")
     assert labels.class_names == ("early", "late")
-    assert [item[1] for item in labels.items["a"].objects] == [[0, 0, 10, 10]]
+    assert [item[1] for item in labels.images["a"].objects] == [[0, 0, 10, 10]]
     printed = capsys.readouterr().out
     for words in ("segmentation", "ids of classes", "1 objects narrower", "skip: has no width or height: truth.json"):
         assert words in printed
@@ -142,7 +142,7 @@ def test_exports_as_they_are(tmp_path, program, capsys):
         (main / "cat_default.txt").write_text('"day one/1a2b-cat"  1\n')
     labels = convert(folder, "voc", tmp_path / "out")
     name = "day one_1a2b-cat" if program == "CVAT" else "1a2b-cat"
-    assert labels.items[name].objects == [("cat", [1.5, 2.25, 10.0, 20.0], False)]
+    assert labels.images[name].objects == [("cat", [1.5, 2.25, 10.0, 20.0], False)]
     assert labels.class_names == (("dog", "cat") if program == "CVAT" else ("cat",))
     assert labels.splits == ({"default": [name]} if program == "CVAT" else {})
     assert ("VOC's attribute, occluded of objects" in capsys.readouterr().out) == (program == "CVAT")
@@ -158,9 +158,9 @@ def test_yolo_labels_of_several_kinds(tmp_path, capsys):
     (tmp_path / "labels" / "val" / "b.txt").write_text("0 0.1 0.2 0.3 0.2 0.3 0.6\n\n")
     labels = convert(tmp_path, "voc", tmp_path / "out")
     assert labels.class_names == ("cat", "dog")
-    assert labels.items["train_a"].objects == [("dog", [40, 15, 60, 35], False)] * 2
-    assert labels.items["val_b"].objects == [("cat", [10, 10, 30, 30], False)]
-    assert labels.items["val_empty"].objects == []
+    assert labels.images["train_a"].objects == [("dog", [40, 15, 60, 35], False)] * 2
+    assert labels.images["val_b"].objects == [("cat", [10, 10, 30, 30], False)]
+    assert labels.images["val_empty"].objects == []
     assert labels.splits == {"train": ["train_a"], "val": ["val_b", "val_empty"]}
     assert "is a polygon; the box around it counts: b.txt line 1" in capsys.readouterr().out
 
@@ -171,8 +171,8 @@ def test_boxes_stay_on_the_picture(voc, tmp_path, expect_failure, capsys):
     xml.write_text(xml.read_text().replace("<width>40</width>", "<width>80</width>"))
     labels = convert(voc, "yolo", tmp_path / "yolo")
     assert "another than the image has; the image's own counts: lonely.xml" in capsys.readouterr().out
-    assert labels.items["lonely"].size == (30, 40)
-    np.testing.assert_allclose(READERS["yolo"](tmp_path / "yolo").items["lonely"].objects[0][1], [7, 3, 20.5, 29])
+    assert labels.images["lonely"].size == (30, 40)
+    np.testing.assert_allclose(READERS["yolo"](tmp_path / "yolo").images["lonely"].objects[0][1], [7, 3, 20.5, 29])
     xml.write_text(xml.read_text().replace("<width>80</width>", "<width>40</width>"))
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -203,7 +203,7 @@ def test_a_turn_that_the_size_does_not_tell_is_no_matter_for_coco_and_refused_fo
     turned = voc / "JPEGImages" / "lonely.jpg"
     turned.write_bytes(image.read_bytes())
     expect_failure(convert_data, ["--source", voc, "--to", "yolo", "--out", tmp_path / "b"], str(turned), "EXIF")
-    assert convert(voc, "coco", tmp_path / "coco").items["lonely"].size == (30, 40)
+    assert convert(voc, "coco", tmp_path / "coco").images["lonely"].size == (30, 40)
 
 
 def test_mistakes_are_named(voc, expect_failure, tmp_path):
@@ -264,8 +264,8 @@ def test_real_labels_stay(tmp_path):
     convert(source, "coco", tmp_path / "coco")
     after = convert(tmp_path / "coco", "yolo", tmp_path / "yolo")
     assert after.class_names == before.class_names
-    assert len(after.items) == 128
-    for name, item in before.items.items():
-        assert [found[0] for found in after.items[name].objects] == [found[0] for found in item.objects]
-        for found, given in zip(after.items[name].objects, item.objects, strict=True):
+    assert len(after.images) == 128
+    for name, item in before.images.items():
+        assert [found[0] for found in after.images[name].objects] == [found[0] for found in item.objects]
+        for found, given in zip(after.images[name].objects, item.objects, strict=True):
             np.testing.assert_allclose(found[1], given[1], atol=1e-6)

@@ -232,10 +232,3 @@ def test_benchmark_memory(tmp_path):
 def test_benchmark_memory_needs_linux(expect_failure, monkeypatch):
     monkeypatch.setattr(sys, "platform", "darwin")
     expect_failure(benchmark, ["memory"], "darwin")
-
-
-def test_benchmark_annotations(tmp_path):
-    benchmark.main(benchmark.Annotations(str(tmp_path / "a"), images=1200))
-    figures = json.loads((tmp_path / "a").read_text())
-    assert all(value > 0 for value in figures.values())
-    assert figures["index_mb"] > 1200 * 1e-4  # all of them are in it

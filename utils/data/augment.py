@@ -1,9 +1,9 @@
-"""Batched augmentation: pure functions of cached images, targets and a table of random numbers.
+"""Batched augmentation as pure functions of cached images, targets and a table of random numbers.
 
-`prepare` plans a batch on the CPU, `draw` makes its images on the training device.
+`plan_batch` plans a batch on the CPU, `render_batch` renders its images on the training device.
 
-Every image is placed in a rectangle of the output by one axis-aligned map, output = input * scale + offset: an
-ordinary sample fills the whole output, a mosaic is four samples in four rectangles.
+Each image is placed in a rectangle of the output by an axis-aligned map, output = input * scale + offset. An ordinary
+sample is one tile that fills the output; a mosaic consists of four tiles.
 """
 
 from dataclasses import dataclass
@@ -19,62 +19,62 @@ from torch import Tensor
 from utils.data.cache import ImageCache
 from utils.detection.boxes import box_area
 
-FILL = 114.0  # the gray level, of 255, where no image lies
-MIN_SIDE = 2.0  # pixels that a box must keep on each side
-MIN_VISIBLE = 0.25  # share of its area that a box must keep
-OUTSIDE = 3.0  # in -1..1: where a pixel takes nothing of a tile
-MOSAIC_SPLIT = (0.3, 0.7)  # where the four tiles of a mosaic meet, as a share of the side
+FILL = 114.0  # gray level, of 255, outside the images
+MIN_SIDE = 2.0  # minimum width and height in pixels; smaller boxes are dropped
+MIN_VISIBLE = 0.25  # minimum visible fraction of a box's area; boxes with less are dropped
+OUTSIDE = 3.0  # coordinate beyond grid_sample's -1..1, for output pixels outside the tile
+MOSAIC_SPLIT = (0.3, 0.7)  # range of the point where the tiles of a mosaic meet, as a fraction of the side
 
-# Columns of the random table. A tile takes TILE_COLUMNS: which image, scale, aspect, x, y, flip.
+# Columns of the random table. Each tile has TILE_COLUMNS: image index, scale, aspect, x, y, flip.
 TILE_COLUMNS = 6
 MOSAIC, SPLIT_X, SPLIT_Y, HUE, SATURATION, VALUE, FIRST_TILE = range(7)
-NUM_TILES = 4  # of a mosaic; an ordinary sample uses the first
+NUM_TILES = 4  # in a mosaic; an ordinary sample uses the first
 NUM_COLUMNS = FIRST_TILE + NUM_TILES * TILE_COLUMNS
 
 
 @dataclass(frozen=True)
 class AugmentSettings:
-    """Strengths; 0 switches a part off."""
+    """Strengths of the augmentations, as documented at the settings of the same names in train.py; 0 disables one."""
 
-    mosaic: float  # probability of four images in one
-    scale: float  # size times 1 - scale to 1 + scale
-    aspect: float  # width / height times 1 / (1 + aspect) to 1 + aspect
-    translate: float  # shift as a share of the side
-    flip: float  # probability of mirroring left to right
-    hue: float  # turn of the colour circle, as a share of it
-    saturation: float  # saturation times 1 - saturation to 1 + saturation
-    value: float  # brightness times 1 - value to 1 + value
+    mosaic: float
+    scale: float
+    aspect: float
+    translate: float
+    flip: float
+    hue: float
+    saturation: float
+    value: float
 
 
 def epoch_order(seed: int, epoch: int, num_samples: int) -> tuple[Tensor, Tensor]:
-    """The order of an epoch (N,) and its random numbers in [0, 1) (N, NUM_COLUMNS), a row per position."""
+    """The order of an epoch (N,), and its random numbers in [0, 1) (N, NUM_COLUMNS) with a row per position."""
     state = int(np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)[0] >> 1)
     generator = torch.Generator().manual_seed(state)
     return torch.randperm(num_samples, generator=generator), torch.rand(num_samples, NUM_COLUMNS, generator=generator)
 
 
-class Prepared(NamedTuple):
-    """A batch of B samples made of T tiles, ready to be drawn; all that an accelerator needs of it."""
+class BatchPlan(NamedTuple):
+    """A batch of B samples made of T tiles: everything that rendering and training need."""
 
-    images: Tensor  # (T, 3, H, W) uint8, the tiles' sources
-    x: Tensor  # (T, output width) where each output pixel lies in the source, in grid_sample's -1..1
+    images: Tensor  # (T, 3, H, W) uint8, the source image of each tile
+    x: Tensor  # (T, output width) source coordinate of each output pixel, in grid_sample's -1..1
     y: Tensor  # (T, output height)
     rows: Tensor  # (T,) position in the batch
-    colours: Tensor  # (B, 3, 3) on RGB
-    boxes: Tensor  # (B, 2M, 4) xyxy in pixels of the output, where M is the most objects of one image
+    colours: Tensor  # (B, 3, 3) colour transformation on RGB
+    boxes: Tensor  # (B, 2M, 4) xyxy in pixels of the output, where M is the maximum number of objects per image
     labels: Tensor  # (B, 2M) padded with -1
 
 
-def prepare(cache: ImageCache, indices: Tensor, random: Tensor, settings: AugmentSettings) -> Prepared:
-    """Plan a batch of samples `indices` (B,) with random rows (B, NUM_COLUMNS).
+def plan_batch(cache: ImageCache, indices: Tensor, random: Tensor, settings: AugmentSettings) -> BatchPlan:
+    """Plan a batch of the samples `indices` (B,) with random numbers (B, NUM_COLUMNS).
 
-    Everything but the images is on the CPU; they are where the cache is. What a crowded mosaic has beyond 2M objects is
-    dropped.
+    The images stay on the device of the cache; everything else is on the CPU. Mosaics with more than 2M objects lose
+    the excess ones.
     """
     tiles = plan_tiles(indices, random, settings, cache)
-    boxes, labels = move_boxes(cache, tiles, len(indices))
+    boxes, labels = transform_boxes(cache, tiles, len(indices))
     height, width = cache.images.shape[2:]
-    return Prepared(
+    return BatchPlan(
         gather_images(cache.images, tiles.sources),
         source_coordinates(tiles, 0, width),
         source_coordinates(tiles, 1, height),
@@ -86,18 +86,18 @@ def prepare(cache: ImageCache, indices: Tensor, random: Tensor, settings: Augmen
 
 
 def gather_images(images: Tensor, sources: Tensor) -> Tensor:
-    """Rows (T,) of images (N, 3, H, W); page-locked where CUDA can copy from it while computing."""
+    """Rows (T,) of images (N, 3, H, W); in pinned memory with CUDA, for asynchronous copies."""
     if images.is_cuda:
         return images[sources.pin_memory().to(images.device, non_blocking=True)]
     gathered = torch.empty(len(sources), *images.shape[1:], dtype=images.dtype, pin_memory=torch.cuda.is_initialized())
-    np.take(images.numpy(), sources.numpy(), axis=0, out=gathered.numpy(), mode="clip")  # in this thread alone
+    np.take(images.numpy(), sources.numpy(), axis=0, out=gathered.numpy(), mode="clip")  # single-threaded
     return gathered
 
 
-def draw(batch: Prepared) -> Tensor:
-    """The images (B, 3, H, W) float in 0..1 and channels-last, on the device that the batch is on; H, W of the output.
+def render_batch(batch: BatchPlan) -> Tensor:
+    """Render the images (B, 3, H, W), float in 0..1 and channels-last, on the device of the plan.
 
-    A GPU draws all tiles at once, each on the whole output, the CPU one after the other and only where it lies.
+    A GPU renders all tiles at once, each at the full output size; the CPU renders one at a time, only where it is seen.
     """
     count, width, height = len(batch.colours), batch.x.shape[1], batch.y.shape[1]
     fill = FILL / 255 * batch.colours.sum(dim=2, keepdim=True)  # (B, 3, 1)
@@ -105,18 +105,18 @@ def draw(batch: Prepared) -> Tensor:
     form = {"device": batch.x.device, "memory_format": torch.channels_last}
     images = torch.empty(count, 3, height, width, **form)
     if batch.images.is_cuda:
-        drawn = draw_tiles(batch)
+        drawn = render_tiles(batch)
         return images.copy_(torch.baddbmm(fill, colours, drawn.flatten(2)).clamp_(0, 1).view_as(drawn))
     ends = torch.searchsorted(batch.rows, torch.arange(count + 1)).tolist()
     for row, (start, stop) in enumerate(pairwise(ends)):
-        drawn = draw_image(batch, range(start, stop))
+        drawn = render_image(batch, range(start, stop))
         images[row] = torch.addmm(fill[row], colours[row], drawn.flatten(1)).clamp_(0, 1).view_as(drawn)
     return images
 
 
-def draw_tiles(batch: Prepared) -> Tensor:
-    """All images (B, 3, H, W) without colours, as differences from the fill."""
-    images = torch.sub(batch.images, FILL)  # float from here on; the zeros outside an image are the fill
+def render_tiles(batch: BatchPlan) -> Tensor:
+    """All images (B, 3, H, W) before the colour transformation, as differences from FILL."""
+    images = torch.sub(batch.images, FILL)  # makes zero padding equal to FILL
     x, y = batch.x[:, None, :], batch.y[:, :, None]
     grid = torch.stack(torch.broadcast_tensors(x, y), dim=-1)  # (T, H, W, 2)
     drawn = F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
@@ -125,8 +125,8 @@ def draw_tiles(batch: Prepared) -> Tensor:
     return drawn.new_zeros(len(batch.colours), *drawn.shape[1:]).index_add_(0, batch.rows, drawn)
 
 
-def draw_image(batch: Prepared, tiles: range) -> Tensor:
-    """One image (3, H, W) of these tiles, as `draw_tiles` does it."""
+def render_image(batch: BatchPlan, tiles: range) -> Tensor:
+    """One image (3, H, W) made of `tiles`, equal to that of `render_tiles`."""
     canvas = torch.zeros(3, batch.y.shape[1], batch.x.shape[1])
     for tile in tiles:
         columns, rows = ((line != OUTSIDE).nonzero() for line in (batch.x[tile], batch.y[tile]))
@@ -142,18 +142,18 @@ def draw_image(batch: Prepared, tiles: range) -> Tensor:
 
 @dataclass(frozen=True)
 class Tiles:
-    """T placed images of a batch, all on the CPU."""
+    """The T tiles of a batch, on the CPU."""
 
     rows: Tensor  # (T,) position in the batch
-    slots: Tensor  # (T,) which of a position's NUM_TILES tiles
+    slots: Tensor  # (T,) index of the tile in its mosaic
     sources: Tensor  # (T,) index into the cache
-    rects: Tensor  # (T, 4) xyxy, where the tile may draw
-    scales: Tensor  # (T, 2) x negative when mirrored
+    rects: Tensor  # (T, 4) xyxy, the output area of the tile
+    scales: Tensor  # (T, 2) x, y; x is negative for mirrored images
     offsets: Tensor  # (T, 2)
 
 
 def plan_tiles(indices: Tensor, random: Tensor, settings: AugmentSettings, cache: ImageCache) -> Tiles:
-    """Which images go where."""
+    """Choose the images of a batch and their placement."""
     batch, (height, width) = len(indices), cache.images.shape[2:]
     numbers = random[:, FIRST_TILE:].view(batch, NUM_TILES, TILE_COLUMNS)
     sources = (numbers[..., 0] * len(cache)).long()  # (B, NUM_TILES)
@@ -176,17 +176,19 @@ def plan_tiles(indices: Tensor, random: Tensor, settings: AugmentSettings, cache
     )  # (B, NUM_TILES, 4)
     used = torch.stack([torch.ones_like(mosaic), mosaic, mosaic, mosaic], dim=1)
     rows, slots = used.nonzero(as_tuple=True)
-    scales, offsets = place(numbers[used], rects[used], (height, width), settings)
+    scales, offsets = place_tiles(numbers[used], rects[used], (height, width), settings)
     return Tiles(rows, slots, sources[used], rects[used], scales, offsets)
 
 
-def place(numbers: Tensor, rects: Tensor, size: tuple[int, int], settings: AugmentSettings) -> tuple[Tensor, Tensor]:
-    """Scales (T, 2) and offsets (T, 2) that put images of (height, width) at random into rectangles (T, 4)."""
+def place_tiles(
+    numbers: Tensor, rects: Tensor, size: tuple[int, int], settings: AugmentSettings
+) -> tuple[Tensor, Tensor]:
+    """Scales (T, 2) and offsets (T, 2) that place images of `size` (height, width) at random in rectangles (T, 4)."""
     _, scale, aspect, x, y, flip = numbers.unbind(1)
     scale = 1 + settings.scale * (2 * scale - 1)
     stretch = (1 + settings.aspect) ** (aspect - 0.5)
     scales = torch.stack([scale * stretch, scale / stretch], dim=1)
-    image_sides = torch.tensor([size[1], size[0]]) * scales  # (T, 2) as they come to lie
+    image_sides = torch.tensor([size[1], size[0]]) * scales  # (T, 2) in the output
     rect_sides = rects[:, 2:] - rects[:, :2]
     where = torch.stack([x, y], dim=1)
     offsets = rects[:, :2] + where * (rect_sides - image_sides) + (2 * where - 1) * settings.translate * rect_sides
@@ -197,18 +199,15 @@ def place(numbers: Tensor, rects: Tensor, size: tuple[int, int], settings: Augme
 
 
 def source_coordinates(tiles: Tiles, axis: int, length: int) -> Tensor:
-    """For each pixel along an axis of `length`, where in the source it lies: (T, length) in -1..1.
-
-    Pixels beyond the tile's rectangle get OUTSIDE.
-    """
+    """The source coordinate in -1..1 of each output pixel along an axis (T, length); OUTSIDE beyond the tile."""
     pixel = torch.arange(length) + 0.5
     source = (pixel - tiles.offsets[:, axis, None]) / tiles.scales[:, axis, None]
     inside = (pixel > tiles.rects[:, axis, None]) & (pixel < tiles.rects[:, axis + 2, None])
     return torch.where(inside, 2 * source / length - 1, OUTSIDE)
 
 
-def move_boxes(cache: ImageCache, tiles: Tiles, batch: int) -> tuple[Tensor, Tensor]:
-    """The boxes of all tiles in the output (B, 2M, 4), clipped to their rectangles, and labels (B, 2M)."""
+def transform_boxes(cache: ImageCache, tiles: Tiles, batch: int) -> tuple[Tensor, Tensor]:
+    """The boxes of all tiles in the output (B, 2M, 4), clipped to their tiles, and their labels (B, 2M)."""
     scales, offsets = tiles.scales[:, None].repeat(1, 1, 2), tiles.offsets[:, None].repeat(1, 1, 2)
     moved = cache.boxes[tiles.sources] * scales + offsets  # (T, M, 4)
     mirrored = tiles.scales[:, 0] < 0
@@ -225,12 +224,12 @@ def move_boxes(cache: ImageCache, tiles: Tiles, batch: int) -> tuple[Tensor, Ten
     all_boxes[tiles.rows, tiles.slots] = boxes
     all_labels[tiles.rows, tiles.slots] = labels
     all_boxes, all_labels = all_boxes.flatten(1, 2), all_labels.flatten(1)
-    order = (all_labels < 0).int().argsort(dim=1, stable=True)[:, : 2 * most]  # objects first
+    order = (all_labels < 0).int().argsort(dim=1, stable=True)[:, : 2 * most]  # padding last
     return all_boxes.gather(1, order[..., None].expand(-1, -1, 4)), all_labels.gather(1, order)
 
 
 def plan_colours(random: Tensor, settings: AugmentSettings) -> Tensor:
-    """One colour matrix per image (B, 3, 3): a turn of the hue, and a scaling of saturation and value."""
+    """A colour matrix per image (B, 3, 3) that shifts the hue and scales saturation and value."""
     symmetric = 2 * random[:, [HUE, SATURATION, VALUE]] - 1  # (B, 3)
     return colour_matrices(
         symmetric[:, 0] * settings.hue * tau,
@@ -240,7 +239,10 @@ def plan_colours(random: Tensor, settings: AugmentSettings) -> Tensor:
 
 
 def colour_matrices(angle: Tensor, saturation: Tensor, value: Tensor) -> Tensor:
-    """(B,) each -> (B, 3, 3) on RGB: a turn and a scaling of the chroma plane of NTSC's YIQ, then a scaling of all."""
+    """RGB matrices (B, 3, 3) that rotate and scale the chroma plane of NTSC's YIQ, then scale all channels.
+
+    All arguments are (B,); the angle is in radians.
+    """
     to_yiq = torch.tensor([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
     chroma = torch.zeros(len(angle), 3, 3)
     chroma[:, 0, 0] = 1

@@ -1,8 +1,8 @@
-"""Decode each image once: a data set as one uint8 array at the network's input size, with its padded targets.
+"""Decode each image once: a dataset as one uint8 array at the network's input size, with its padded targets.
 
-The array lives on the GPU where it fits, else in RAM, else in a file under `logs/cache` that is mapped into memory; the
-processes of one machine share such a file too. The file is named by a fingerprint of the images, so that the next run
-starts at once, and one whose images changed makes another. It also says what was wrong with the images.
+The array is kept on the GPU if it fits, otherwise in RAM, otherwise in a memory-mapped file under `logs/cache`, which
+the processes of one machine share. The file is named after a fingerprint of the images, so later runs reuse it as long
+as the images do not change. It also stores what was found wrong with the images.
 """
 
 import json
@@ -38,22 +38,22 @@ from utils.system.errors import UserError, make_folder
 from utils.system.files import CACHE_FOLDER, TEMPORARY, atomic_write, lock
 
 PLACES = ("auto", "device", "ram", "disk")
-DEVICE_MEMORY_SHARE = 0.4  # of a GPU's free memory that cached images may take
-RAM_SHARE = 0.5  # of the free RAM
-CHUNK = 128  # images decoded before they are stored
-UNUSED_DAYS = 7  # after which another run removes a file of the cache
-FORMAT = "images/2"  # of the file; another one gets another name
+DEVICE_MEMORY_SHARE = 0.4  # maximum share of the GPU's free memory
+RAM_SHARE = 0.5  # maximum share of the free RAM
+CHUNK = 128  # images decoded concurrently, which bounds the memory in use
+UNUSED_DAYS = 7  # cache files unused for longer are deleted
+FORMAT = "images/3"  # version of the cache file's format, part of the fingerprint
 
 
 @dataclass(frozen=True)
 class ImageCache:
-    """A data set in memory. Padding in `labels` is -1; `boxes` are xyxy in pixels of the input."""
+    """A decoded dataset of N images with at most M objects each."""
 
     samples: Sequence[Sample]
     images: Tensor  # (N, 3, H, W) uint8, RGB
-    boxes: Tensor  # (N, M, 4) float32
-    labels: Tensor  # (N, M) int64
-    fits: list[Fit]  # how each image lies in the input
+    boxes: Tensor  # (N, M, 4) float32 xyxy in pixels of the input
+    labels: Tensor  # (N, M) int64, padded with -1
+    fits: list[Fit]  # placement of each image in the input
     sizes: list[tuple[int, int]]  # height, width of each image file
     checksums: list[int]  # CRC-32 of each image file
     place: str  # where the images are: device, ram or disk
@@ -62,21 +62,19 @@ class ImageCache:
         return len(self.images)
 
     def fingerprints(self) -> list[tuple[str, int, int]]:
-        """Of each sample its name, and checksums of its image and of its objects, difficult ones included."""
+        """The name of each sample, and checksums of its image file and its objects, difficult ones included."""
         contents = [(item.boxes, item.labels, item.difficult) for item in self.samples]
         objects = [crc32(b"".join(values.tobytes() for values in arrays)) for arrays in contents]
         return [(item.name, image, own) for item, image, own in zip(self.samples, self.checksums, objects, strict=True)]
 
 
-@dataclass(frozen=True)
-class Decoded:
-    """What decoding gives: images (N, 3, H, W) uint8, height and width of each file, and its CRC-32."""
+class ImageRecord(NamedTuple):
+    """What decoding found out about an image file."""
 
-    images: Tensor
-    sizes: np.ndarray  # (N, 2) int32
-    checksums: np.ndarray  # (N,) uint32
-    skipped: list[int]  # places of the samples whose images cannot be used; N are the others
-    diagnostics: list[Diagnostic]  # of the images
+    usable: bool  # only usable images are in the array
+    size: tuple[int, int]  # height, width
+    checksum: int  # CRC-32 of the file
+    findings: list[Diagnostic]
 
 
 def build_cache(
@@ -87,33 +85,33 @@ def build_cache(
     group: ProcessGroup | None = None,
     diagnostics: Diagnostics | None = None,
 ) -> ImageCache:
-    """Decode every image, in threads, and put the array where `place` (auto, device, ram or disk) says.
+    """Decode all images in threads and store them in `place` (auto, device, ram or disk).
 
-    Objects marked difficult are no targets. With several `group` on a machine one of them decodes. Raises UserError for
-    an image or object that cannot be used, unless `diagnostics` lets it be left out, and where there is no room.
+    Objects marked difficult are not targets. With several processes on a machine, one of them decodes. Raises
+    UserError if there is not enough space, or for an unusable image or object that `diagnostics` does not skip.
     """
     group, diagnostics = group or ProcessGroup(), diagnostics or Diagnostics(skips=False)
     place = choose_place(place, len(samples) * prod((3, *spec.input_size)), device)
-    if group.any_rank(place == "disk" or group.local_size > 1):  # all of them wait for each other there
-        decoded = decode_to_disk(samples, spec, group, replace(diagnostics, found=[]))
+    if group.any_rank(place == "disk" or group.local_size > 1):  # the processes wait for each other there
+        images, records = decode_to_disk(samples, spec, group, diagnostics)
         place = "disk" if place == "ram" else place
     else:
-        decoded = decode_to_memory(samples, spec, replace(diagnostics, found=[]))
-    diagnostics.extend(decoded.diagnostics)
-    if not len(decoded.images):
-        raise UserError(f"none of the {len(samples)} images can be used; the first: {decoded.diagnostics[0]}")
-    images = decoded.images.to(device) if place == "device" else decoded.images
-    sizes = [(int(height), int(width)) for height, width in decoded.sizes]
-    skipped = set(decoded.skipped)
-    usable = [sample for i, sample in enumerate(samples) if i not in skipped]
-    samples = [clip_objects(sample, size, diagnostics) for sample, size in zip(usable, sizes, strict=True)]
+        images, records = decode_to_memory(samples, spec, diagnostics)
+    findings = [finding for record in records for finding in record.findings]
+    diagnostics.extend(findings)
+    if not len(images):
+        raise UserError(f"none of the {len(samples)} images is usable; the first: {findings[0]}")
+    images = images.to(device) if place == "device" else images
+    usable = [(sample, record) for sample, record in zip(samples, records, strict=True) if record.usable]
+    samples = [clip_objects(sample, record.size, diagnostics) for sample, record in usable]
+    sizes, checksums = [record.size for _, record in usable], [record.checksum for _, record in usable]
     fits = [fit_to_input(size, spec.input_size, spec.letterbox)[0] for size in sizes]
-    boxes, labels = padded_targets(samples, fits)
-    return ImageCache(samples, images, boxes, labels, fits, sizes, decoded.checksums.tolist(), place)
+    boxes, labels = pad_targets(samples, fits)
+    return ImageCache(samples, images, boxes, labels, fits, sizes, checksums, place)
 
 
 def choose_place(place: str, size: int, device: torch.device) -> str:
-    """Where an array of `size` bytes goes, when `place` leaves it open."""
+    """Resolve the place "auto" for an array of `size` bytes."""
     if place == "device" and device.type == "cpu":
         raise UserError("cache is device, but training runs on the CPU; use auto, ram or disk")
     if place != "auto":
@@ -123,124 +121,112 @@ def choose_place(place: str, size: int, device: torch.device) -> str:
     return "ram" if size < RAM_SHARE * available_memory() else "disk"
 
 
-def decode(samples: Sequence[Sample], spec: ModelSpec, diagnostics: Diagnostics) -> Iterator[Decoded]:
-    """All images in their order, CHUNK at a time, but those that cannot be used."""
+def decode_images(
+    samples: Sequence[Sample], spec: ModelSpec, diagnostics: Diagnostics
+) -> Iterator[tuple[np.ndarray | None, ImageRecord]]:
+    """Decode the images in order; stops at the first one that `diagnostics` does not accept, but adds nothing to it."""
+    policy = replace(diagnostics, found=[])
     pool = ThreadPoolExecutor(cpu_count())
     try:
-        with tqdm(total=len(samples), desc="reading images", disable=None) as progress:
+        with tqdm(total=len(samples), desc="decoding images", disable=None) as progress:
             for start in range(0, len(samples), CHUNK):
-                chunk = samples[start : start + CHUNK]
-                loaded = list(pool.map(partial(load_sample, spec=spec), chunk))
-                found = [problem for item in loaded for problem in item.diagnostics]
-                diagnostics.extend(found)
-                usable = [item for item in loaded if item.image is not None]
-                images = np.array([item.image for item in usable], np.uint8).reshape(-1, 3, *spec.input_size)
-                sizes = np.array([item.size for item in usable], np.int32).reshape(-1, 2)
-                checksums = np.array([item.checksum for item in usable], np.uint32)
-                skipped = [start + i for i, item in enumerate(loaded) if item.image is None]
-                yield Decoded(torch.from_numpy(images), sizes, checksums, skipped, found)
-                progress.update(len(chunk))
+                for image, record in list(pool.map(partial(load_sample, spec=spec), samples[start : start + CHUNK])):
+                    policy.extend(record.findings)
+                    yield image, record
+                    progress.update()
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-class Loaded(NamedTuple):
-    """An image (3, H, W) at the input size, or None; its own height and width, the CRC-32 of its file, its diagnostics."""
-
-    image: np.ndarray | None
-    size: tuple[int, int]
-    checksum: int
-    diagnostics: list[Diagnostic]
-
-
-def load_sample(sample: Sample, spec: ModelSpec) -> Loaded:
-    """Read and fit an image; whoever asked decides about the diagnostics."""
+def load_sample(sample: Sample, spec: ModelSpec) -> tuple[np.ndarray | None, ImageRecord]:
+    """An image (3, H, W) at the input size, or None if it is unusable, and its record."""
     diagnostics = Diagnostics(collect=True)
     with diagnostics.capture():
         image, checksum = read_sample(sample, diagnostics)
         fitted, _ = fit_image(image, spec.input_size, spec.letterbox)
-        return Loaded(np.ascontiguousarray(fitted.transpose(2, 0, 1)), image.shape[:2], checksum, diagnostics.found)
-    return Loaded(None, (0, 0), 0, diagnostics.found)
+        record = ImageRecord(True, image.shape[:2], checksum, diagnostics.found)
+        return np.ascontiguousarray(fitted.transpose(2, 0, 1)), record
+    return None, ImageRecord(False, (0, 0), 0, diagnostics.found)
 
 
-def decode_to_memory(samples: Sequence[Sample], spec: ModelSpec, diagnostics: Diagnostics) -> Decoded:
+def decode_to_memory(
+    samples: Sequence[Sample], spec: ModelSpec, diagnostics: Diagnostics
+) -> tuple[Tensor, list[ImageRecord]]:
+    """The usable images (N, 3, H, W), and the records of all."""
     images = torch.empty(len(samples), 3, *spec.input_size, dtype=torch.uint8)
-    parts, done = [], 0
-    for part in decode(samples, spec, diagnostics):
-        images[done : done + len(part.images)] = part.images
-        done += len(part.images)
-        parts.append(replace(part, images=images[:0]))
-    return join(parts, images[:done])
-
-
-def join(parts: Sequence[Decoded], images: Tensor) -> Decoded:
-    """The parts as one, around their images."""
-    arrays = (np.concatenate([getattr(part, name) for part in parts]) for name in ("sizes", "checksums"))
-    lists = ([item for part in parts for item in getattr(part, name)] for name in ("skipped", "diagnostics"))
-    return Decoded(images, *arrays, *lists)
+    records, done = [], 0
+    for image, record in decode_images(samples, spec, diagnostics):
+        if image is not None:
+            images[done] = torch.from_numpy(image)
+            done += 1
+        records.append(record)
+    return images[:done], records
 
 
 def decode_to_disk(
     samples: Sequence[Sample], spec: ModelSpec, group: ProcessGroup, diagnostics: Diagnostics
-) -> Decoded:
-    """Write the file unless it is there, and map it; a process that another one writes for waits."""
+) -> tuple[Tensor, list[ImageRecord]]:
+    """Write the cache file unless it exists, and map it into memory; the other processes wait for the one that writes.
+
+    Returns the usable images (N, 3, H, W) and the records of all.
+    """
     path = CACHE_FOLDER / f"{fingerprint(samples, spec)}.images"
     if group.local_rank == 0 and map_images(path, len(samples), spec) is None:
         make_folder(CACHE_FOLDER)
         with lock(CACHE_FOLDER / "lock", wait=True):
             if map_images(path, len(samples), spec) is None:  # another run may have written it meanwhile
                 write_images(path, samples, spec, diagnostics)
-    group.any_rank(False)  # wait for the one that writes
-    with suppress(OSError):  # another user's
-        os.utime(path)  # so that it is not taken for unused
+    group.any_rank(False)  # wait for the process that writes
+    with suppress(OSError):  # the file may belong to another user
+        os.utime(path)  # marks it as used
     return map_images(path, len(samples), spec)
 
 
 def write_images(path: Path, samples: Sequence[Sample], spec: ModelSpec, diagnostics: Diagnostics) -> None:
-    """The images one after the other, then all sizes, all checksums, and JSON; for one process at a time."""
+    """Write the usable images, the records of all as JSON, and the length of the JSON in 8 bytes."""
     for old in CACHE_FOLDER.glob("*.images*"):
-        with suppress(OSError):  # in use, another user's, or gone already
+        with suppress(OSError):  # in use, owned by another user, or already deleted
             if old.suffix == TEMPORARY or time.time() - old.stat().st_mtime > UNUSED_DAYS * 24 * 3600:
                 old.unlink()
     needed, free = len(samples) * prod((3, *spec.input_size)), shutil.disk_usage(CACHE_FOLDER).free
     if free < needed:
         raise UserError(
             f"the {len(samples)} decoded images take {needed / 1e9:.1f} GB, but {CACHE_FOLDER} has {free / 1e9:.1f} GB "
-            "free; make room there, or train with a smaller input_size"
+            "free; make room there, or use a smaller input_size"
         )
-    parts = []
+    records = []
     with atomic_write(path) as file:
-        for part in decode(samples, spec, diagnostics):
-            file.write(part.images.numpy())
-            parts.append(replace(part, images=part.images[:0]))
-        whole = join(parts, parts[0].images)
-        about = json.dumps({"skipped": whole.skipped, "problems": whole.diagnostics}).encode()
-        for piece in (whole.sizes, whole.checksums, about, len(about).to_bytes(8, "little")):
-            file.write(piece)
+        for image, record in decode_images(samples, spec, diagnostics):
+            if image is not None:
+                file.write(image)
+            records.append(record)
+        content = json.dumps(records).encode()
+        file.write(content + len(content).to_bytes(8, "little"))
 
 
-def map_images(path: Path, samples: int, spec: ModelSpec) -> Decoded | None:
-    """The file as arrays, None where it is not there or not whole; pages come into memory when used."""
-    with suppress(OSError, ValueError, KeyError, TypeError), open(path, "rb") as file:
+def map_images(path: Path, count: int, spec: ModelSpec) -> tuple[Tensor, list[ImageRecord]] | None:
+    """Map the cache file of `count` images into memory; None if it is missing or incomplete."""
+    with suppress(OSError, ValueError, TypeError), open(path, "rb") as file:
         end = file.seek(-8, os.SEEK_END)
         length = int.from_bytes(file.read(), "little")
         file.seek(end - length)
-        about = json.loads(file.read(length))
-        count, bytes_each = samples - len(about["skipped"]), prod((3, *spec.input_size))
-        if count * (bytes_each + 12) + length != end:  # 12 bytes for size and checksum
+        records = [
+            ImageRecord(usable, tuple(size), checksum, [Diagnostic(*item) for item in findings])
+            for usable, size, checksum, findings in json.loads(file.read(length))
+        ]
+        usable = sum(record.usable for record in records)
+        if len(records) != count or usable * prod((3, *spec.input_size)) + length != end:
             return None
-        images = torch.empty(0, 3, *spec.input_size, dtype=torch.uint8)
-        if count:  # the system may drop pages again, and maps nothing of no size
-            images = torch.from_numpy(np.memmap(path, np.uint8, "c", shape=(count, 3, *spec.input_size)))
-        file.seek(count * bytes_each)
-        sizes, checksums = np.fromfile(file, np.int32, count * 2), np.fromfile(file, np.uint32, count)
-        diagnostics = [Diagnostic(*item) for item in about["problems"]]
-        return Decoded(images, sizes.reshape(count, 2), checksums, about["skipped"], diagnostics)
+        if not usable:  # an empty file cannot be mapped
+            return torch.empty(0, 3, *spec.input_size, dtype=torch.uint8), records
+        # copy-on-write, so the system may drop unmodified pages from memory at any time
+        images = np.memmap(path, np.uint8, "c", shape=(usable, 3, *spec.input_size))
+        return torch.from_numpy(images), records
     return None
 
 
 def fingerprint(samples: Sequence[Sample], spec: ModelSpec) -> str:
-    """Of everything that decides what is decoded: the files with their times, and how they are fitted."""
+    """A hash of everything that determines the decoded images: files, modification times and input settings."""
     digest = sha256(f"{FORMAT} {spec.input_size} {spec.letterbox}".encode())
     for sample in samples:
         try:
@@ -251,8 +237,8 @@ def fingerprint(samples: Sequence[Sample], spec: ModelSpec) -> str:
     return digest.hexdigest()[:24]
 
 
-def padded_targets(samples: Sequence[Sample], fits: Sequence[Fit]) -> tuple[Tensor, Tensor]:
-    """Boxes (N, M, 4) in input pixels and labels (N, M), with -1 beyond an image's objects; none of difficult ones."""
+def pad_targets(samples: Sequence[Sample], fits: Sequence[Fit]) -> tuple[Tensor, Tensor]:
+    """Boxes (N, M, 4) in input pixels and labels (N, M), padded with -1; difficult objects are left out."""
     most = max([1, *(int((~sample.difficult).sum()) for sample in samples)])
     boxes = np.zeros((len(samples), most, 4), dtype=np.float32)
     labels = np.full((len(samples), most), -1, dtype=np.int64)

@@ -1,6 +1,5 @@
-"""What a data set holds: images and objects, counted; their sizes; and how well anchors fit them."""
+"""Statistics of a dataset: numbers and sizes of images and objects, and how well anchors fit the objects."""
 
-import re
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,36 +12,34 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from utils.data.duplicates import Look, look_of
+from utils.data.duplicates import ImageHash, hash_image
 from utils.data.image_checks import clip_objects, read_sample
 from utils.data.image_io import file_size
 from utils.data.voc import Sample
-from utils.data.voc_xml import MAX_BYTES
+from utils.data.voc_xml import count_truncated
 from utils.detection.anchors import MIN_ANCHOR_IOU
 from utils.detection.boxes import shape_iou
 from utils.detection.letterbox import clip_boxes, fit_to_input
 from utils.system.diagnostics import Diagnostic, Diagnostics
-from utils.system.files import read_file
 
-TRUNCATED = re.compile(rb"<truncated>\s*1\s*</truncated>")
-TOLD = 10  # classes in a line
+MAX_LISTED = 10  # classes in the one-line description
 
 
 @dataclass(frozen=True)
 class AnchorFit:
     """How well anchors fit the shapes of objects."""
 
-    recall: float  # best possible: the share of objects that overlap some anchor by more than training asks for
-    mean_iou: float  # with the best anchor of each object
+    recall: float  # best possible recall: the fraction of objects whose best IoU exceeds MIN_ANCHOR_IOU
+    mean_iou: float  # mean of each object's best IoU
 
     def __str__(self) -> str:
         return f"best possible recall {self.recall:.4f}, mean IoU {self.mean_iou:.4f}"
 
 
 def anchor_fit(sides: Tensor, anchors: Tensor) -> AnchorFit | None:
-    """Of objects (N, 2) and anchors (A, 2), width and height in pixels of the input; None without objects.
+    """How well anchors (A, 2) fit objects (N, 2), given as width, height in input pixels; None without objects.
 
-    Objects beyond the best possible recall are answered for too, but by an anchor that has to stretch far.
+    Training also assigns an anchor to the objects below MIN_ANCHOR_IOU, but one of a very different shape.
     """
     if not len(sides):
         return None
@@ -51,14 +48,14 @@ def anchor_fit(sides: Tensor, anchors: Tensor) -> AnchorFit | None:
 
 
 def image_size(sample: Sample) -> tuple[int, int]:
-    """Height and width of an image: as its annotation states them, else from the head of its file."""
+    """Height and width of an image, as stated in its annotation or else in the header of its file."""
     if sample.size and min(sample.size):
         return sample.size
     return file_size(sample.image)
 
 
 def input_sides(samples: Sequence[Sample], input_size: tuple[int, int], letterbox: bool) -> Tensor:
-    """Width and height (N, 2) in pixels of the input of all objects to train on, which difficult ones are not."""
+    """Width and height (N, 2) in input pixels of all objects except difficult ones."""
     sides = [np.zeros((0, 2), np.float32)]
     for sample in samples:
         boxes, size = sample.boxes[~sample.difficult], image_size(sample)
@@ -71,37 +68,38 @@ def input_sides(samples: Sequence[Sample], input_size: tuple[int, int], letterbo
 
 
 @dataclass(frozen=True)
-class Inspected:
-    """An image file and its objects, as they would be used."""
+class InspectedSample:
+    """The results of reading and checking an image and its annotation."""
 
-    sample: Sample | None  # with the true size of its image; None: it cannot be used
-    look: Look | None
-    truncated: int  # objects marked so
-    diagnostics: list[Diagnostic]
+    sample: Sample | None  # as used in training, with the true image size; None if unusable
+    image_hash: ImageHash | None
+    truncated: int  # number of objects marked as truncated
+    findings: list[Diagnostic]
 
 
-def inspect(sample: Sample) -> Inspected:
-    """Decode the image and check everything that training does; whoever asked decides about the diagnostics."""
-    diagnostics, fitted, look = Diagnostics(collect=True), None, None
+def inspect_sample(sample: Sample) -> InspectedSample:
+    """Decode the image and apply all checks that training does, collecting what they find."""
+    diagnostics, checked, image_hash = Diagnostics(collect=True), None, None
     with diagnostics.capture():
         image, _ = read_sample(sample, diagnostics)
-        fitted = replace(clip_objects(sample, image.shape[:2], diagnostics), size=image.shape[:2])
-        look = look_of(image)
-    xml = read_file(sample.annotation, MAX_BYTES) if sample.annotation else b""
-    return Inspected(fitted, look, len(TRUNCATED.findall(xml)), diagnostics.found)
+        checked = replace(clip_objects(sample, image.shape[:2], diagnostics), size=image.shape[:2])
+        image_hash = hash_image(image)
+    truncated = count_truncated(sample.annotation) if sample.annotation else 0
+    return InspectedSample(checked, image_hash, truncated, diagnostics.found)
 
 
-def inspect_all(samples: Sequence[Sample], what: str, diagnostics: Diagnostics) -> list[Inspected]:
-    """All samples, in threads; adds what is wrong to `diagnostics`."""
+def inspect_samples(samples: Sequence[Sample], what: str, diagnostics: Diagnostics) -> list[InspectedSample]:
+    """Inspect all samples in threads, adding the findings to `diagnostics`."""
     with ThreadPoolExecutor(cpu_count()) as pool:
-        found = list(tqdm(pool.map(inspect, samples), f"images of {what}", len(samples), leave=False, disable=None))
-    for item in found:
-        diagnostics.extend(item.diagnostics)
-    return found
+        results = pool.map(inspect_sample, samples)
+        inspected = list(tqdm(results, f"images of {what}", len(samples), leave=False, disable=None))
+    for item in inspected:
+        diagnostics.extend(item.findings)
+    return inspected
 
 
 def count_classes(samples: Sequence[Sample], class_names: Sequence[str], difficult: bool = True) -> dict[str, int]:
-    """Objects of each class, with or without those marked difficult."""
+    """The number of objects per class, with or without those marked difficult."""
     labels = [sample.labels if difficult else sample.labels[~sample.difficult] for sample in samples]
     labels = np.concatenate([np.zeros(0, np.int64), *labels])
     counts = np.bincount(labels[labels >= 0], minlength=len(class_names))
@@ -109,38 +107,38 @@ def count_classes(samples: Sequence[Sample], class_names: Sequence[str], difficu
 
 
 def describe_samples(samples: Sequence[Sample], class_names: Sequence[str]) -> str:
-    """One line before a training: images, objects to train on by class, and the classes that have none."""
+    """A line that gives the number of images, the non-difficult objects per class, and the classes without objects."""
     counts = count_classes(samples, class_names, difficult=False)
     empty = sum(sample.difficult.all() for sample in samples)
-    most = sorted(counts, key=counts.__getitem__, reverse=True)
-    shown = ", ".join(f"{name} {counts[name]}" for name in most[:TOLD] if counts[name])
-    others = sum(counts[name] > 0 for name in most[TOLD:])
-    more = f" and {others} more classes" if others else ""
-    line = f"{len(samples)} images, {empty} without objects; {sum(counts.values())} objects: {shown or 'none'}{more}"
+    ordered = sorted(counts, key=counts.__getitem__, reverse=True)
+    listed = [f"{name} {counts[name]}" for name in ordered[:MAX_LISTED] if counts[name]]
+    others = sum(counts[name] > 0 for name in ordered[MAX_LISTED:])
+    listed += [f"{others} more classes"] if others else []
+    line = f"{len(samples)} images ({empty} without objects), {sum(counts.values())} objects"
     absent = [name for name in class_names if not counts[name]]
-    return line + (f"; none of {', '.join(absent)}" if absent else "")
+    return line + (f": {', '.join(listed)}" if listed else "") + (f"; none of {', '.join(absent)}" if absent else "")
 
 
-def summarize(found: Sequence[Inspected], class_names: Sequence[str]) -> dict[str, Any]:
-    """The figures of one part of a data set."""
-    samples = [item.sample for item in found if item.sample]
+def summarize(inspected: Sequence[InspectedSample], class_names: Sequence[str]) -> dict[str, Any]:
+    """The statistics of one part of a dataset."""
+    samples = [item.sample for item in inspected if item.sample]
     boxes = np.concatenate([np.zeros((0, 4)), *(sample.boxes for sample in samples)])
     sizes = Counter(f"{sample.size[1]}x{sample.size[0]}" for sample in samples)
     return {
-        "images": len(found),
-        "unusable": len(found) - len(samples),
+        "images": len(inspected),
+        "unusable": len(inspected) - len(samples),
         "without_objects": sum(not len(sample.labels) for sample in samples),
         "objects": len(boxes),
         "difficult": sum(int(sample.difficult.sum()) for sample in samples),
-        "truncated": sum(item.truncated for item in found),
+        "truncated": sum(item.truncated for item in inspected),
         "classes": count_classes(samples, class_names),
         "image_sizes": dict(sizes.most_common()),
-        "image_aspect": spread([sample.size[1] / sample.size[0] for sample in samples]),
-        "object_side": spread(np.sqrt((boxes[:, 2:] - boxes[:, :2]).prod(axis=1))),
-        "object_aspect": spread((boxes[:, 2] - boxes[:, 0]) / (boxes[:, 3] - boxes[:, 1])),
+        "image_aspect": min_median_max([sample.size[1] / sample.size[0] for sample in samples]),
+        "object_side": min_median_max(np.sqrt((boxes[:, 2:] - boxes[:, :2]).prod(axis=1))),
+        "object_aspect": min_median_max((boxes[:, 2] - boxes[:, 0]) / (boxes[:, 3] - boxes[:, 1])),
     }
 
 
-def spread(values: Sequence[float] | np.ndarray) -> list[float] | None:
-    """Least, median and greatest value; None without any."""
+def min_median_max(values: Sequence[float] | np.ndarray) -> list[float] | None:
+    """Minimum, median and maximum, rounded to three decimals; None without values."""
     return [round(float(value), 3) for value in np.percentile(values, [0, 50, 100])] if len(values) else None

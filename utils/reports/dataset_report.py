@@ -1,4 +1,4 @@
-"""What a check of a data set leaves in its folder: text, JSON, plots, and one page that needs nothing else."""
+"""Data set reports: statistics, diagnostics, near-duplicates and examples, as text, JSON and a self-contained page."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -11,8 +11,8 @@ import numpy as np
 import supervision as sv
 from torch import Tensor
 
-from utils.data.image_io import encode_image
 from utils.data.image_checks import read_sample
+from utils.data.image_io import encode_image
 from utils.data.statistics import Inspected, anchor_fit, describe_samples, summarize
 from utils.data.voc import Sample
 from utils.inference.drawing import draw_view
@@ -23,21 +23,21 @@ from utils.system.files import write_text
 
 TEXT, JSON, PAGE = "check.txt", "check.json", "check.html"
 TEMPLATE = "dataset_report.html"
-PLOTS = {"classes.png": "objects of each class", "shapes.png": "objects to train on, and anchors"}
-EXAMPLES = 6  # pictures of each part
-PAIRS = 12  # near-duplicates shown; the JSON has all
-LISTED = 300  # diagnostics on the page
+PLOTS = {"classes.png": "Objects per class", "shapes.png": "Training objects and anchors"}
+NUM_EXAMPLES = 6  # images of each part on the page
+MAX_PAIRS = 12  # near-duplicates on the page; the JSON contains all
+MAX_LISTED = 300  # diagnostics on the page; the JSON contains all
 KINDS = ("error", "skip", "repair")
 
 
 @dataclass(frozen=True)
 class Part:
-    """The sets to train on, to validate on or to test on, and what was found in them."""
+    """The sets for training, validation or testing, and what was found in them."""
 
     sets: Sequence[str]
     found: Sequence[Inspected]
     diagnostics: Diagnostics
-    stops: bool  # whether a training reads it, and stops at its errors
+    stops: bool  # whether training reads this part and so stops at its errors
 
     @property
     def usable(self) -> list[Inspected]:
@@ -45,44 +45,44 @@ class Part:
 
     @property
     def samples(self) -> list[Sample]:
-        """Those that can be used, with the true sizes of their images."""
+        """The usable samples, with the true sizes of their images."""
         return [item.sample for item in self.usable]
 
 
 class Duplicate(NamedTuple):
-    """Two images that are nearly the same, in two parts."""
+    """Two nearly identical images in different parts."""
 
     parts: tuple[str, str]
     samples: tuple[Sample, Sample]
-    bits: int  # of 64 in which their hashes differ
+    bits: int  # number of different bits of their 64-bit hashes
 
 
 @dataclass(frozen=True)
-class DataReport:
-    """A data set, and everything that was found in it."""
+class DatasetReport:
+    """A data set and everything that was found in it."""
 
     class_names: Sequence[str]
     parts: Mapping[str, Part]  # train, val, test
-    settings: Diagnostics  # in class file and anchors
+    settings: Diagnostics  # of the class file and the anchors
     duplicates: Sequence[Duplicate]
-    sides: Tensor  # (N, 2) width and height of the objects to train on, in input pixels
-    anchors: Tensor  # (A, 2) those that the heads use; none if they cannot be read
+    sides: Tensor  # (N, 2) width and height of the training objects, in input pixels
+    anchors: Tensor  # (A, 2), empty if they could not be read
 
     @property
     def diagnostics(self) -> dict[str, list[Diagnostic]]:
-        """By part, where there are some."""
-        every = {"settings": self.settings, **{name: part.diagnostics for name, part in self.parts.items()}}
-        return {name: diagnostics.found for name, diagnostics in every.items() if diagnostics.found}
+        """All diagnostics by part; parts without any are left out."""
+        by_part = {"settings": self.settings, **{name: part.diagnostics for name, part in self.parts.items()}}
+        return {name: diagnostics.found for name, diagnostics in by_part.items() if diagnostics.found}
 
     @property
     def stops(self) -> int:
-        """Errors that a training would stop at."""
+        """The number of errors that would stop a training run."""
         read = [self.settings, *(part.diagnostics for part in self.parts.values() if part.stops)]
-        return sum(problem.kind == "error" for diagnostics in read for problem in diagnostics.found)
+        return sum(item.kind == "error" for diagnostics in read for item in diagnostics.found)
 
     @cached_property
     def summary(self) -> dict[str, Any]:
-        """What the JSON has."""
+        """The content of the JSON file."""
         parts = {
             name: {"sets": list(part.sets)} | summarize(part.found, self.class_names)
             for name, part in self.parts.items()
@@ -99,13 +99,13 @@ class DataReport:
                 {"parts": list(item.parts), "images": [str(one.image) for one in item.samples], "bits": item.bits}
                 for item in self.duplicates
             ],
-            "problems": {name: [problem._asdict() for problem in found] for name, found in self.diagnostics.items()},
+            "problems": {name: [item._asdict() for item in found] for name, found in self.diagnostics.items()},
         }
 
     def write(self, folder: Path) -> None:
-        """All files."""
+        """Write the text, the JSON, the plots and the page."""
         write_text(folder / JSON, json.dumps(self.summary, indent=2, ensure_ascii=False) + "\n")
-        write_text(folder / TEXT, self.text() + "\n")
+        write_text(folder / TEXT, self.format_text() + "\n")
         for name in PLOTS:
             (folder / name).unlink(missing_ok=True)
         draw_counts({name: part["classes"] for name, part in self.summary["parts"].items()}, folder / "classes.png")
@@ -113,67 +113,67 @@ class DataReport:
             draw_shapes(self.sides.numpy(), self.anchors.numpy(), fit["best_possible_recall"], folder / "shapes.png")
         self.write_page(folder)
 
-    def text(self) -> str:
+    def format_text(self) -> str:
+        """The report as plain text."""
         lines = [line for name in self.parts for line in self.describe_part(name)]
         summary = self.summary
         if summary["unused_classes"]:
-            lines.append(f"classes without any object: {', '.join(summary['unused_classes'])}")
+            lines.append(f"classes without objects: {', '.join(summary['unused_classes'])}")
         if fit := summary["anchors"]:
             lines.append(
                 f"anchors: best possible recall {fit['best_possible_recall']:.4f}, mean IoU {fit['mean_iou']:.4f}"
             )
         lines.append(f"near-duplicates across train, val and test: {len(self.duplicates) or 'none'}")
-        for (first, second), (one, other), _ in self.duplicates[:PAIRS]:
+        for (first, second), (one, other), _ in self.duplicates[:MAX_PAIRS]:
             lines.append(f"  {first}: {one.image} and {second}: {other.image}")
         self.settings.print_summary("settings", lines.append)
         for name, part in self.parts.items():
             part.diagnostics.print_summary(name, lines.append)
-        return "\n".join([*lines, f"a training would {'start' if summary['would_start'] else 'not start'}"])
+        verdict = "could start" if summary["would_start"] else "would stop at errors"
+        return "\n".join([*lines, f"training with these settings {verdict}"])
 
     def describe_part(self, name: str) -> list[str]:
+        """The statistics of a part, one per line."""
         about = self.summary["parts"][name]
         sizes = [f"{size} ({count})" for size, count in list(about["image_sizes"].items())[:3]]
-        several = len(about["image_sizes"]) - len(sizes)
+        others = len(about["image_sizes"]) - len(sizes)
         lines = [
             f"{name}: {describe_samples(self.parts[name].samples, self.class_names)}",
-            f"  {about['unusable']} images unusable; of {about['objects']} objects {about['difficult']} difficult, "
-            f"{about['truncated']} truncated",
-            f"  image sizes {', '.join(sizes)}" + (f" and {several} more" if several else ""),
+            f"  {about['unusable']} unusable images; {about['objects']} objects, of which {about['difficult']} difficult "
+            f"and {about['truncated']} truncated",
+            f"  image sizes: {', '.join(sizes)}" + (f" and {others} more" if others else ""),
         ]
         for title, key in (
-            ("width / height of images", "image_aspect"),
-            ("root of the area of objects", "object_side"),
-            ("width / height of objects", "object_aspect"),
+            ("image aspect ratio (width / height)", "image_aspect"),
+            ("object size (square root of the area)", "object_side"),
+            ("object aspect ratio (width / height)", "object_aspect"),
         ):
             if about[key]:
-                least, median, most = about[key]
-                lines.append(f"  {title}: {least:g} to {most:g}, median {median:g}")
+                low, median, high = about[key]
+                lines.append(f"  {title}: {low:g} to {high:g}, median {median:g}")
         return lines
 
     def write_page(self, folder: Path) -> None:
-        """The page, with all its pictures inside."""
-        every = [(name, item) for name, found in self.diagnostics.items() for item in found]
-        listed = [(name, item) for kind in KINDS for name, item in every if item.kind == kind]
+        """Write PAGE with all its pictures inside."""
+        items = [(name, item) for name, found in self.diagnostics.items() for item in found]
+        items.sort(key=lambda entry: KINDS.index(entry[1].kind))
+        plots = [(title, folder / name) for name, title in PLOTS.items() if (folder / name).exists()]
         write_page(
             folder / PAGE,
             TEMPLATE,
             summary=self.summary,
             class_names=self.class_names,
-            listed=listed[:LISTED],
-            counts={kind: sum(item.kind == kind for _, item in listed) for kind in KINDS},
-            plots=[
-                (title, data_uri((folder / name).read_bytes(), "png"))
-                for name, title in PLOTS.items()
-                if (folder / name).exists()
-            ],
-            examples={name: [self.picture(sample) for sample in examples(part)] for name, part in self.parts.items()},
+            listed=items[:MAX_LISTED],
+            counts={kind: sum(item.kind == kind for _, item in items) for kind in KINDS},
+            plots=[(title, data_uri(path.read_bytes(), "png")) for title, path in plots],
+            examples={name: list(map(self.show, pick_examples(part))) for name, part in self.parts.items()},
             pairs=[
-                list(zip(item.parts, map(self.picture, item.samples), strict=True)) for item in self.duplicates[:PAIRS]
+                list(zip(item.parts, map(self.show, item.samples), strict=True)) for item in self.duplicates[:MAX_PAIRS]
             ],
         )
 
-    def picture(self, sample: Sample) -> tuple[str, str]:
-        """An image's name, and the image with its labels as an address that holds it."""
+    def show(self, sample: Sample) -> tuple[str, str]:
+        """The name of an image, and the data: URI of the image with its labels."""
         image, _ = read_sample(sample)
         known = sample.labels >= 0
         objects = sv.Detections(sample.boxes[known], class_id=sample.labels[known])
@@ -181,7 +181,7 @@ class DataReport:
         return sample.name, data_uri(encode_image(view, ".jpg"), "jpeg")
 
 
-def examples(part: Part) -> list[Sample]:
-    """Some images with objects, from all over the part."""
-    full = [sample for sample in part.samples if len(sample.labels)]
-    return full[:: -(-len(full) // EXAMPLES)] if full else []
+def pick_examples(part: Part) -> list[Sample]:
+    """At most NUM_EXAMPLES images with objects, evenly spaced over the part."""
+    labelled = [sample for sample in part.samples if len(sample.labels)]
+    return labelled[:: -(-len(labelled) // NUM_EXAMPLES)] if labelled else []

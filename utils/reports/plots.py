@@ -1,4 +1,4 @@
-"""Plots of a training and of an evaluation, and sheets of the pictures that a network sees."""
+"""Plots of trainings, evaluations and data sets."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -16,114 +16,105 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from utils.evaluation.metrics import Curve
-from utils.evaluation.significance import Mean
+from utils.evaluation.metrics import MATCH_IOU, Curve
+from utils.evaluation.significance import CONFIDENCE, MeanEstimate
 from utils.system.files import atomic_write
 
 DPI = 110
-WIDE_FONTS = (  # that have Chinese, and usually Japanese and Korean, of Linux, Windows and macOS
-    "Noto Sans CJK SC",
-    "Noto Sans CJK JP",
-    "WenQuanYi Zen Hei",
-    "WenQuanYi Micro Hei",
-    "Droid Sans Fallback",
-    "Microsoft YaHei",
-    "SimHei",
-    "PingFang SC",
-    "Hiragino Sans GB",
-    "Arial Unicode MS",
-)
-logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # a Chinese font in one weight is no warning
+CJK_FONTS = (
+    "Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "WenQuanYi Micro Hei", "Droid Sans Fallback",  # Linux
+    "Microsoft YaHei", "SimHei", "PingFang SC", "Hiragino Sans GB", "Arial Unicode MS",  # Windows, macOS
+)  # fmt: skip
+logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # it warns about CJK fonts of a single weight
 installed = set(font_manager.get_font_names())
-matplotlib.rcParams["font.family"] = ["DejaVu Sans", *(name for name in WIDE_FONTS if name in installed)]
-MAX_NUMBERS = 25  # classes up to which a confusion matrix shows its numbers
+matplotlib.rcParams["font.family"] = ["DejaVu Sans", *(name for name in CJK_FONTS if name in installed)]
+MAX_CELL_TEXTS = 25  # classes up to which a confusion matrix contains numbers
 BINS = 40
-MAX_NAMES = 20  # classes up to which all lines are named
-COLOURS = 10  # that matplotlib gives lines in turn; a second round of them is dashed
-LONGEST_NAME = 25  # letters of a class in a plot
-Lines = list[tuple[np.ndarray, np.ndarray]]  # x and y, of a line for each panel
+MAX_NAMED = 20  # classes up to which all curves are in the legend
+NUM_COLORS = 10  # in matplotlib's colour cycle; further lines are dashed
+MAX_NAME_LENGTH = 25  # characters of a class name in a plot
 
 
-def save(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
     with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=DPI)
     plt.close(figure)
 
 
-def plain(name: str) -> str:
-    """A class name as text: $ would begin a formula, a label that begins with _ is not shown, a long one hides all."""
-    name = name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "…"
+def escape_label(name: str) -> str:
+    """A class name as a plot label: shortened, without a leading _, which hides it, and $, which starts a formula."""
+    name = name if len(name) <= MAX_NAME_LENGTH else name[: MAX_NAME_LENGTH - 1] + "…"
     return (" " if name.startswith("_") else "") + name.replace("$", r"\$")
 
 
 def draw_training(records: Sequence[dict[str, Any]], path: Path) -> None:
-    """Losses, and beside them the accuracy where it was measured, against the epoch."""
-    measured = any("val/AP" in record for record in records)
-    panels = [("loss", ("train/loss", "val/loss"))]
-    panels += [("accuracy on the validation split", ("val/AP", "val/AP50"))] * measured
+    """Loss by epoch, and the accuracy of the validations, if there were any."""
+    panels = [("Loss", {"train/loss": "training", "val/loss": "validation"})]
+    if any("val/AP" in record for record in records):
+        panels.append(("Accuracy on the validation split", {"val/AP": "AP", "val/AP50": "AP50"}))
     size = 5.5 * len(panels), 4
     figure, plots = plt.subplots(1, len(panels), figsize=size, sharex=True, squeeze=False, layout="constrained")
     for axes, (title, names) in zip(plots[0], panels, strict=True):
-        for name in names:
+        for name, label in names.items():
             points = [(record["epoch"], record[name]) for record in records if name in record]
             if points:
-                axes.plot(*zip(*points, strict=True), marker=".", label=name)
+                axes.plot(*zip(*points, strict=True), marker=".", label=label)
                 axes.legend()
-        axes.set(title=title, xlabel="epoch")
+        axes.set(title=title, xlabel="Epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
-    if measured:
+    if len(panels) > 1:
         plots[0, 1].set_ylim(0, 1)
-    save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_precision_recall(curves: Sequence[Curve], class_names: Sequence[str], path: Path) -> None:
-    """A line per class that has objects, named with its AP."""
+    """The precision-recall curves of the classes that have objects, with AP in the legend."""
     figure, axes = plt.subplots(figsize=(8, 5.5), layout="constrained")
-    axes.set(xlabel="recall", ylabel="precision", title="precision and recall at IoU 0.5 (AP by area)")
-    labels = [f"{plain(name)} {curve.ap_area():.3f}" for curve, name in zip(curves, class_names, strict=True)]
-    draw_lines(figure, [axes], curves, labels, lambda curve: [(curve.recall, curve.precision)])
-    save(figure, path)
+    axes.set(
+        xlabel="Recall", ylabel="Precision", title=f"Precision-recall curves at IoU {MATCH_IOU}, with VOC AP (area)"
+    )
+    labels = [f"{escape_label(name)} {curve.ap_area():.3f}" for curve, name in zip(curves, class_names, strict=True)]
+    draw_curves(figure, [axes], curves, labels, lambda curve: [(curve.recall, curve.precision)])
+    save_figure(figure, path)
 
 
 def draw_confidence(curves: Sequence[Curve], class_names: Sequence[str], path: Path) -> None:
-    """Precision, recall and F1 of each class against the confidence from which on a detection counts.
-
-    A dot is at the best F1, whose confidence is the threshold.
-    """
+    """Precision, recall and F1 of each class by confidence threshold; a dot marks the best F1."""
     figure, panels = plt.subplots(1, 3, figsize=(12, 4), sharey=True, layout="constrained")
-    for axes, title in zip(panels, ("precision", "recall", "F1 (dot: threshold)"), strict=True):
-        axes.set(xlabel="confidence", title=title)
+    for axes, title in zip(panels, ("Precision", "Recall", "F1 (dots: best threshold)"), strict=True):
+        axes.set(xlabel="Confidence threshold", title=title)
 
-    def lines(curve: Curve) -> Lines:
-        scores = np.append(curve.scores, 0 * curve.scores[-1:])  # as after the lowest, down to 0
+    def lines(curve: Curve) -> list[tuple[np.ndarray, np.ndarray]]:
+        scores = np.append(curve.scores, 0 * curve.scores[-1:])  # extend the curve from the lowest score to 0
         return [(scores, np.append(y, y[-1:])) for y in (curve.precision, curve.recall, curve.f1())]
 
-    drawn = draw_lines(figure, panels, curves, [*map(plain, class_names)], lines)
+    drawn = draw_curves(figure, panels, curves, [*map(escape_label, class_names)], lines)
     for line in (line for axes in panels for line in axes.lines):
         line.set_drawstyle("steps-post")  # a value holds down to the next lower score
     for line, i in drawn:
-        best = curves[i].best()
+        best = curves[i].find_best_threshold()
         panels[2].plot(best["threshold"], best["F1"], "o", color=line.get_color())
-    save(figure, path)
+    save_figure(figure, path)
 
 
-def draw_lines(
+def draw_curves(
     figure: Figure,
     panels: Sequence[Axes],
     curves: Sequence[Curve],
     labels: Sequence[str],
-    lines: Callable[[Curve], Lines],
+    lines: Callable[[Curve], list[tuple[np.ndarray, np.ndarray]]],
 ) -> list[tuple[Line2D, int]]:
-    """A line of each class that has objects in each panel; of many classes only those with the least AP are named.
+    """Draw x and y of `lines`, one pair per panel, for each class with objects.
 
-    Returns of the named ones the line in the first panel, and which class it is.
+    Above MAX_NAMED classes, the legend names only those with the lowest AP, and the others are gray. Returns the lines
+    of the named classes in the first panel, with the index of the class.
     """
-    present = sorted((curve.ap_area(), i) for i, curve in enumerate(curves) if curve.positives)
-    named = {i for _, i in present[: len(present) if len(present) <= MAX_NAMES else MAX_NAMES // 2]}
+    present = sorted((curve.ap_area(), i) for i, curve in enumerate(curves) if curve.num_objects)
+    named = {i for _, i in present[: len(present) if len(present) <= MAX_NAMED else MAX_NAMED // 2]}
     drawn = []
     for _, i in sorted(present, key=lambda item: (item[1] in named, item[1])):
-        dashes = "-" if len(drawn) < COLOURS else "--"
+        dashes = "-" if len(drawn) < NUM_COLORS else "--"
         style = {"linestyle": dashes} if i in named else {"color": "0.8", "linewidth": 0.8}
         first, *_ = [axes.plot(x, y, **style)[0] for axes, (x, y) in zip(panels, lines(curves[i]), strict=True)]
         if i in named:
@@ -132,72 +123,72 @@ def draw_lines(
         axes.set(xlim=(0, 1), ylim=(0, 1.02))
         axes.grid(alpha=0.3)
     if drawn:
-        title = None if len(named) == len(present) else "classes with the least AP"
+        title = None if len(named) == len(present) else "Classes with the lowest AP"
         handles, texts = [line for line, _ in drawn], [labels[i] for _, i in drawn]
         figure.legend(handles, texts, loc="outside right upper", fontsize="small", title=title)
     return drawn
 
 
 def draw_confusion(counts: np.ndarray, class_names: Sequence[str], path: Path) -> None:
-    """Counts (C + 1, C + 1), the background last, as shares of their row."""
+    """A confusion matrix of counts (C + 1, C + 1) with the background last, coloured by share of the row."""
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    names = [*map(plain, class_names), "background"]
+    names = [*map(escape_label, class_names), "background"]
     side = min(14, 3.5 + 0.55 * len(names))
     figure, axes = plt.subplots(figsize=(side + 1, side), layout="constrained")
     figure.colorbar(axes.imshow(shares, cmap="Blues", vmin=0, vmax=1), shrink=0.8)
-    size = "small" if len(names) <= MAX_NUMBERS else "xx-small"
+    size = "small" if len(names) <= MAX_CELL_TEXTS else "xx-small"
     axes.set_xticks(range(len(names)), names, rotation=90, fontsize=size)
     axes.set_yticks(range(len(names)), names, fontsize=size)
-    axes.set(xlabel="found as", ylabel="object", title="share of a row, and count")
-    if len(names) <= MAX_NUMBERS + 1:
+    axes.set(xlabel="Predicted", ylabel="True", title="Confusion matrix (row-normalised, with counts)")
+    if len(names) <= MAX_CELL_TEXTS + 1:
         for row, column in np.argwhere(counts):
-            dark = shares[row, column] > 0.6
+            color = "white" if shares[row, column] > 0.6 else "black"
             text = f"{shares[row, column]:.2f}\n{counts[row, column]}"
-            axes.text(column, row, text, ha="center", va="center", fontsize=size, color="white" if dark else "black")
-    save(figure, path)
+            axes.text(column, row, text, ha="center", va="center", fontsize=size, color=color)
+    save_figure(figure, path)
 
 
 def draw_shapes(sides: np.ndarray, anchors: np.ndarray, recall: float | None, path: Path) -> None:
-    """Sizes and shapes of objects (N, 2), width and height in input pixels, with the anchors (A, 2) as lines.
+    """Histograms of object sizes and aspect ratios, with the anchors as lines.
 
-    `recall` is the share of the objects that are shaped like some anchor.
+    `sides` (N, 2) and `anchors` (A, 2) are width and height in input pixels, `recall` the best possible recall.
     """
     figure, panels = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained")
-    size, shape = np.sqrt(sides.prod(axis=1)), sides[:, 0] / sides[:, 1]
-    for axes, values, own, title in (
-        (panels[0], size, np.sqrt(anchors.prod(axis=1)), "size: root of the area in input pixels"),
-        (panels[1], shape, anchors[:, 0] / anchors[:, 1], "shape: width / height"),
+    size, aspect = np.sqrt(sides.prod(axis=1)), sides[:, 0] / sides[:, 1]
+    for axes, values, of_anchors, title in (
+        (panels[0], size, np.sqrt(anchors.prod(axis=1)), "Size: square root of the area (input pixels)"),
+        (panels[1], aspect, anchors[:, 0] / anchors[:, 1], "Aspect ratio (width / height)"),
     ):
-        both = np.concatenate([values, own])
+        both = np.concatenate([values, of_anchors])
         edges = np.geomspace(both.min() * 0.9, both.max() * 1.1, BINS)
         axes.hist(values, edges, color="tab:blue", alpha=0.7)
-        for value in own:
+        for value in of_anchors:
             axes.axvline(value, color="tab:red", linewidth=1)
-        axes.set(xscale="log", xlabel=title, ylabel="objects")
+        axes.set(xscale="log", xlabel=title, ylabel="Objects")
         ticks = np.unique(np.round(np.geomspace(edges[0], edges[-1], 7), 1 if axes is panels[0] else 2))
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks], minor=False)
         axes.set_xticks([], minor=True)
-    title = "objects (blue) and anchors (red)" + ("" if recall is None else f"; best possible recall {recall:.3f}")
+    title = "Objects (blue) and anchors (red)" + ("" if recall is None else f"; best possible recall {recall:.3f}")
     figure.suptitle(title, fontsize="medium")
-    save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_counts(counts: dict[str, dict[str, int]], path: Path) -> None:
-    """Objects of each class in each part of a data set, as bars; of each part a dict by class."""
+    """A bar chart of the objects per class in each part of a data set; `counts` is by part and class name."""
     names = list(next(iter(counts.values())))
     figure, axes = plt.subplots(figsize=(9, 1.2 + 0.28 * len(names)), layout="constrained")
     height = 0.8 / len(counts)
     for i, (part, values) in enumerate(counts.items()):
         places = np.arange(len(names)) + (i - (len(counts) - 1) / 2) * height
         axes.barh(places, [values[name] for name in names], height, label=part)
-    axes.set_yticks(range(len(names)), [plain(name) for name in names])
-    axes.set(xlabel="objects", xscale="symlog", ylim=(len(names) - 0.4, -0.6))
+    axes.set_yticks(range(len(names)), [escape_label(name) for name in names])
+    axes.set(title="Objects per class", xlabel="Objects (log scale)", xscale="symlog", ylim=(len(names) - 0.4, -0.6))
     axes.legend()
-    save(figure, path)
+    save_figure(figure, path)
 
 
-def draw_means(panels: Mapping[str, Sequence[tuple[str, Sequence[float], Mean]]], path: Path) -> None:
-    """In a panel for each title, side by side by name: the values of all seeds, their mean and its interval."""
+def draw_means(panels: Mapping[str, Sequence[tuple[str, Sequence[float], MeanEstimate]]], path: Path) -> None:
+    """One panel per title: for each name, the values of all seeds and their mean with its confidence interval."""
     figure, plots = plt.subplots(1, len(panels), figsize=(11, 4), layout="constrained")
     for axes, (title, entries) in zip(plots, panels.items(), strict=True):
         for place, (_, values, mean) in enumerate(entries):
@@ -208,5 +199,5 @@ def draw_means(panels: Mapping[str, Sequence[tuple[str, Sequence[float], Mean]]]
         axes.grid(alpha=0.3, axis="y")
         if axes.get_ylim()[0] < 0:
             axes.axhline(0, color="black", linewidth=0.8)  # no difference
-    figure.suptitle("bar: mean and its interval; dots: seeds", fontsize="small")
-    save(figure, path)
+    figure.suptitle(f"Blue: mean and {CONFIDENCE:.0%} confidence interval; gray: individual seeds", fontsize="small")
+    save_figure(figure, path)

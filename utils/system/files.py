@@ -18,7 +18,7 @@ except ImportError:  # Windows
 
     fcntl = None
 
-CACHE_FOLDER = Path("logs/cache")  # what can be made again: decoded images, indexed annotations
+CACHE_FOLDER = Path("logs/cache")  # decoded images, which can be made again
 LOCKED_BYTE = 1 << 30  # on Windows, where nobody can read what is locked
 TEMPORARY = ".tmp"  # suffix of a file that is being written
 
