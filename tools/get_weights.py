@@ -1,7 +1,7 @@
 """Download published weights into model_data/: python tools/get_weights.py yolov4-tiny.weights
 
-Without a name it lists what there is. tools/convert_weights.py makes checkpoints of them, except of the .conv.29,
-which is a start for train.py --weights.
+Without a name, lists the available files. tools/convert_weights.py turns them into checkpoints, except for .conv.29,
+which is a backbone to start from with train.py --weights.
 """
 
 import sys
@@ -14,47 +14,46 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils.system.cli import run_script
-from utils.system.download import Remote, fetch
+from utils.system.download import RemoteFile, download
 from utils.system.errors import UserError
 from utils.weights.pretrained import read_weights
 
 DARKNET = "https://github.com/AlexeyAB/darknet/releases/download/darknet_yolo_v4_pre"
 PYTORCH = "https://github.com/bubbliiiing/yolov4-tiny-pytorch/releases/download/v1.0"
 SHA256 = "sha256:cf9fbfd0f6d4869b35762f56100f50ed05268084078805f0e7989efe5bb8ca87"
-REMOTES = (  # no checksum of the others has been published
-    Remote(f"{DARKNET}/yolov4-tiny.weights", 24_251_276, SHA256),
-    Remote(f"{DARKNET}/yolov4-tiny.conv.29", 19_789_716),
-    *(Remote(f"{PYTORCH}/yolov4_tiny_weights_{data}.pth") for data in ("voc", "voc_SE", "voc_CBAM", "voc_ECA", "coco")),
+FILES = (  # checksums have been published for the first only
+    RemoteFile(f"{DARKNET}/yolov4-tiny.weights", SHA256),
+    RemoteFile(f"{DARKNET}/yolov4-tiny.conv.29"),
+    *(
+        RemoteFile(f"{PYTORCH}/yolov4_tiny_weights_{name}.pth")
+        for name in ("voc", "voc_SE", "voc_CBAM", "voc_ECA", "coco")
+    ),
 )
 
 
 @dataclass(frozen=True)
 class Config:
-    """Download published weights into model_data/; without a name, list what there is."""
+    """Download published weights into model_data/, or list the available files."""
 
-    names: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="NAME")] = ()  # which; empty: list
-    folder: str = "model_data"  # where they go
+    names: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="NAME")] = ()  # empty: list them
+    folder: str = "model_data"  # folder to download to
     mirror: str = ""  # address of another folder that has the files; empty: where they were published
 
 
 def main(config: Config) -> list[Path]:
-    """Download the weights of these names; returns their paths."""
-    remotes = {remote.name: remote for remote in REMOTES}
-    unknown = [name for name in config.names if name not in remotes]
+    """Download the named files, check that they contain weights, and return their paths."""
+    files = {file.name: file for file in FILES}
+    unknown = [name for name in config.names if name not in files]
     if unknown:
-        raise UserError(f"there are no published weights {', '.join(unknown)}; there are {', '.join(remotes)}")
+        raise UserError(f"there are no published weights named {', '.join(unknown)}; choose from {', '.join(files)}")
     if not config.names:
-        for remote in REMOTES:
-            print(f"{remote.name:32} {remote.url}")
-    return [get(remotes[name].at(config.mirror), Path(config.folder)) for name in config.names]
-
-
-def get(remote: Remote, folder: Path) -> Path:
-    """A file that is there, was checked, and holds weights."""
-    path = fetch(remote, folder, read_weights)
-    known = "size and checksum are right" if remote.checksum else "it can be read; no checksum of it is known"
-    print(f"{path}: {path.stat().st_size:,} bytes, {known}")
-    return path
+        for name, file in files.items():
+            print(f"{name:32} {file.url}")
+    paths = []
+    for file in (files[name].at_mirror(config.mirror) for name in config.names):
+        paths.append(download(file, Path(config.folder), read_weights))
+        print(f"{paths[-1]}: {'checksum verified' if file.checksum else 'readable (no checksum has been published)'}")
+    return paths
 
 
 if __name__ == "__main__":
