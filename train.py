@@ -32,8 +32,7 @@ from utils.system.errors import UserError, as_user_error, check_choice, check_ra
 from utils.system.files import CACHE_FOLDER
 from utils.system.signals import Stopped, StopSignals
 from utils.training.batch_size import dry_run, resolve_batch_size
-from utils.training.engine import epoch_batches, train_epochs
-from utils.training.previews import draw_batch
+from utils.training.engine import draw_batch, epoch_batches, train_epochs
 from utils.training.run_data import RunData, check_fingerprints
 from utils.training.run_folder import RunFolder
 from utils.training.settings import changed_settings, load_settings, save_settings

@@ -22,7 +22,15 @@ from utils.detection.anchors import decode_heads, head_levels
 from utils.inference.detector import Detector
 from utils.system.errors import UserError
 from utils.weights.checkpoint import load_checkpoint
-from utils.weights.darknet import START, cfg_of, count, layers_for, layers_of, read_darknet, write_darknet
+from utils.weights.darknet import (
+    START,
+    count_floats,
+    list_layers,
+    make_cfg,
+    read_darknet,
+    standard_layers,
+    write_darknet,
+)
 from utils.weights.pretrained import read_weights, start_from
 
 VOC = ModelSpec(tuple(f"class {i}" for i in range(20)), ANCHORS, input_size=(160, 160), scale_xy=1.05)
@@ -37,7 +45,7 @@ def voc_file(tmp_path_factory):
     """The reference's network, written by the rule of its README."""
     generator = np.random.default_rng(0)
     content = []
-    for layer in layers_for(20):
+    for layer in standard_layers(20):
         filters, channels, side, _ = list(layer.values())[-1]
         content.append(generator.normal(0, 0.05, filters))
         if len(layer) == 5:
@@ -145,14 +153,14 @@ def test_written_is_what_was_read(voc_file, tmp_path):
 
 def test_sizes_are_the_published_ones(voc_file):
     assert voc_file.stat().st_size == 23_696_876
-    assert 20 + 4 * count(layers_for(80)) == 24_251_276
-    assert 20 + 4 * count(layers_for(80)[:START]) == 19_789_716
+    assert 20 + 4 * count_floats(standard_layers(80)) == 24_251_276
+    assert 20 + 4 * count_floats(standard_layers(80)[:START]) == 19_789_716
 
 
 def test_a_size_of_more_classes_than_a_network_has(tmp_path):
     path = tmp_path / "a.weights"
     path.write_bytes(HEADER)
-    os.truncate(path, len(HEADER) + 4 * count(layers_for(10_001)))  # of zeros, which take no room
+    os.truncate(path, len(HEADER) + 4 * count_floats(standard_layers(10_001)))  # of zeros, which take no room
     with pytest.raises(UserError, match="is another network"):
         read_weights(path)
 
@@ -182,8 +190,8 @@ def test_other_classes_start_a_training_alone(voc_file):
 def test_cut_off_within_and_after_each_convolution(pair_file, tmp_path):
     whole, model = pair_file
     content = whole.read_bytes()
-    layers = layers_of(model)
-    ends = [20 + 4 * floats for floats in accumulate(count([layer]) for layer in layers)]
+    layers = list_layers(model)
+    ends = [20 + 4 * floats for floats in accumulate(count_floats([layer]) for layer in layers)]
     assert ends[-1] == len(content)
     path = tmp_path / "cut.weights"
     for number, (begin, end) in enumerate(zip([20, *ends], ends, strict=False), start=1):
@@ -269,7 +277,7 @@ def test_attention_has_no_place(tmp_path):
 def run_cfg(text: str, model: torch.nn.Module, images: torch.Tensor) -> list[torch.Tensor]:
     """What enters each [yolo] layer when the layers of a cfg run one after the other with the model's parameters."""
     sections = [part.split("\n") for part in ("\n" + text.strip()).split("\n[")[1:]]
-    parameters = [[model.state_dict()[name] for name in layer] for layer in layers_of(model)]
+    parameters = [[model.state_dict()[name] for name in layer] for layer in list_layers(model)]
     outputs, raw, x = [], [], images
     for kind, *lines in sections[1:]:
         settings = {name: value for name, _, value in (line.partition("=") for line in lines if line)}
@@ -303,7 +311,7 @@ def run_cfg(text: str, model: torch.nn.Module, images: torch.Tensor) -> list[tor
 def test_the_cfg_describes_the_network(pair_file):
     _, model = pair_file
     images = torch.rand(2, 3, 64, 96)
-    text = cfg_of(PAIR)
+    text = make_cfg(PAIR)
     with torch.no_grad():
         for found, expected in zip(run_cfg(text, model, images), model(images), strict=True):
             assert found.shape == expected.shape

@@ -2,10 +2,12 @@
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from math import ceil
+from typing import Any
 
 import torch
 
@@ -15,7 +17,6 @@ from utils.system.device import synchronize
 from utils.system.distributed import ProcessGroup
 from utils.system.errors import UserError
 from utils.training.run_data import RunData
-from utils.training.settings import TrainingSettings
 from utils.training.trainer import Batching, Trainer, build_trainer
 from utils.training.training_state import Progress
 
@@ -27,6 +28,7 @@ except ImportError:  # Windows
 TRIAL_STEPS = 3  # the first one, which also initialises the device, is not timed
 MEMORY_SHARE = 0.9  # of a GPU; the rest is left for validation and for fragmentation
 SIZE_MULTIPLE = 8  # larger batch sizes that are found are multiples of this
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
 VALIDATION_COST = 0.5  # of an image, relative to a training step, in the estimate of the duration
 
 
@@ -39,7 +41,7 @@ class Trial:
 
 
 def resolve_batch_size(
-    settings: TrainingSettings, spec: ModelSpec, cache: ImageCache, device: torch.device, group: ProcessGroup
+    settings: Any, spec: ModelSpec, cache: ImageCache, device: torch.device, group: ProcessGroup
 ) -> int:
     """The batch size over all processes, at most the size of the data set; 0 becomes the largest that fits.
 
@@ -67,23 +69,19 @@ def max_objects(cache: ImageCache) -> int:
     return 2 * cache.labels.shape[1]
 
 
-def dry_run(trainer: Trainer, settings: TrainingSettings, data: RunData) -> None:
+def dry_run(trainer: Trainer, settings: Any, data: RunData) -> None:
     """Try steps on the largest batch, which also compiles the network, and print what they take.
 
     The training state is restored. Raises UserError, with a batch size to try, if memory does not suffice.
     """
     batch_size, progress = trainer.batching.batch_size, trainer.state.progress
-    frozen_first = trainer.compiled and progress.epoch < settings.freeze_epochs  # compile both variants
+    compile_frozen = trainer.compiled and progress.epoch < settings.freeze_epochs
     trials = []
-    try:
-        for frozen in (False, True) if frozen_first else (False,):
+    with explain_out_of_memory(batch_size, trainer.spec.input_size):
+        for frozen in (False, True) if compile_frozen else (False,):
             trainer.set_mode(frozen)
             step = partial(trainer.step_on_blank_batch, batch_size // trainer.group.size, max_objects(data.train))
             trials.append(try_steps(step, trainer.device))
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        raise out_of_memory_error(batch_size, trainer.spec.input_size) from None
     trainer.roll_back()
     height, width = trainer.spec.input_size
     epochs, seconds = progress.end - progress.epoch, trials[0].seconds
@@ -170,14 +168,21 @@ def search_largest(fits: Callable[[int], bool], max_size: int) -> int:
     return good
 
 
-def is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether an error of torch means that the device or the machine is out of memory."""
-    texts = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
+    return any(text in str(error) for text in OUT_OF_MEMORY)
 
 
-def out_of_memory_error(batch_size: int, size: tuple[int, int]) -> UserError:
-    """The error for a batch of `batch_size` images of `size` (height, width) that does not fit into memory."""
-    smaller = f"try --batch-size {batch_size // 2} (nominal_batch compensates), or on a GPU 0 for the largest that fits"
-    problem = f"a batch of {batch_size} images at {size[0]}x{size[1]} does not fit into memory"
-    return UserError(f"{problem}; {smaller if batch_size > 1 else 'lower input_size'}")
+@contextmanager
+def explain_out_of_memory(batch_size: int, size: tuple[int, int]) -> Iterator[None]:
+    """Raise UserError with a batch size to try when `batch_size` images of `size` (height, width) do not fit."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        advice = f"try --batch-size {batch_size // 2} (nominal_batch compensates), or 0 for the largest that fits a GPU"
+        raise UserError(
+            f"a batch of {batch_size} images at {size[0]}x{size[1]} does not fit into memory; "
+            f"{advice if batch_size > 1 else 'lower input_size'}"
+        ) from None

@@ -1,46 +1,42 @@
 """The training loop: the batches of an epoch, its validation, its row of metrics and its checkpoints."""
 
 import time
+from collections.abc import Sequence
 from contextlib import closing
 from math import ceil
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
-from utils.data.loader import Batches
-from utils.reports.explain import gains_of
+from utils.data.augment import render_batch
+from utils.data.loader import EpochBatches
+from utils.inference.drawing import draw_targets
+from utils.reports.explain import read_gains
 from utils.system.signals import StopSignals
-from utils.training.batch_size import is_out_of_memory, out_of_memory_error
+from utils.training.batch_size import explain_out_of_memory
 from utils.training.run_data import RunData
 from utils.training.run_folder import RunFolder
-from utils.training.settings import TrainingSettings
 from utils.training.trainer import COLUMNS, Trainer
-from utils.training.validation import log_gates, validate
+from utils.training.validation import PREVIEW_IMAGES, log_gates, validate
 from utils.weights.checkpoint import Checkpoint
 
 CHECK_INTERVAL = 20  # batches between two checks of the losses, which wait for the device
 PRINTED = ("train/loss", "val/loss", "val/AP", "val/AP50", "train/images_per_second")
 
 
-def train_epochs(
-    trainer: Trainer, settings: TrainingSettings, data: RunData, run: RunFolder, stop: StopSignals
-) -> None:
+def train_epochs(trainer: Trainer, settings: Any, data: RunData, run: RunFolder, stop: StopSignals) -> None:
     """Train to the last epoch, or until validations bring no improvement; raises Stopped after a signal."""
-    try:
-        with stop.defer():
-            while not trainer.state.progress.is_finished(settings.patience):
-                run_epoch(trainer, settings, data, run, stop)
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        raise out_of_memory_error(trainer.batching.batch_size, trainer.spec.input_size) from None
+    with explain_out_of_memory(trainer.batching.batch_size, trainer.spec.input_size), stop.defer():
+        while not trainer.state.progress.is_finished(settings.patience):
+            run_epoch(trainer, settings, data, run, stop)
     run.finish_saving()
 
 
-def run_epoch(trainer: Trainer, settings: TrainingSettings, data: RunData, run: RunFolder, stop: StopSignals) -> None:
+def run_epoch(trainer: Trainer, settings: Any, data: RunData, run: RunFolder, stop: StopSignals) -> None:
     """Train one epoch, validate if it is due, log a row of metrics and save the checkpoints."""
     values = train_and_measure(trainer, settings, data, run, stop)
-    values |= {f"gain/{place}": gain for place, gain in gains_of(trainer.state.ema.module).items()}
+    values |= {f"gain/{place}": gain for place, gain in read_gains(trainer.state.ema.module).items()}
     progress = trainer.state.progress
     epoch = progress.epoch + 1
     due = epoch % settings.eval_every == 0 or epoch == progress.end
@@ -64,14 +60,13 @@ def run_epoch(trainer: Trainer, settings: TrainingSettings, data: RunData, run: 
 
 
 def train_and_measure(
-    trainer: Trainer, settings: TrainingSettings, data: RunData, run: RunFolder, stop: StopSignals
+    trainer: Trainer, settings: Any, data: RunData, run: RunFolder, stop: StopSignals
 ) -> dict[str, float]:
     """Train the rest of the current epoch; returns its mean losses, its speed and the learning rate."""
     started, progress = time.perf_counter(), trainer.state.progress
     batches = epoch_batches(trainer, settings, data)
     remaining = len(batches) - progress.batch
-    frozen = progress.epoch < settings.freeze_epochs
-    train_one_epoch(trainer, batches, frozen, settings.checkpoint_every, run, stop)
+    train_one_epoch(trainer, batches, settings, run, stop)
     values = mean_losses(trainer)
     if remaining:
         seconds = time.perf_counter() - started
@@ -79,23 +74,25 @@ def train_and_measure(
     return values | {"train/lr": trainer.state.scheduler.get_last_lr()[0]}
 
 
-def epoch_batches(trainer: Trainer, settings: TrainingSettings, data: RunData) -> Batches:
+def epoch_batches(trainer: Trainer, settings: Any, data: RunData) -> EpochBatches:
     """The batches of the current epoch."""
     progress = trainer.state.progress
     share = (progress.epoch - progress.start) / (progress.end - progress.start)
     augment, batch_size = settings.augment_settings(share), trainer.batching.batch_size
-    return Batches(data.train, batch_size, settings.seed, progress.epoch, augment, trainer.group)
+    return EpochBatches(data.train, batch_size, settings.seed, progress.epoch, augment, trainer.group)
 
 
-def train_one_epoch(
-    trainer: Trainer, batches: Batches, frozen: bool, checkpoint_every: int, run: RunFolder, stop: StopSignals
-) -> None:
-    """Train on the remaining batches of the epoch, with a checkpoint every `checkpoint_every` steps (0: none).
+def draw_batch(batches: EpochBatches, number: int, class_names: Sequence[str]) -> np.ndarray:
+    """The first images of a training batch with their boxes, as one RGB picture."""
+    batch = batches.plan(number, PREVIEW_IMAGES)
+    images = render_batch(batch._replace(images=batch.images.cpu()))
+    return draw_targets(images, batch.boxes, batch.labels, class_names)
 
-    Raises Stopped after a signal, once a checkpoint is saved.
-    """
+
+def train_one_epoch(trainer: Trainer, batches: EpochBatches, settings: Any, run: RunFolder, stop: StopSignals) -> None:
+    """Train on the remaining batches of the epoch; raises Stopped after a signal, once a checkpoint is saved."""
     state, total = trainer.state, len(batches)
-    trainer.set_mode(frozen)
+    trainer.set_mode(frozen=batches.epoch < settings.freeze_epochs)
     title = f"epoch {batches.epoch + 1}/{state.progress.end}"
     with tqdm(total=total, desc=title, leave=False, disable=run.read_only or None) as bar:
         while state.progress.batch < total:  # once, and once more after each rollback
@@ -112,16 +109,17 @@ def train_one_epoch(
                         state.step()
                         accumulated = 0
                     bar.update(done - bar.n)
-                    if at_step and not check_and_save(trainer, batches, done, checkpoint_every, run, stop):
+                    if at_step and not check_and_save(trainer, batches, done, settings, run, stop):
                         break
 
 
 def check_and_save(
-    trainer: Trainer, batches: Batches, done: int, checkpoint_every: int, run: RunFolder, stop: StopSignals
+    trainer: Trainer, batches: EpochBatches, done: int, settings: Any, run: RunFolder, stop: StopSignals
 ) -> bool:
     """After a step: check, save and stop if it is time to; returns False after a rollback."""
     stopping = trainer.group.any_rank(stop.requested)
-    saving = checkpoint_every and ceil(done / trainer.batching.accumulate) % checkpoint_every == 0
+    steps, interval = ceil(done / trainer.batching.accumulate), settings.checkpoint_every
+    saving = interval > 0 and steps % interval == 0
     unchecked = done - trainer.state.progress.batch
     if not (stopping or saving or unchecked >= CHECK_INTERVAL or done == len(batches)):
         return True

@@ -1,38 +1,16 @@
-"""The settings of a run: what this package reads of them, and `config.json`, which a resumed run continues with."""
+"""The settings of a run in `config.json`, and which of them may change when it is resumed."""
 
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
-from utils.data.augment import AugmentSettings
 from utils.system.errors import UserError
 from utils.system.files import atomic_write
 
 CONFIG = "config.json"
 Settings = TypeVar("Settings")  # a dataclass whose fields all have defaults
-
-
-class TrainingSettings(Protocol):
-    """The settings that this package reads; `train.Config` describes them."""
-
-    freeze_epochs: int
-    batch_size: int
-    eval_every: int
-    patience: int
-    checkpoint_every: int
-    seed: int
-    precision: str
-    compile: str
-    sync_bn: bool
-    lr: float
-    weight_decay: float
-    warmup: float
-    ema: float
-
-    def augment_settings(self, share: float) -> AugmentSettings:
-        """The augmentation after a share of the run."""
 
 
 def save_settings(folder: Path, settings: Any) -> None:

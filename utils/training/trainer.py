@@ -4,7 +4,7 @@ import math
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from nets.spec import ModelSpec
 from nets.yolo import build_model
-from utils.data.loader import Batches
+from utils.data.loader import EpochBatches
 from utils.detection.loss import TERMS, LossSettings, YoloLoss
 from utils.detection.nms import EVALUATION_THRESHOLDS
 from utils.inference.backends import TorchNetwork
@@ -24,7 +24,6 @@ from utils.system.device import autocast, choose_compile, choose_precision
 from utils.system.distributed import ProcessGroup
 from utils.system.errors import UserError
 from utils.training.optim import accumulation_steps, build_ema, build_optimizer, freeze_backbone, lr_factor
-from utils.training.settings import TrainingSettings
 from utils.training.training_state import Progress, TrainingState
 from utils.weights.checkpoint import Checkpoint
 
@@ -123,7 +122,7 @@ class Trainer:
         self.state.restore(checkpoint)
         self.take_snapshot()
 
-    def check_batches(self, batches: Batches, done: int) -> bool:
+    def check_batches(self, batches: EpochBatches, done: int) -> bool:
         """Check the losses and weights after `done` batches of an epoch, and take a snapshot if they are finite.
 
         Otherwise rolls back, marks the first bad batch as skipped and returns False. Raises UserError when too many
@@ -167,7 +166,7 @@ class Trainer:
 
 
 def build_trainer(
-    settings: TrainingSettings,
+    settings: Any,
     spec: ModelSpec,
     batching: Batching,
     progress: Progress,

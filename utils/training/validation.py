@@ -1,9 +1,11 @@
 """Validation during training, and the report on the best checkpoint at the end."""
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import supervision as sv
 import torch
 from torch import Tensor
@@ -12,19 +14,20 @@ from tqdm import tqdm
 from utils.data.cache import ImageCache
 from utils.detection.loss import TERMS, YoloLoss
 from utils.detection.nms import EVALUATION_THRESHOLDS
-from utils.evaluation.metrics import evaluate
+from utils.evaluation.metrics import evaluate, filter_confident
 from utils.inference.detector import Detector
-from utils.reports.evaluation_report import Report
-from utils.reports.explain import attend
+from utils.inference.drawing import draw_sheet
+from utils.reports.evaluation_report import EvaluationReport
+from utils.reports.explain import compute_attention
 from utils.system.distributed import ProcessGroup
 from utils.system.errors import make_folder
 from utils.system.signals import StopSignals
-from utils.training.previews import draw_examples
 from utils.training.run_folder import RunFolder
 from utils.training.trainer import Trainer
 from utils.weights.checkpoint import BEST
 
 BATCH_SIZE = 16  # images per batch, also the default of eval.py
+PREVIEW_IMAGES = 8  # images per picture of a batch or of a validation
 GATE_IMAGES = 4  # images whose attention gates are logged
 
 
@@ -64,11 +67,23 @@ def validate(
     return group.broadcast((values, metrics))
 
 
+def draw_examples(
+    detections: Sequence[sv.Detections], thresholds: Sequence[float], cache: ImageCache, class_names: Sequence[str]
+) -> np.ndarray:
+    """The first validation images with the detections that prediction would show, as one RGB picture."""
+    shown = []
+    for detected, fit in zip(detections[:PREVIEW_IMAGES], cache.fits, strict=False):
+        kept = filter_confident(detected, thresholds)
+        boxes = fit.to_input(kept.xyxy)
+        shown.append(sv.Detections(boxes, confidence=kept.confidence, class_id=kept.class_id))
+    return draw_sheet(cache.images[:PREVIEW_IMAGES], shown, class_names)
+
+
 def log_gates(trainer: Trainer, cache: ImageCache, run: RunFolder) -> None:
     """Log the distribution of the attention gates of the averaged network on a few images to TensorBoard."""
     if trainer.spec.phi and not run.read_only:
         pixels = cache.images[:GATE_IMAGES].to(trainer.device).float() / 255
-        attention = attend(trainer.detector().network.model, pixels)
+        attention = compute_attention(trainer.detector().network.model, pixels)
         gates = {f"gate/{place}": attended.gate.cpu().numpy() for place, attended in attention.items()}
         run.log_histograms(gates, trainer.state.progress.epoch + 1)
 
@@ -83,5 +98,5 @@ def write_report(
     if group.is_main:
         make_folder(folder)
         evaluation = evaluate(cache.samples, detections, cache.sizes, detector.spec.class_names)
-        Report(weights, devkit, val_sets, detector, cache, detections, evaluation).write(folder)
+        EvaluationReport(weights, devkit, val_sets, detector, cache, detections, evaluation).write(folder)
     return folder

@@ -1,8 +1,7 @@
-"""Checkpoints: one `.safetensors` file with the weights, the `ModelSpec` and, to resume from, the training state.
+"""Checkpoints: `.safetensors` files with the weights, the `ModelSpec` and, for resuming, the training state.
 
-The weights stand under their plain names, the training state's tensors under `training/`. The metadata is JSON, with a
-SHA-256 over all tensors. A file is written under a temporary name and renamed, so that it is whole or not there; of the
-resumable ones the one before stays, as `previous`.
+Weights are stored under their own names, the tensors of `utils.training.training_state` under `training/`. The metadata
+is JSON and includes a SHA-256 of all tensors. Files are replaced atomically, and a run keeps its previous checkpoint.
 """
 
 import hashlib
@@ -22,54 +21,54 @@ from nets.spec import ModelSpec
 from nets.yolo import YoloBody, build_model
 from utils.system.errors import UserError
 from utils.system.files import atomic_write, check_regular_file
-from utils.system.text import show
+from utils.system.text import printable
 
 FORMAT = "yolov4-tiny/2"
 TRAINING = "training/"
-SHOWN = 200  # letters of an error in a message
-MAX_BYTES = 500_000_000  # of a checkpoint, or of weights; with MAX_CLASSES and a training state it has 440 million
-LAST, PREVIOUS, BEST = "last.safetensors", "previous.safetensors", "best.safetensors"  # of a run
-DAMAGED = "damaged.safetensors"  # what was `last` and cannot be read
+MAX_SHOWN = 200  # characters of an error in a message
+MAX_BYTES = 500_000_000  # of a weights file; a checkpoint with MAX_CLASSES and training state has 440 million
+LAST, PREVIOUS, BEST = "last.safetensors", "previous.safetensors", "best.safetensors"  # in a run folder
+DAMAGED = "damaged.safetensors"  # a `last` that could not be read
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint holds."""
+    """The content of a checkpoint file."""
 
     spec: ModelSpec
     weights: dict[str, Tensor]
-    info: dict[str, Any]  # about the run: epoch, metrics, and with a training state its progress
-    training: dict[str, Tensor]  # empty when there is nothing to resume
+    info: dict[str, Any]  # epoch, metrics, thresholds and, with training state, the progress of the run
+    training: dict[str, Tensor]  # empty unless the run can be resumed from this checkpoint
 
     def build_model(self, path: str | Path) -> YoloBody:
-        """The network with its weights; raises UserError where these are not its own, or are not finite."""
+        """The network with its weights; raises UserError if they do not match the specification or are not finite."""
         try:
-            with torch.device("meta"):  # which takes no memory, whatever the file says
+            with torch.device("meta"):  # takes no memory, whatever sizes the file contains
                 expected = build_model(self.spec).state_dict()
-        except Exception as error:  # arguments of attention that make no sense fail in many ways
-            raise UserError(f"{path} describes a network that cannot be built: {show(error, SHOWN)}") from None
+        except Exception as error:  # invalid arguments of attention blocks fail in many ways
+            raise UserError(f"{path} has an invalid model specification: {printable(error, MAX_SHOWN)}") from None
         wrong = [name for name in expected.keys() | self.weights.keys() if not same_form(name, expected, self.weights)]
         if wrong:
             raise UserError(
-                f"{path} does not hold the network that it describes: {show(min(wrong))} is missing or differs"
+                f"{path} does not match its model specification: {printable(min(wrong))} is missing or differs"
             )
         broken = [name for name, value in self.weights.items() if not value.isfinite().all()]
         if broken:
-            raise UserError(f"{path} holds numbers that are not finite, in {broken[0]}; take another checkpoint")
+            raise UserError(f"{path} contains non-finite weights, in {broken[0]}; use another checkpoint")
         model = build_model(self.spec)
         model.load_state_dict(self.weights)
         return model
 
 
 def same_form(name: str, *groups: Mapping[str, Tensor]) -> bool:
-    """Whether all groups have the tensor, in the same shape and type."""
+    """Whether all groups have this tensor, with the same shape and dtype."""
     return len({(group[name].shape, group[name].dtype) if name in group else None for group in groups}) == 1
 
 
 def save_checkpoint(path: str | Path, checkpoint: Checkpoint, previous: str | Path | None = None) -> None:
-    """Write atomically; what was there stays under the name `previous`, if one is given.
+    """Write a checkpoint atomically, renaming an existing file to `previous` if given.
 
-    Raises UserError when it cannot be written.
+    Raises UserError if it cannot be written.
     """
     tensors = dict(checkpoint.weights) | {TRAINING + name: value for name, value in checkpoint.training.items()}
     tensors = {name: value.detach().to("cpu").contiguous() for name, value in tensors.items()}
@@ -84,21 +83,21 @@ def save_checkpoint(path: str | Path, checkpoint: Checkpoint, previous: str | Pa
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:
-    """Read and check; raises UserError for a file that is missing, damaged or no checkpoint of ours."""
+    """Read and verify a checkpoint; raises UserError if it is missing, damaged or not from train.py."""
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"there is no checkpoint {path}; correct the path, or run train.py, which writes checkpoints")
+        raise UserError(f"there is no checkpoint {path}; check the path, or create one with train.py")
     check_regular_file(path, MAX_BYTES)
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118, it is no mapping
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118, not a mapping
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
-    except (SafetensorError, AttributeError):  # the latter for types that torch does not have
-        raise UserError(f"{path} is no checkpoint of train.py (.safetensors), or it is damaged{remedy(path)}") from None
+    except (SafetensorError, AttributeError):  # the latter for dtypes that torch does not have
+        raise UserError(f"{path} is not a checkpoint of train.py (.safetensors), or is damaged{remedy(path)}") from None
     if metadata.get("format") != FORMAT:
-        raise UserError(f"{path} is a safetensors file, but no checkpoint of train.py")
+        raise UserError(f"{path} is a safetensors file, but not a checkpoint of train.py")
     if metadata.pop("sha256", None) != digest(tensors, metadata):
         raise UserError(f"{path} is damaged: its checksum does not match")
     training = {name.removeprefix(TRAINING): value for name, value in tensors.items() if name.startswith(TRAINING)}
@@ -108,75 +107,71 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         if not all(0 <= value <= 1 for value in info.get("thresholds", ())):
             raise ValueError("thresholds must be between 0 and 1")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path} describes no network that can be: {show(error, SHOWN)}") from None
+        raise UserError(f"{path} has an invalid model specification: {printable(error, MAX_SHOWN)}") from None
     return Checkpoint(spec, weights, info, training)
 
 
 def remedy(path: Path) -> str:
-    """What to do about a file that is no checkpoint, as far as its name tells what it is."""
+    """What to do about a file that is not a checkpoint, judged by its name."""
     if ".conv." in path.name:
-        return f"; {path.name} can only start a training, with train.py --weights"
+        return f"; {path.name} contains only initial weights, for train.py --weights"
     if path.suffix in (".pth", ".pt", ".weights"):
-        return f"; make one with tools/convert_weights.py --weights {path}"
-    if path.suffix in (".onnx", ".xml", ".pt2"):
-        return "; give the checkpoint that it was made of"
-    return ""
+        return f"; convert it with tools/convert_weights.py --weights {path}"
+    return "; use the checkpoint that it was exported from" if path.suffix in (".onnx", ".xml", ".pt2") else ""
 
 
 def load_last(folder: Path, say: Callable[[str], None] = print) -> Checkpoint:
-    """The newest whole checkpoint to resume the run in `folder` from.
+    """The newest intact checkpoint to resume the run in `folder` from.
 
-    When `last` is damaged, says so, and puts it aside, so that it does not replace `previous`.
+    A damaged `last` is reported and renamed, so that it does not replace `previous`.
     """
     last, previous = folder / LAST, folder / PREVIOUS
     if not is_resumable(folder):
-        raise UserError(f"{folder} has no checkpoint to resume from; without --resume the run begins there")
+        raise UserError(f"{folder} has no checkpoint to resume from; leave out --resume to start a new run there")
     if last.exists() or not previous.exists():
         try:
             return load_checkpoint(last)
         except UserError as error:
             if not previous.exists():
                 raise
-            say(f"{error}; going on from {previous}, the one before, and keeping it as {DAMAGED}")
+            say(f"{error}; resuming from {previous}, and keeping the damaged file as {DAMAGED}")
             checkpoint = load_checkpoint(previous)
-            with suppress(OSError):  # when another process of this run did
+            with suppress(OSError):  # another process of this run has renamed it
                 last.replace(folder / DAMAGED)
             return checkpoint
     return load_checkpoint(previous)
 
 
 def is_resumable(folder: Path) -> bool:
-    """Whether a run has left a checkpoint in `folder`."""
+    """Whether `folder` contains a checkpoint to resume from."""
     return (folder / LAST).exists() or (folder / PREVIOUS).exists()
 
 
 def newest_run() -> Path:
-    """The folder of the newest run under logs/."""
+    """The folder of the newest run under logs/; raises UserError if there is none, or none with a checkpoint."""
     found = list(Path("logs").glob("*/metrics.jsonl"))
     if not found:
-        raise UserError(
-            "there is no run under logs/; run train.py first, or say where one is, with --run-dir or --weights"
-        )
+        raise UserError("there is no run under logs/; run train.py first, or give --run-dir or --weights")
     folder = max(found, key=lambda path: path.stat().st_mtime).parent
     if not is_resumable(folder):
         raise UserError(
-            f"the newest run, {folder}, stopped before its first checkpoint; train again, or name the place of another"
+            f"the newest run, {folder}, stopped before its first checkpoint; give another with --run-dir or --weights"
         )
     return folder
 
 
 def find_checkpoint(name: str = "") -> Path:
-    """A checkpoint's own path; of a run's folder, or without a name of the newest run, its `best`, else its `last`."""
+    """The path of a checkpoint: `name` itself, or the `best`, else `last`, of that run folder or of the newest run."""
     path = Path(name) if name else newest_run()
     if not path.is_dir():
         return path
     if not ((path / BEST).exists() or is_resumable(path)):
-        raise UserError(f"{path} is a folder without a checkpoint; name a .safetensors file, or the folder of a run")
+        raise UserError(f"{path} is a folder without a checkpoint; give a .safetensors file or a run folder")
     return path / BEST if (path / BEST).exists() else path / LAST
 
 
 def digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
-    """SHA-256 over names, types, shapes and values, and over metadata."""
+    """SHA-256 of the names, dtypes, shapes and values of the tensors, and of the metadata."""
     sha = hashlib.sha256(json.dumps(metadata or {}, sort_keys=True).encode())
     for name in sorted(tensors):
         value = tensors[name]

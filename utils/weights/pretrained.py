@@ -1,13 +1,12 @@
-"""Weights to start training from: our own checkpoints, published `.pth` files, and Darknet's `.weights`."""
+"""Initial weights from our checkpoints, published `.pth` files and Darknet's `.weights`."""
 
-import os
+import pickletools
 import re
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
-from types import SimpleNamespace
-from zipfile import BadZipFile, ZipFile
+from zipfile import ZipFile, is_zipfile
 
 import torch
 from torch import Tensor, nn
@@ -15,20 +14,19 @@ from torch import Tensor, nn
 from utils.system.diagnostics import Diagnostics
 from utils.system.errors import UserError
 from utils.system.files import check_regular_file
-from utils.system.text import show
+from utils.system.text import printable
 from utils.weights.checkpoint import MAX_BYTES, load_checkpoint
 from utils.weights.darknet import read_darknet
 
-GAIN = "attention_gain."
-TOLD = 8  # names in a line
-MAX_SEARCHED = 1000  # letters of a message of torch.load
-COUNTER = "num_batches_tracked"  # of batch norms; nothing depends on it
-TYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int32, torch.int64}  # of parameters
-PARALLEL = "module."  # what DataParallel puts before a name
-DARKNET = re.compile(r"\.(weights|conv\.\d+)$")  # the ends of names that Darknet gives
-
-# CBAM comes with two namings in the wild; ours is the second of each pair
-RENAMED = (
+GAIN = "attention_gain."  # prefix of the gains that `identity_start` adds
+MAX_NAMES = 8  # in a message
+MAX_TEXT = 1000  # characters of a text in a pickle; parameter names have fewer than 100
+LEGACY_PICKLES = 5  # in a file of torch before 1.6: magic number, version, system, object, storage keys
+COUNTER = "num_batches_tracked"  # of batch norms; not used
+DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int32, torch.int64}
+DATA_PARALLEL = "module."  # prefix of parameter names from DataParallel
+DARKNET = re.compile(r"\.(weights|conv\.\d+)$")  # file names used by Darknet
+RENAMED = (  # published CBAM weights use either of two namings; the second of each pair is ours
     (".channelattention.fc.0.", ".channelattention.fc1."),
     (".channelattention.fc.2.", ".channelattention.fc2."),
     (".spatialattention.conv.", ".spatialattention.conv1."),
@@ -36,10 +34,9 @@ RENAMED = (
 
 
 def read_weights(path: str | Path, diagnostics: Diagnostics | None = None) -> dict[str, Tensor]:
-    """Parameters by name from a checkpoint, a `.pth`, `.weights` or `.conv.29` file, by the end of its name.
+    """Read parameters by name from a `.safetensors`, `.pth`, `.weights` or `.conv.29` file, without executing code.
 
-    A `.pth` is read without running anything that it may contain. Raises UserError when the file is not what its name
-    says, or has NaN or Inf.
+    Raises UserError if the content does not match the suffix, or is not finite.
     """
     path = Path(path)
     if path.suffix == ".safetensors":
@@ -48,109 +45,106 @@ def read_weights(path: str | Path, diagnostics: Diagnostics | None = None) -> di
         weights = read_darknet(path)
     else:
         weights = read_state_dict(path, diagnostics or Diagnostics())
-    odd = [name for name, value in weights.items() if not is_plain(value)]
-    if odd:
-        raise UserError(f"{path} holds tensors that are sparse, quantized or not all there, such as {show(odd[0])}")
+    unusual = [name for name, value in weights.items() if not is_plain(value)]
+    if unusual:
+        raise UserError(f"{path} contains sparse, quantized or incomplete tensors, such as {printable(unusual[0])}")
     broken = [name for name, value in weights.items() if not value.isfinite().all()]
     if broken:
-        raise UserError(f"{path} holds numbers that are not finite, in {show(', '.join(broken[:3]), 200)}")
+        raise UserError(f"{path} contains non-finite weights, in {printable(', '.join(broken[:3]), 200)}")
     return weights
 
 
 def read_state_dict(path: Path, diagnostics: Diagnostics) -> dict[str, Tensor]:
-    if not os.path.isfile(path):
+    """Read a `.pth` file that contains nothing but tensors by name; raises UserError for any other."""
+    if not path.is_file():
         raise UserError(f"there is no weights file {path}")
     check_regular_file(path, MAX_BYTES)
-    check_archive(path)
     try:
-        with warnings.catch_warnings(action="ignore"), short_searches():  # of what a damaged file seems to hold
+        check_pickles(path)
+        with warnings.catch_warnings(action="ignore"):  # about the content of damaged files
             loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # a damaged file leads the unpickler into errors of any type
+    except UserError:
+        raise
+    except Exception:  # damaged files cause errors of any type
         raise UserError(
-            f"{path} is damaged, or holds more than weights, which could run code; give a file that was written by "
+            f"{path} is damaged, or contains more than weights and could run code; use a file written by "
             "torch.save(model.state_dict(), path)"
         ) from None
     if not isinstance(loaded, Mapping) or not all(
         isinstance(name, str) and isinstance(value, Tensor) for name, value in loaded.items()
     ):
-        raise UserError(
-            f"{path} does not hold a state dict, that is tensors by name; give a file that was written by "
-            "torch.save(model.state_dict(), path)"
-        )
-    if any(name.startswith(PARALLEL) for name in loaded):
-        diagnostics.record_repair(path, f"has names that begin with {PARALLEL}, from DataParallel; they count without")
+        raise UserError(f"{path} is not a state dict; use a file written by torch.save(model.state_dict(), path)")
+    if any(name.startswith(DATA_PARALLEL) for name in loaded):
+        diagnostics.record_repair(path, f"has parameter names with the prefix {DATA_PARALLEL}, which is removed")
     return {standard_name(name): value for name, value in loaded.items()}
 
 
-@contextmanager
-def short_searches() -> Iterator[None]:
-    """Let torch.load look for its reasons in the beginning of a message alone.
+def check_pickles(path: Path) -> None:
+    """Reject files that torch.load would need very long to refuse: zip bombs, and pickles with long texts.
 
-    A refused file can make the message as long as itself, and the search takes the square of its length.
+    torch.load searches its error message with regular expressions in quadratic time, and the message can quote any
+    text of the pickle. Raises UserError for a zip bomb, and ValueError for other files.
     """
-    search = {"search": lambda pattern, message: re.search(pattern, message[:MAX_SEARCHED])}
-    torch.serialization.re = SimpleNamespace(**vars(re) | search)
-    try:
-        yield
-    finally:
-        torch.serialization.re = re
-
-
-def check_archive(path: Path) -> None:
-    """Raise UserError for a zip file whose entries are larger than itself, as torch.save never writes them."""
-    try:
-        with ZipFile(path) as archive:
-            whole = sum(entry.file_size for entry in archive.infolist())
-    except (BadZipFile, OSError, ValueError, NotImplementedError):  # no zip file, as before torch 1.6, or a damaged one
-        return
-    if whole > path.stat().st_size:
-        raise UserError(f"{path} would unpack to {whole / 1e6:,.0f} MB, more than it has; it is no file of torch.save")
+    with ExitStack() as stack:
+        if is_zipfile(path):
+            archive = stack.enter_context(ZipFile(path))
+            unpacked = sum(entry.file_size for entry in archive.infolist())
+            if unpacked > path.stat().st_size:  # torch.save does not compress
+                raise UserError(f"{path} is not from torch.save: it would unpack to {unpacked / 1e6:,.0f} MB")
+            names = [name for name in archive.namelist() if name.endswith("data.pkl")]
+            pickles = [stack.enter_context(archive.open(name)) for name in names]
+        else:
+            pickles = [stack.enter_context(open(path, "rb"))] * LEGACY_PICKLES
+        for file in pickles:
+            for _, argument, _ in pickletools.genops(file):
+                if isinstance(argument, str | bytes) and len(argument) > MAX_TEXT:
+                    raise ValueError("the pickle contains a long text")
 
 
 def is_plain(value: Tensor) -> bool:
-    """Whether a tensor is dense, of an ordinary type, and has as many values in memory as its shape says."""
-    dense = value.layout == torch.strided and value.dtype in TYPES and value.device.type == "cpu"
+    """Whether a tensor is dense, of a common dtype, and backed by as much memory as its shape requires."""
+    dense = value.layout == torch.strided and value.dtype in DTYPES and value.device.type == "cpu"
     return dense and value.numel() * value.element_size() <= value.untyped_storage().nbytes()
 
 
 def standard_name(name: str) -> str:
-    """A parameter's name without the prefix of DataParallel and in our naming."""
-    name = name.removeprefix(PARALLEL)
+    """Our name of a parameter."""
+    name = name.removeprefix(DATA_PARALLEL)
     for theirs, ours in RENAMED:
         name = name.replace(theirs, ours)
     return name
 
 
 def fits_plain_attention(model: nn.Module, weights: Mapping[str, Tensor]) -> bool:
-    """Whether the weights fill the model's attention blocks and were trained with their plain gate, without gains."""
+    """Whether the weights include all attention blocks of the model, trained without `identity_start`."""
     blocks = {name: value.shape for name, value in model.state_dict().items() if "_att." in name}
     fit = all(name in weights and weights[name].shape == shape for name, shape in blocks.items())
     return bool(blocks) and fit and not any(name.startswith(GAIN) for name in weights)
 
 
 def start_from(model: nn.Module, weights: Mapping[str, Tensor], source: str | Path) -> str:
-    """Copy every parameter whose name and shape fit, and say in one line what did not.
+    """Copy all parameters whose name and shape match; returns a line that lists those left at their initial values.
 
-    The gain of an attention block is taken only with its block. Raises UserError when nothing fits.
+    The gain of an attention block is copied only together with its block. Raises UserError if nothing matches.
     """
     own = model.state_dict()
-    fitting = {name: value for name, value in weights.items() if name in own and own[name].shape == value.shape}
-    for name in [name for name in fitting if name.startswith(GAIN)]:
+    matching = {name: value for name, value in weights.items() if name in own and own[name].shape == value.shape}
+    for name in [name for name in matching if name.startswith(GAIN)]:
         block = f"{name.removeprefix(GAIN)}_att."
-        if any(other.startswith(block) and other not in fitting for other in own):
-            del fitting[name]
-    if not fitting:
-        raise UserError(f"{source}: no parameter fits this network; is it YOLOv4-tiny?")
-    model.load_state_dict(fitting, strict=False)
-    left = sorted(name for name in own if name not in fitting and not name.endswith(COUNTER))
-    line = f"{source}: {len(fitting)} of {len(own)} tensors taken"
-    return line + (f"; fresh: {', '.join(left)}" if left else "")
+        if any(other.startswith(block) and other not in matching for other in own):
+            del matching[name]
+    if not matching:
+        raise UserError(f"{source}: no parameter matches this network; is it YOLOv4-tiny?")
+    model.load_state_dict(matching, strict=False)
+    new = sorted(name for name in own if name not in matching and not name.endswith(COUNTER))
+    line = f"{source}: loaded {len(matching)} of {len(own)} tensors"
+    return line + (f"; newly initialised: {', '.join(new)}" if new else "")
 
 
-def fill(model: nn.Module, weights: Mapping[str, Tensor], source: str | Path) -> list[str]:
-    """Give a network all its parameters; returns lines that say what was loaded, and what not and why.
+def load_all_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str | Path) -> list[str]:
+    """Load every parameter of the model; returns lines that report what was loaded and what was left over.
 
-    Raises UserError, after which the network is useless, unless every parameter is there in its shape.
+    Raises UserError if a parameter is missing or has another shape; the model must not be used then.
     """
     own, given = (
         {name: tuple(value.shape) for name, value in tensors.items() if not name.endswith(COUNTER)}
@@ -158,18 +152,18 @@ def fill(model: nn.Module, weights: Mapping[str, Tensor], source: str | Path) ->
     )
     missing = [name for name in own if name not in given]
     differing = [name for name in own if given.get(name, own[name]) != own[name]]
-    misshapen = [f"{name} {given[name]} instead of {own[name]}" for name in differing]
+    reshaped = [f"{name} {given[name]} instead of {own[name]}" for name in differing]
     unknown = [name for name in given if name not in own]
-    lines = [f"{len(own.keys() & given.keys()) - len(misshapen)} of {len(own)} tensors loaded"]
+    lines = [f"loaded {len(own.keys() & given.keys()) - len(reshaped)} of {len(own)} tensors"]
     for reason, names in (
         ("missing in the file", missing),
-        ("of another shape", misshapen),
-        ("not loaded, since this network has none of that name", unknown),
+        ("wrong shape", reshaped),
+        ("not loaded because the network has no such parameter", unknown),
     ):
         if names:
-            more = f" and {len(names) - TOLD} more" if len(names) > TOLD else ""
-            lines.append(f"{reason}: {', '.join(names[:TOLD])}{more}")
-    if missing or misshapen:
-        raise UserError(f"{source} does not fill the network: {'; '.join(lines)}")
+            more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
+            lines.append(f"{reason}: {', '.join(names[:MAX_NAMES])}{more}")
+    if missing or reshaped:
+        raise UserError(f"{source} does not contain all parameters of the network: {'; '.join(lines)}")
     model.load_state_dict({name: value for name, value in weights.items() if name in own}, strict=False)
     return lines
