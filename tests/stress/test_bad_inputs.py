@@ -33,7 +33,7 @@ from utils.system.cli import run_script
 from utils.system.diagnostics import Diagnostics
 from utils.system.distributed import ProcessGroup
 from utils.weights.checkpoint import Checkpoint, save_checkpoint
-from utils.weights.darknet import START, count, layers_for
+from utils.weights.darknet import START, count_floats, standard_layers
 from utils.weights.pretrained import read_weights, start_from
 
 NOBODY = 65534  # a user without rights
@@ -188,7 +188,7 @@ def test_training_stops_when_too_much_is_skipped(tmp_path, monkeypatch, script):
         assert outcome.code == code
         assert code or (f"training: {broken} skipped" in outcome.output) == (broken > 0)
         scene.image(b"", f"{broken:03}.jpg")
-    assert "the images have 5 of 402 that cannot be used" in outcome.errors[0]
+    assert "the data contains 5 unusable images of 402" in outcome.errors[0]
     assert "000.jpg is empty" in outcome.errors[0]
 
 
@@ -313,7 +313,7 @@ def test_checkpoints(number, weights, tmp_path, monkeypatch, script):
     if number == 86:  # training takes what fits
         outcome = script(lambda _: begin(good, num_classes=3))
         assert outcome.code == 0
-        assert "fresh: yolo_headP4.1.bias, yolo_headP4.1.weight, yolo_headP5.1.bias" in outcome.output
+        assert "newly initialised: yolo_headP4.1.bias, yolo_headP4.1.weight, yolo_headP5.1.bias" in outcome.output
     assert not (tmp_path / "predictions").exists()
 
 
@@ -322,7 +322,7 @@ def test_darknet_files(number, tmp_path, monkeypatch, script):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "a.weights"
     header, old = struct.pack("<3iq", 0, 2, 5, 32_013_312), struct.pack("<3ii", 0, 1, 0, 32_013_312)
-    layers = layers_for(2)
+    layers = standard_layers(2)
 
     def write(content: bytes, size: int) -> None:
         path.write_bytes(content)
@@ -330,24 +330,24 @@ def test_darknet_files(number, tmp_path, monkeypatch, script):
 
     if number == 89:
         for kept in range(len(layers)):
-            write(header, 20 + 4 * count(layers[:kept]) + 4 * (kept == START))
+            write(header, 20 + 4 * count_floats(layers[:kept]) + 4 * (kept == START))
             expect(script(lambda _: begin(path)), ERROR, ("a.weights", "cut off"))
         write(header, 19_789_716)
         outcome = script(lambda _: begin(path.rename("yolov4-tiny.conv.29")))
-        assert (outcome.code, "fresh: upsample" in outcome.output) == (0, True)
+        assert (outcome.code, "newly initialised: upsample" in outcome.output) == (0, True)
         write_image("a.jpg", np.asarray(picture()))
         arguments = "a.jpg", "--weights", "yolov4-tiny.conv.29", "--device", "cpu"
         expect(script(predict.main, predict.Config, *arguments), ERROR, ("conv.29", "start a training"))
     if number == 90:
-        write(header, 20 + 4 * count(layers) + 4)
+        write(header, 20 + 4 * count_floats(layers) + 4)
         expect(script(lambda _: begin(path)), ERROR, ("a.weights", "something behind its end"))
     if number == 91:
         for lie in (struct.pack("<3iq", 0, 2, 5, 2**62), struct.pack("<3iq", 0, -2, 5, 0), b"\xff" * 20):
-            write(lie, 20 + 4 * count(layers))
+            write(lie, 20 + 4 * count_floats(layers))
             expect(script(lambda _: begin(path)), ERROR, ("a.weights", "header says"))
     if number == 92:
         for start in (header, old):
-            write(start, len(start) + 4 * count(layers))
+            write(start, len(start) + 4 * count_floats(layers))
             expect(script(lambda _: begin(path)), OK, ())
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nets.spec import MAX_ANCHOR_SIDE, MIN_ANCHOR_SIDE, STRIDES, ModelSpec
-from utils.system.diagnostics import FileError
+from utils.system.errors import FileError
 from utils.system.text import parse_number, read_lines
 
 MIN_ANCHOR_IOU = 0.3  # between the shapes of an object and of the anchors assigned to it

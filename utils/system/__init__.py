@@ -1,4 +1,4 @@
-"""Infrastructure: errors, files, devices, processes, signals and downloads.
+"""Infrastructure: command line, errors, files, devices, processes, signals and downloads.
 
 Imports nothing from the other packages.
 """

@@ -1,4 +1,4 @@
-"""The command line of a script: its settings, its exit code, and what it prints when it fails."""
+"""Command-line parsing, error messages and exit codes of scripts."""
 
 import os
 import re
@@ -15,7 +15,7 @@ from utils.system.errors import UserError
 from utils.system.signals import Stopped
 
 CONTROL_CHARACTERS = re.compile(r"[\x00-\x1f\x7f-\x9f]")
-CLOSED_PIPE = 141  # 128 + SIGPIPE, which Windows does not define
+CLOSED_PIPE = 141  # 128 + SIGPIPE; Windows has no signal.SIGPIPE
 Config = TypeVar("Config")
 T = TypeVar("T")
 
@@ -28,7 +28,7 @@ def run_script(
     `renamed` maps old flags to new ones, such as {"write": "save"}; using an old one prints a notice.
 
     A `UserError` is printed as one line on stderr and ends the script with exit code 2. Ctrl-C exits with 130, SIGTERM
-    with 143 and a closed output pipe with 141. Any other exception is a bug and keeps its traceback.
+    with 143, and a closed output pipe with 141. Any other exception is a bug and keeps its traceback.
     """
     try:
         main(tyro.cli(config_type, args=replace_old_flags(sys.argv[1:], renamed or {})))
@@ -43,12 +43,12 @@ def run_script(
         raise SystemExit(128 + signum) from None
     except BrokenPipeError:  # for example `| head`
         print("stopped: the output pipe was closed", file=sys.stderr)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at interpreter exit
         raise SystemExit(CLOSED_PIPE) from None
 
 
 def replace_old_flags(arguments: Sequence[str], renamed: Mapping[str, str]) -> list[str]:
-    """The arguments with old flags replaced by their new names, each announced on stderr."""
+    """Replace old flags by their new names, with a notice on stderr for each."""
     replaced = []
     for argument in arguments:
         match = re.match(r"--(no-)?([\w-]+)", argument)
@@ -62,7 +62,7 @@ def replace_old_flags(arguments: Sequence[str], renamed: Mapping[str, str]) -> l
 
 
 def given_settings(config_type: type, arguments: Sequence[str] | None = None) -> frozenset[str]:
-    """The names of the settings on the command line, whether or not they equal the defaults."""
+    """The names of the settings given on the command line, even if they equal the defaults."""
     names = {field.name for field in fields(config_type)}
     given = set()
     for argument in sys.argv[1:] if arguments is None else arguments:
@@ -73,17 +73,17 @@ def given_settings(config_type: type, arguments: Sequence[str] | None = None) ->
 
 
 def flag_parser(parse: Callable[[list[str]], T], metavar: str, nargs: Any = 1) -> PrimitiveConstructorSpec[T]:
-    """For `Annotated` fields whose command-line words are read by `parse`, which raises ValueError for wrong ones.
+    """For `Annotated` fields whose command-line words are read by `parse`, which raises ValueError if they are invalid.
 
     >>> @dataclass
     ... class Config:
     ...     phi: Annotated[int, flag_parser(lambda words: parse_phi(words[0]), "INT|NAME")] = 0
     """
 
-    def show(value: object) -> list[str]:
+    def to_words(value: object) -> list[str]:
         return [str(item) for item in value] if isinstance(value, tuple) else [str(value)]
 
-    return PrimitiveConstructorSpec(nargs, metavar, parse, lambda _: True, show)
+    return PrimitiveConstructorSpec(nargs, metavar, parse, lambda _: True, to_words)
 
 
 def parse_input_size(words: list[str]) -> tuple[int, int]:

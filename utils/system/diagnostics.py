@@ -1,19 +1,14 @@
-"""What readers do about mistakes in the files of users: stop, skip the item, or repair it, and say so.
+"""Errors, skipped items and repairs found while reading a user's files.
 
-A reader raises `FileError` for what must stop, raises `SkippableError` for an image or object that training can do without, and
-calls `Diagnostics.record_repair` for what it could repair. Around each image and object stands `with diagnostics.capture():`, behind
-which the reader goes on with the next one where that is allowed.
+A reader raises `FileError` for an error that must stop the program, `SkippableError` for an image or object that
+training can do without, and calls `Diagnostics.record_repair` for what it corrected. Each image and object is read
+within `diagnostics.capture()`, after which the reader continues with the next one if the settings allow that:
 
 >>> diagnostics = Diagnostics()
 >>> with diagnostics.capture():
 ...     raise SkippableError("a.jpg", "is empty")
 >>> diagnostics.found
 [Diagnostic(kind='skip', file='a.jpg', place='', reason='is empty')]
-
-`load_classes`, `load_samples` and `build_cache` take `diagnostics` as their last argument; without it nothing is skipped.
-To check data without training: `Diagnostics(collect=True)` (of validation and test sets with `skips=False` too), the
-samples of `load_samples` each through `utils.data.sample_checks.look_at(sample, diagnostics)`, then `check_overlap` and
-`check_skip_limit`; training would start if no problem in `found` is of the kind error.
 """
 
 from collections import Counter, defaultdict
@@ -23,111 +18,92 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from utils.system.errors import UserError
+from utils.system.errors import FileError, SkippableError, format_error
 
-FEW, SHARE = 3, 0.01  # training stops when more items are skipped than both
-SHOWN = 3  # names of files that are told for each reason
-
-
-class FileError(UserError):
-    """What is wrong in a file, at a place such as "object 3 (cat)" or "line 2", and what to do.
-
-    Without a place the reason goes on after the file's name: "is empty".
-    """
-
-    def __init__(self, file: str | Path, reason: str, place: str = "") -> None:
-        self.file, self.reason, self.place = str(file), reason, place
-        super().__init__(sentence(self.file, place, reason))
-
-
-class SkippableError(FileError):
-    """A mistake in an image, or where it has a place in an object, that training can do without."""
+MAX_SKIPPED, MAX_SKIPPED_SHARE = 3, 0.01  # training stops if the number of skipped items exceeds both
+NUM_EXAMPLES = 3  # file names printed for each reason
 
 
 class Diagnostic(NamedTuple):
-    """Something that was found in a file."""
+    """Something found in a file."""
 
     kind: str  # error, skip or repair
     file: str
     place: str  # object or line; empty: the whole file
-    reason: str  # the same words wherever the same is wrong
+    reason: str  # the same text wherever the cause is the same
 
     def __str__(self) -> str:
-        return sentence(self.file, self.place, self.reason)
-
-
-def sentence(file: str, place: str, reason: str) -> str:
-    return f"{file}, {place}: {reason}" if place else f"{file} {reason}"
+        return format_error(self.file, self.place, self.reason)
 
 
 @dataclass
 class Diagnostics:
-    """What was found so far, and what stops: errors always, skips and repairs by these settings.
+    """Everything found so far, and the settings that decide what stops the program: errors always do.
 
-    With `collect` nothing is raised within `capture()`: errors are found like the others, for a check of all the data.
+    With `collect`, `capture()` raises nothing and errors are recorded like everything else, to check all files at once.
     """
 
-    strict: bool = False  # skips and repairs are errors too
-    skips: bool = True  # whether items may be left out; if not, as in an evaluation, skips are errors
+    strict: bool = False  # treat skips and repairs as errors
+    skips: bool = True  # allow skipping; otherwise, as in an evaluation, skips are errors
     collect: bool = False
     found: list[Diagnostic] = field(default_factory=list)
 
     @contextmanager
     def capture(self) -> Iterator[None]:
-        """Around the reading of one image or object: a `FileError` in it is added; what must stop is raised."""
+        """Record a FileError raised in the block, or raise it if it must stop the program."""
         try:
             yield
-        except FileError as mistake:
-            kind = "skip" if isinstance(mistake, SkippableError) else "error"
-            self.add(Diagnostic(kind, mistake.file, mistake.place, mistake.reason))
+        except FileError as error:
+            kind = "skip" if isinstance(error, SkippableError) else "error"
+            self.add(Diagnostic(kind, error.file, error.place, error.reason))
 
     def record_repair(self, file: str | Path, reason: str, place: str = "") -> None:
-        """Count a repair; raises FileError where that must stop."""
+        """Record a repair; raises FileError if repairs are not allowed."""
         self.add(Diagnostic("repair", str(file), place, reason))
 
-    def add(self, problem: Diagnostic) -> None:
-        """Count a problem; raises FileError where it must stop."""
-        reason = problem.reason
-        if problem.kind == "skip" and not self.skips:
-            problem = problem._replace(kind="error", reason=f"{reason}; an evaluation leaves nothing out, so mend it")
-        elif problem.kind != "error" and self.strict:
-            problem = problem._replace(kind="error", reason=f"{reason}; mend it, or leave out strict")
-        if problem.kind == "error" and not self.collect:
-            raise FileError(problem.file, problem.reason, problem.place) from None
-        self.found.append(problem)
+    def add(self, diagnostic: Diagnostic) -> None:
+        """Record a diagnostic; raises FileError if it must stop the program."""
+        kind, reason = diagnostic.kind, diagnostic.reason
+        if kind == "skip" and not self.skips:
+            kind, reason = "error", f"{reason}; fix it, since evaluation skips nothing"
+        elif kind != "error" and self.strict:
+            kind, reason = "error", f"{reason}; fix it, or run without strict"
+        if kind == "error" and not self.collect:
+            raise FileError(diagnostic.file, reason, diagnostic.place) from None
+        self.found.append(diagnostic._replace(kind=kind, reason=reason))
 
     def extend(self, diagnostics: Iterable[Diagnostic]) -> None:
-        """Count what another collection has found."""
-        for problem in diagnostics:
-            self.add(problem)
+        """Record what another collection has found."""
+        for diagnostic in diagnostics:
+            self.add(diagnostic)
 
     def check_skip_limit(self, images: int, objects: int) -> None:
-        """Add the error of too many skips, which is worth a look at the data, among so many images and objects."""
+        """Add an error if too many of this number of images and objects were skipped."""
         for name, total in (("images", images), ("objects", objects)):
             skipped = [item for item in self.found if item.kind == "skip" and bool(item.place) == (name == "objects")]
-            if len(skipped) > max(FEW, SHARE * total):
+            if len(skipped) > max(MAX_SKIPPED, MAX_SKIPPED_SHARE * total):
                 with self.capture():
-                    reason = f"have {len(skipped)} of {total} that cannot be used; mend them. The first: {skipped[0]}"
-                    raise FileError(f"the {name}", reason)
+                    reason = f"contains {len(skipped)} unusable {name} of {total}; fix them. The first: {skipped[0]}"
+                    raise FileError("the data", reason)
 
-    def lines(self) -> list[str]:
-        """A line for each thing that was skipped or repaired: how often, what, and the first few names."""
+    def summarize(self) -> list[str]:
+        """One line per kind and reason: how often it was found, and in which files."""
         counts, names = Counter(), defaultdict(dict)
         for kind, file, place, reason in self.found:
             counts[kind, reason] += 1
             names[kind, reason][f"{Path(file).name} {place}".strip()] = None
         lines = []
         for (kind, reason), count in counts.most_common():
-            first = list(names[kind, reason])[:SHOWN]
-            more = f" and {count - len(first)} more" if count > len(first) else ""
-            lines.append(f"{kind}: {reason}: {', '.join(first)}{more}")
+            examples = list(names[kind, reason])[:NUM_EXAMPLES]
+            more = f" and {count - len(examples)} more" if count > len(examples) else ""
+            lines.append(f"{kind}: {reason}: {', '.join(examples)}{more}")
         return lines
 
-    def print_summary(self, what: str, say: Callable[[str], None]) -> None:
-        """Say once what was found in `what`, such as the training sets; nothing where nothing was."""
-        counts = Counter(problem.kind for problem in self.found)
+    def print_summary(self, title: str, write: Callable[[str], None]) -> None:
+        """Write what was found under a title such as "training"; nothing if nothing was found."""
+        counts = Counter(diagnostic.kind for diagnostic in self.found)
         if counts:
             words = {"error": "errors", "skip": "skipped", "repair": "repaired"}
-            say(f"{what}: " + ", ".join(f"{counts[kind]} {word}" for kind, word in words.items() if counts[kind]))
-            for line in self.lines():
-                say(f"  {line}")
+            write(f"{title}: " + ", ".join(f"{counts[kind]} {word}" for kind, word in words.items() if counts[kind]))
+            for line in self.summarize():
+                write(f"  {line}")

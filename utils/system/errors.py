@@ -1,4 +1,4 @@
-"""The one error type for a user's mistake, and how a script shows it."""
+"""Errors that a user can fix, reported in one sentence, and checks that raise them."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -8,7 +8,26 @@ from pathlib import Path
 
 
 class UserError(Exception):
-    """A mistake that one sentence explains: what is wrong, in which file or setting, and what to do."""
+    """One sentence for the user: what is wrong, in which file or setting, and what to do about it."""
+
+
+class FileError(UserError):
+    """An error in a file, at a place such as "object 3 (cat)" or "line 2", or in the file as a whole.
+
+    Without a place, the reason continues the sentence that the file's name begins: "is empty".
+    """
+
+    def __init__(self, file: str | Path, reason: str, place: str = "") -> None:
+        self.file, self.reason, self.place = str(file), reason, place
+        super().__init__(format_error(self.file, place, reason))
+
+
+class SkippableError(FileError):
+    """An error in an image or, if it has a place, in an object that training can do without."""
+
+
+def format_error(file: str, place: str, reason: str) -> str:
+    return f"{file}, {place}: {reason}" if place else f"{file} {reason}"
 
 
 @contextmanager
@@ -21,7 +40,7 @@ def as_user_error() -> Iterator[None]:
 
 
 def check_range(settings: object, low: float, high: float, *names: str) -> None:
-    """Raise UserError unless the named fields lie between `low` and `high`, both included; NaN does not."""
+    """Raise UserError unless the named fields are between `low` and `high` inclusive; NaN is not."""
     for name in names:
         value = getattr(settings, name)
         if not low <= value <= high:
@@ -29,23 +48,23 @@ def check_range(settings: object, low: float, high: float, *names: str) -> None:
             raise UserError(f"{name} is {value}, but must be {limits}")
 
 
+def check_choice(settings: object, name: str, choices: Sequence[str]) -> None:
+    """Raise UserError unless the named field is one of `choices`."""
+    if getattr(settings, name) not in choices:
+        raise UserError(f"{name} is {getattr(settings, name)!r}, but must be one of {', '.join(choices)}")
+
+
 def make_folder(path: Path) -> None:
-    """Make a folder for results; raises UserError where that cannot be."""
+    """Create an output folder and its parents; raises UserError if that fails or the folder is not writable."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write to {path}: {error.strerror}; choose another folder") from None
     if not os.access(path, os.W_OK):
-        raise UserError(f"cannot write to {path}: no permission; choose another folder")
+        raise UserError(f"cannot write to {path}: permission denied; choose another folder")
 
 
 def refuse_overwrite(path: Path) -> None:
-    """Raise UserError where a file is that writing would lose."""
+    """Raise UserError if the file exists already."""
     if path.exists():
         raise UserError(f"{path} exists; remove it, or choose another --out")
-
-
-def check_choice(settings: object, name: str, choices: Sequence[str]) -> None:
-    """Raise UserError unless the named field is one of `choices`."""
-    if getattr(settings, name) not in choices:
-        raise UserError(f"{name} is {getattr(settings, name)!r}, but must be one of {', '.join(choices)}")

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, reading that never waits, and locks that die with their process."""
+"""Atomic writes, reads that cannot block, and file locks that end with their process."""
 
 import errno
 import os
@@ -8,8 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from utils.system.diagnostics import FileError
-from utils.system.errors import UserError
+from utils.system.errors import FileError, UserError
 
 try:
     import fcntl
@@ -18,56 +17,55 @@ except ImportError:  # Windows
 
     fcntl = None
 
-CACHE_FOLDER = Path("logs/cache")  # decoded images, which can be made again
-LOCKED_BYTE = 1 << 30  # on Windows, where nobody can read what is locked
-TEMPORARY = ".tmp"  # suffix of a file that is being written
+CACHE_FOLDER = Path("logs/cache")  # for data that can be recomputed: decoded images, indexed annotations
+LOCKED_BYTE = 1 << 30  # Windows makes locked bytes unreadable, so the lock is far behind the content
+TEMPORARY = ".tmp"  # suffix of files that are being written
 
 
-def read_file(path: str | Path, most: int) -> bytes:
-    """The content of a regular file of up to `most` bytes; raises FileError for any other, as `check_regular_file` does."""
-    check_regular_file(path, most)
+def read_file(path: str | Path, max_bytes: int) -> bytes:
+    """The content of a regular file; raises FileError for anything that `check_regular_file` rejects."""
+    check_regular_file(path, max_bytes)
     try:
         with open(path, "rb") as file:
-            content = file.read(most + 1)
+            content = file.read(max_bytes + 1)
     except OSError as error:
         raise FileError(path, f"cannot be read: {error.strerror}") from None
-    if len(content) > most:  # files of /proc have no size of their own
-        raise too_large(path, most)
+    if len(content) > max_bytes:  # files in /proc report a size of 0
+        raise too_large(path, max_bytes)
     return content
 
 
-def check_regular_file(path: str | Path, most: int) -> None:
-    """Raise FileError for all but a regular file of up to `most` bytes, before it is opened.
+def check_regular_file(path: str | Path, max_bytes: int) -> None:
+    """Raise FileError unless the path is a regular file of up to `max_bytes`, without opening it.
 
-    Reading a pipe or device could wait or go on forever.
+    Opening or reading a pipe or device could block forever.
     """
     try:
         state = os.stat(path)
     except FileNotFoundError:
-        missing = "is a link to what does not exist" if os.path.islink(path) else "does not exist"
-        raise FileError(path, missing) from None
+        raise FileError(path, "is a broken link" if os.path.islink(path) else "does not exist") from None
     except OSError as error:
         raise FileError(path, f"cannot be read: {error.strerror}") from None
-    except ValueError:  # a zero byte in the path
-        raise FileError(path, "is no name that a file can have") from None
+    except ValueError:  # a null character in the path
+        raise FileError(path, "is not a valid file name") from None
     if stat.S_ISDIR(state.st_mode):
         raise FileError(path, "is a folder, but must be a file")
     if not stat.S_ISREG(state.st_mode):
         raise FileError(path, "is a pipe or device, but must be a regular file")
-    if state.st_size > most:
-        raise too_large(path, most)
+    if state.st_size > max_bytes:
+        raise too_large(path, max_bytes)
 
 
-def too_large(path: str | Path, most: int) -> FileError:
-    return FileError(path, f"is too large: it must not have more than {most / 1e6:.0f} MB")
+def too_large(path: str | Path, max_bytes: int) -> FileError:
+    return FileError(path, f"is too large: the limit is {max_bytes / 1e6:.0f} MB")
 
 
 @contextmanager
 def atomic_write(path: str | Path, previous: str | Path | None = None) -> Iterator[IO[bytes]]:
-    """A file to write into that becomes `path` when the block ends well, and else is removed.
+    """Yield a file that replaces `path` if the block succeeds and is deleted otherwise.
 
-    It is flushed to the disk and renamed, so that `path` is whole at any moment, whenever the process or the machine
-    stops. With `previous`, what was at `path` is kept under that name. Raises UserError when it cannot be written.
+    It is flushed to disk and then renamed, so `path` is complete at all times, even if the process or the machine
+    stops. The replaced file is kept as `previous` if that is given. Raises UserError if writing fails.
     """
     path = Path(path)
     temporary = path.with_name(path.name + TEMPORARY)
@@ -81,14 +79,20 @@ def atomic_write(path: str | Path, previous: str | Path | None = None) -> Iterat
         os.replace(temporary, path)
         fsync_folder(path.parent)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}; what was written before is whole") from None
+        raise UserError(f"cannot write {path}: {error.strerror or error}; any earlier version is unchanged") from None
     finally:
-        with suppress(OSError):  # of the folder, which is said already
+        with suppress(OSError):  # of the folder, which has been reported already
             temporary.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 text file atomically; raises UserError."""
+    with atomic_write(path) as file:
+        file.write(text.encode(errors="backslashreplace"))  # file names in the text may not be valid Unicode
+
+
 def fsync_folder(folder: Path) -> None:
-    """Make renames in a folder durable, where the system can."""
+    """Make renames in a folder durable, where the operating system supports that."""
     if os.name == "nt":
         return
     descriptor = os.open(folder, os.O_RDONLY)
@@ -99,14 +103,13 @@ def fsync_folder(folder: Path) -> None:
 
 
 def lock(path: Path, wait: bool = False) -> IO[bytes] | None:
-    """Open and lock a file: the lock lasts until the file is closed or the process dies, however it dies.
+    """Open and lock a file until it is closed or the process ends in any way.
 
-    Where another process has it, waits for that one to finish, or returns None. Raises UserError when it cannot be
-    made.
+    If another process holds the lock, waits for it or returns None. Raises UserError if the file cannot be locked.
     """
     file = None
     try:
-        file = open(path, "a+b")  # noqa: SIM115, the caller keeps it
+        file = open(path, "a+b")  # noqa: SIM115, closed by the caller
         if fcntl is None:
             file.seek(LOCKED_BYTE)
             msvcrt.locking(file.fileno(), msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)
@@ -116,10 +119,5 @@ def lock(path: Path, wait: bool = False) -> IO[bytes] | None:
         if file is None or error.errno not in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
             raise UserError(f"cannot lock {path}: {error.strerror}; choose another folder") from None
         file.close()
-        return lock(path, wait) if wait else None  # Windows waits for 10 s at a time
+        return lock(path, wait) if wait else None  # Windows stops waiting after 10 s
     return file
-
-
-def write_text(path: Path, text: str) -> None:
-    with atomic_write(path) as file:
-        file.write(text.encode(errors="backslashreplace"))  # a name of a file may be no Unicode

@@ -1,4 +1,4 @@
-"""Work that overlaps: threads that are a bounded number of items ahead of whoever uses them."""
+"""Iteration in background threads that keep a bounded number of items ready."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -10,11 +10,11 @@ from threading import Event
 from typing import Any, TypeVar
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
-END = object()  # what comes after the last item
+END = object()  # marks the end of the items
 
 
-def ahead(items: Iterable[Item], size: int) -> Iterator[Item]:
-    """The items, made by a thread that keeps up to `size` of them waiting; what it raises is raised here, in its turn.
+def prefetch(items: Iterable[Item], size: int) -> Iterator[Item]:
+    """Iterate over `items` in a thread that keeps up to `size` of them ready; exceptions are raised in order.
 
     Closing ends the thread and closes `items`.
     """
@@ -31,11 +31,11 @@ def ahead(items: Iterable[Item], size: int) -> Iterator[Item]:
             iterator.close()
 
 
-def newest(items: Iterator[Item], drop: Callable[[], object]) -> Iterator[Item]:
-    """The items, made by a thread that waits for nobody: an item that is still there when the next comes is dropped.
+def latest(items: Iterator[Item], on_drop: Callable[[], object]) -> Iterator[Item]:
+    """Iterate over `items` in a thread that never waits, always continuing with the latest item.
 
-    `drop` is called for each of these. What making them raises is raised behind the last one. Closing ends the thread,
-    as soon as the next item is there, and closes `items`.
+    `on_drop` is called for each item that a newer one replaces. Exceptions are raised after the last item. Closing ends
+    the thread as soon as it has the next item, and closes `items`.
     """
     waiting: Queue[Any] = Queue()  # at most one item, and END
     closed = Event()
@@ -45,7 +45,7 @@ def newest(items: Iterator[Item], drop: Callable[[], object]) -> Iterator[Item]:
             for item in items:
                 with suppress(Empty):
                     waiting.get_nowait()
-                    drop()
+                    on_drop()
                 waiting.put(item)
                 if closed.is_set():
                     return
@@ -64,7 +64,7 @@ def newest(items: Iterator[Item], drop: Callable[[], object]) -> Iterator[Item]:
 
 
 def prefetch_map(function: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
-    """`function` of each item, in their order, by some threads that are up to two items each ahead."""
+    """`map` in several threads that together are up to 2 * `workers` items ahead; results are in order."""
     remaining = iter(items)
     pool = ThreadPoolExecutor(workers)
     waiting: deque[Future[Any]] = deque(pool.submit(function, item) for item in islice(remaining, 2 * workers))

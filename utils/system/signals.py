@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as one exception, which can be put off until a safe moment."""
+"""SIGINT and SIGTERM as one exception, which can be deferred to a safe moment."""
 
 import signal
 import threading
@@ -11,7 +11,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stopped(KeyboardInterrupt):
-    """The user, or the system, asked the program to stop."""
+    """The user or the operating system asked the program to stop."""
 
     def __init__(self, signum: signal.Signals) -> None:
         super().__init__(signum.name)
@@ -19,29 +19,29 @@ class Stopped(KeyboardInterrupt):
 
 
 class StopSignals:
-    """While entered, the first SIGINT or SIGTERM raises `Stopped`, at once or after `defer`; later ones do nothing.
+    """Context manager in which the first SIGINT or SIGTERM raises `Stopped`; further ones are ignored.
 
-    So a second Ctrl-C does not harm what the first one set off. Does nothing outside the main thread.
+    A second Ctrl-C therefore does not interrupt the clean-up after the first one. Does nothing outside the main thread.
     """
 
     def __init__(self) -> None:
-        self.signum: signal.Signals | None = None  # the signal that came, if any
-        self.waiting = False
-        self.before: dict[signal.Signals, Any] = {}
+        self.signum: signal.Signals | None = None  # the first signal received
+        self.deferred = False
+        self.handlers: dict[signal.Signals, Any] = {}  # to restore
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            self.before = {signum: signal.signal(signum, self.receive) for signum in SIGNALS}
+            self.handlers = {signum: signal.signal(signum, self.receive) for signum in SIGNALS}
         return self
 
     def __exit__(self, *_: object) -> None:
-        for signum, handler in self.before.items():
+        for signum, handler in self.handlers.items():
             signal.signal(signum, handler)
 
     def receive(self, number: int, _: FrameType | None) -> None:
         first = self.signum is None
         self.signum = self.signum or signal.Signals(number)
-        if first and not self.waiting:
+        if first and not self.deferred:
             raise Stopped(self.signum)
 
     @property
@@ -50,13 +50,13 @@ class StopSignals:
 
     @contextmanager
     def defer(self) -> Iterator[None]:
-        """Within it a signal only sets `requested`; what is inside asks for it, and leaves at a good moment."""
-        self.waiting = True
+        """In the block, signals only set `requested`; which the code checks before it calls `raise_stopped`."""
+        self.deferred = True
         try:
             yield
         finally:
-            self.waiting = False
+            self.deferred = False
 
     def raise_stopped(self) -> None:
-        """Raise `Stopped` for the signal that came while it was put off; SIGTERM when another process had it."""
+        """Raise `Stopped` for the deferred signal, or for SIGTERM if another process received it."""
         raise Stopped(self.signum or signal.SIGTERM)
