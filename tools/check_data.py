@@ -21,7 +21,7 @@ from utils.data.duplicates import near_duplicates
 from utils.data.statistics import input_sides, inspect_samples
 from utils.data.voc import check_overlap, check_unique, load_classes, load_samples
 from utils.detection.anchors import head_levels, load_anchors
-from utils.reports.dataset_report import PAGE, TEXT, DataReport, Duplicate, Part
+from utils.reports.dataset_report import PAGE, TEXT, DatasetReport, Duplicate, Part
 from utils.system.cli import INPUT_SIZE, run_script
 from utils.system.diagnostics import Diagnostic, Diagnostics
 from utils.system.errors import UserError, make_folder
@@ -43,18 +43,18 @@ class Config:
     out: str = "logs/check"  # folder for check.txt, check.json and check.html
 
 
-def main(config: Config) -> DataReport:
+def main(config: Config) -> DatasetReport:
     """Check the data and write the report; raises UserError if training would not start."""
     report, out = check(config), Path(config.out)
     make_folder(out)
     report.write(out)
-    print(f"{report.text()}\n\nwrote the report to {out}; open {out / PAGE} in a browser")
+    print(f"{report.format_text()}\n\nwrote the report to {out}; open {out / PAGE} in a browser")
     if report.stops:
         raise UserError(f"training would not start because of {report.stops} errors, listed in {out / TEXT}")
     return report
 
 
-def check(config: Config) -> DataReport:
+def check(config: Config) -> DatasetReport:
     """Read everything; raises UserError for an error that prevents further checks."""
     settings = Diagnostics(config.strict, collect=True)
     class_names = load_classes(config.classes, settings)
@@ -63,7 +63,7 @@ def check(config: Config) -> DataReport:
     with settings.capture():
         anchors = torch.cat([level.anchors for level in head_levels(ModelSpec((), load_anchors(config.anchors)))])
     sides = input_sides(parts["train"].samples, config.input_size, config.letterbox)
-    return DataReport(class_names, parts, settings, find_duplicates(parts), sides, anchors)
+    return DatasetReport(class_names, parts, settings, find_duplicates(parts), sides, anchors)
 
 
 def read_parts(config: Config, class_names: Sequence[str]) -> dict[str, Part]:

@@ -1,4 +1,4 @@
-"""Metrics and what follows from them: significance of differences and likely label errors.
+"""Metrics, the significance of differences, and likely label errors.
 
 May import `nets`, `utils.inference` and the packages below it.
 """

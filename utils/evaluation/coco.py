@@ -1,11 +1,11 @@
-"""COCO's side of an evaluation: its twelve figures by pycocotools, its ground truth read, its results written."""
+"""COCO metrics by pycocotools, AP of reweighted images, and the results file of the COCO server."""
 
 import contextlib
 import copy
 import io
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,20 +15,25 @@ import supervision as sv
 import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from torch import Tensor
 
 from utils.data.coco_json import CocoDataset
 from utils.data.voc import Sample
-from utils.evaluation.significance import ClassMatches
 from utils.system.files import atomic_write
 
 RESULTS = "coco_results.json"
 COCO_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+RECALLS = torch.from_numpy(np.linspace(0, 1, 101))  # COCO's recall thresholds; torch.linspace rounds differently
+MAX_WEIGHTED = 2_000_000  # weighted detections per step, to stay within the CPU cache
 
 
-def dataset_of(samples: Sequence[Sample], sizes: Sequence[tuple[int, int]], class_names: Sequence[str]) -> CocoDataset:
-    """Samples of VOC. Objects marked difficult become crowd, as COCO has no other way to ignore them."""
+def build_dataset(
+    samples: Sequence[Sample], sizes: Sequence[tuple[int, int]], class_names: Sequence[str]
+) -> CocoDataset:
+    """Ground truth of VOC samples in COCO's form. Difficult objects become crowds, which COCO ignores."""
     annotations = [
-        {"image_id": i, "category_id": int(label), "bbox": to_xywh(box), "area": area(box), "iscrowd": int(difficult)}
+        {"image_id": i, "category_id": int(label), "bbox": to_xywh(box), "iscrowd": int(difficult)}
+        | {"area": float((box[2] - box[0]) * (box[3] - box[1]))}
         for i, sample in enumerate(samples)
         for box, label, difficult in zip(sample.boxes, sample.labels, sample.difficult, strict=True)
     ]
@@ -40,8 +45,8 @@ def dataset_of(samples: Sequence[Sample], sizes: Sequence[tuple[int, int]], clas
     return CocoDataset(truth, list(range(len(samples))), list(range(len(class_names))))
 
 
-def results_of(dataset: CocoDataset, detections: Sequence[sv.Detections]) -> list[dict[str, Any]]:
-    """Detections as COCO's results, in the ids of its JSON; those of classes that it does not have are left out."""
+def build_results(dataset: CocoDataset, detections: Sequence[sv.Detections]) -> list[dict[str, Any]]:
+    """Detections in COCO's results format, without classes that the ground truth does not have."""
     return [
         {"image_id": image, "category_id": category, "bbox": to_xywh(box), "score": float(score)}
         for image, found in zip(dataset.images, detections, strict=True)
@@ -51,49 +56,79 @@ def results_of(dataset: CocoDataset, detections: Sequence[sv.Detections]) -> lis
 
 
 def write_results(folder: Path, dataset: CocoDataset | None, detections: Sequence[sv.Detections]) -> None:
-    """RESULTS in `folder`, as the COCO server takes it; without `dataset` nothing, and an older one is removed."""
-    path = folder / RESULTS
+    """Write RESULTS for the COCO server, or without `dataset` remove the one of an earlier evaluation."""
     if dataset is None:
-        if path.is_file():
-            path.unlink()
+        (folder / RESULTS).unlink(missing_ok=True)
         return
-    with atomic_write(path) as file:
-        file.write(json.dumps(results_of(dataset, detections)).encode())
+    with atomic_write(folder / RESULTS) as file:
+        file.write(json.dumps(build_results(dataset, detections)).encode())
 
 
 @dataclass(frozen=True)
-class CocoScore:
-    """COCO's figures of a split, and what they were made of."""
+class ClassMatches:
+    """Detections of one class in N images, by descending score, matched at T IoU thresholds."""
 
-    metrics: dict[str, Any]  # the twelve, and "per_class"
+    images: Tensor  # (D,) index of the image
+    true_positives: Tensor  # (T, D) bool
+    false_positives: Tensor  # (T, D) bool; a detection of an ignored object is neither
+    num_objects: Tensor  # (N,) float64, objects of the class in each image
+
+    def curves(self, weights: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """For each IoU threshold, recall and interpolated precision (S, D) under S image weightings (S, N).
+
+        An image of weight 2 counts as if it occurred twice.
+        """
+        num_objects = (weights * self.num_objects).sum(dim=1, keepdim=True)  # (S, 1)
+        per_detection = weights[:, self.images]  # (S, D)
+        for true, false in zip(self.true_positives, self.false_positives, strict=True):
+            hits = (per_detection * true).cumsum(dim=1)
+            precision = hits / (hits + (per_detection * false).cumsum(dim=1)).clamp(min=1e-12)
+            yield hits / num_objects, precision.flip(1).cummax(dim=1).values.flip(1)
+
+    def average_precision(self, weights: Tensor) -> Tensor:
+        """COCO's AP (S,) of the class under S image weightings (S, N); NaN where no object has weight."""
+        total, count = weights.new_zeros(len(weights)), len(weights)
+        for recall, envelope in self.curves(weights):
+            index = torch.searchsorted(recall, RECALLS.repeat(count, 1))  # first detection to reach each recall
+            total += torch.cat([envelope, envelope.new_zeros(count, 1)], dim=1).gather(1, index).mean(dim=1)
+        absent = (weights * self.num_objects).sum(dim=1) == 0
+        return (total / len(self.true_positives)).masked_fill(absent, torch.nan)
+
+
+@dataclass(frozen=True)
+class CocoEvaluation:
+    """COCO metrics of a split, and the matches that they are computed from."""
+
+    metrics: dict[str, Any]  # COCO_NAMES, and AP "per_class"
     matches: list[ClassMatches]  # of the classes that have objects
 
 
-def coco_score(dataset: CocoDataset, detections: Sequence[sv.Detections], class_names: Sequence[str]) -> CocoScore:
-    """COCO's twelve figures from pycocotools, and AP per class; -1 where there is nothing to measure."""
-    results = results_of(dataset, detections)
+def evaluate_coco(
+    dataset: CocoDataset, detections: Sequence[sv.Detections], class_names: Sequence[str]
+) -> CocoEvaluation:
+    """The 12 COCO metrics and the AP of each class; -1 where there are no objects."""
+    results = build_results(dataset, detections)
     truth = COCO()
     truth.dataset = dataset.truth
     with contextlib.redirect_stdout(io.StringIO()):
         truth.createIndex()
-        # loadRes cannot take an empty list
-        found = truth.loadRes(results) if results else COCO()
-        scorer = Scorer(truth, found, "bbox")
+        found = truth.loadRes(results) if results else COCO()  # loadRes fails on an empty list
+        scorer = FastCOCOeval(truth, found, "bbox")
         scorer.evaluate()
         scorer.accumulate()
         scorer.summarize()
-    precision = scorer.eval["precision"][:, :, :, 0, 2]  # IoU, recall, class; all areas, 100 detections
+    precision = scorer.eval["precision"][:, :, :, 0, 2]  # (IoU, recall, class) for all areas and 100 detections
     columns = {category: i for i, category in enumerate(scorer.params.catIds)}
     per_class = {}
     for name, category in zip(class_names, dataset.categories, strict=True):
         values = precision[:, :, columns[category]] if category is not None else np.empty(0)
         per_class[name] = float(values[values > -1].mean()) if (values > -1).any() else -1.0
     metrics = {**dict(zip(COCO_NAMES, map(float, scorer.stats), strict=True)), "per_class": per_class}
-    return CocoScore(metrics, class_matches(scorer, dataset.images))
+    return CocoEvaluation(metrics, collect_matches(scorer, dataset.images))
 
 
-class Scorer(COCOeval):
-    """pycocotools' evaluation, whose matching takes all areas and IoU thresholds of an image at once."""
+class FastCOCOeval(COCOeval):
+    """COCOeval that matches all areas and IoU thresholds of an image in one pass, with the same results."""
 
     def evaluate(self) -> None:
         settings = self.params
@@ -101,15 +136,15 @@ class Scorer(COCOeval):
         self._prepare()
         self.evalImgs = []
         for category in settings.catIds:
-            found = [self.match(image, category) for image in settings.imgIds]
-            self.evalImgs += [item for of_area in zip(*found, strict=True) for item in of_area]
+            per_image = [self.match(image, category) for image in settings.imgIds]
+            self.evalImgs += [item for of_area in zip(*per_image, strict=True) for item in of_area]
         self._paramsEval = copy.deepcopy(settings)
 
     def match(self, image: int, category: int) -> list[dict[str, Any] | None]:
-        """What `evaluateImg` returns, for each area.
+        """The result of `evaluateImg` for each of the A areas.
 
-        By falling score, a detection takes the free object that it overlaps most of those that count in the area, or
-        if there is none of the others, where a crowd is always free.
+        In order of score, each detection takes the unmatched object that it overlaps most. Objects that count in the
+        area take precedence over ignored ones, and a crowd can be matched any number of times.
         """
         settings = self.params
         truth, found = self._gts[image, category], self._dts[image, category]
@@ -131,60 +166,71 @@ class Scorer(COCOeval):
             free = (iou[i] >= thresholds[:, None]) & ((taken_by == 0) | crowd)  # (A, T, G)
             counting = free & ~skipped[:, None]
             free = np.where(counting.any(axis=2, keepdims=True), counting, free)
-            which = len(truth) - 1 - np.where(free, iou[i], -1.0)[..., ::-1].argmax(axis=2)  # the last of equal ones
+            column = len(truth) - 1 - np.where(free, iou[i], -1.0)[..., ::-1].argmax(axis=2)  # the last one on a tie
             area, at = np.nonzero(free.any(axis=2))
-            which = which[area, at]
-            matched[area, at, i], ignored[area, at, i] = ids[which], skipped[area, which]
-            taken_by[area, at, which] = found_ids[i]
+            column = column[area, at]
+            matched[area, at, i], ignored[area, at, i] = ids[column], skipped[area, column]
+            taken_by[area, at, column] = found_ids[i]
         ignored |= (matched == 0) & ((found_areas < low) | (found_areas > high))[:, None]
-        scores = [item["score"] for item in found]
-        return [
-            {
-                "image_id": image,
-                "category_id": category,
-                "aRng": area,
-                "maxDet": settings.maxDets[-1],
-                "dtIds": found_ids,
-                "gtIds": ids,
-                "dtMatches": matched[i],
-                "gtMatches": taken_by[i],
-                "dtScores": scores,
-                "gtIgnore": skipped[i],
-                "dtIgnore": ignored[i],
-            }
-            for i, area in enumerate(settings.areaRng)
-        ]
+        shared = {"image_id": image, "category_id": category, "maxDet": settings.maxDets[-1]}
+        shared |= {"dtIds": found_ids, "gtIds": ids, "dtScores": [item["score"] for item in found]}
+        names = ("aRng", "dtMatches", "gtMatches", "gtIgnore", "dtIgnore")
+        per_area = zip(settings.areaRng, matched, taken_by, skipped, ignored, strict=True)
+        return [shared | dict(zip(names, values, strict=True)) for values in per_area]
 
 
-def class_matches(scorer: COCOeval, images: Sequence[int]) -> list[ClassMatches]:
-    """What pycocotools matched, in objects of any area, by class."""
+def collect_matches(scorer: COCOeval, images: Sequence[int]) -> list[ClassMatches]:
+    """The matches of objects of any area for each class that has objects; `images` are COCO's ids."""
     position = {image: i for i, image in enumerate(images)}
     per_class = defaultdict(list)
-    every_area = scorer.params.areaRng[0]
+    all_areas = scorer.params.areaRng[0]
     for item in scorer.evalImgs:
-        if item is not None and item["aRng"] == every_area:
+        if item is not None and item["aRng"] == all_areas:
             per_class[item["category_id"]].append(item)
-    found = []
+    matches = []
     for items in per_class.values():
-        positives = torch.zeros(len(images), dtype=torch.float64)
+        num_objects = torch.zeros(len(images), dtype=torch.float64)
         for item in items:
-            positives[position[item["image_id"]]] = int((np.asarray(item["gtIgnore"]) == 0).sum())
-        if not positives.any():
+            num_objects[position[item["image_id"]]] = int((np.asarray(item["gtIgnore"]) == 0).sum())
+        if not num_objects.any():
             continue
         scores = np.concatenate([item["dtScores"] for item in items])
         order = np.argsort(-scores, kind="mergesort")  # as pycocotools does
         where = np.concatenate([np.full(len(item["dtScores"]), position[item["image_id"]]) for item in items])
         hit = np.concatenate([item["dtMatches"] for item in items], axis=1)[:, order] > 0
         ignored = np.concatenate([item["dtIgnore"] for item in items], axis=1)[:, order] > 0
-        right, wrong = (torch.from_numpy(values & ~ignored) for values in (hit, ~hit))
-        found.append(ClassMatches(torch.from_numpy(where[order].astype(np.int64)), right, wrong, positives))
-    return found
+        true, false = (torch.from_numpy(values & ~ignored) for values in (hit, ~hit))
+        matches.append(ClassMatches(torch.from_numpy(where[order].astype(np.int64)), true, false, num_objects))
+    return matches
+
+
+def average_precision(matches: Sequence[ClassMatches], weights: Tensor) -> Tensor:
+    """COCO's AP (S,) under S image weightings (S, N), float64: the mean over the classes with objects of any weight.
+
+    Weights of 1 give pycocotools' AP; it is NaN where no object has weight.
+    """
+    scores = []
+    for of_class in matches:
+        rows = max(1, MAX_WEIGHTED // max(1, len(of_class.images)))
+        scores.append(torch.cat([of_class.average_precision(part) for part in weights.split(rows)]))
+    return torch.stack(scores, dim=1).nanmean(dim=1) if scores else weights.new_full((len(weights),), torch.nan)
+
+
+def estimate_influence(matches: Sequence[ClassMatches], num_images: int) -> np.ndarray:
+    """The first-order change of AP if each image (N,) were removed (the infinitesimal jackknife).
+
+    It is minus the derivative of the mean area under the curves with respect to the image's weight.
+    """
+    weights = torch.ones(1, num_images, dtype=torch.float64, requires_grad=True)
+    for of_class in matches:
+        areas = [
+            (recall.diff(dim=1, prepend=recall.new_zeros(1, 1)) * envelope).sum()
+            for recall, envelope in of_class.curves(weights)
+        ]
+        (torch.stack(areas).mean() / len(matches)).backward()  # one class at a time, to save memory
+    return np.zeros(num_images) if weights.grad is None else -weights.grad[0].numpy()
 
 
 def to_xywh(box: np.ndarray) -> list[float]:
     x1, y1, x2, y2 = map(float, box)
     return [x1, y1, x2 - x1, y2 - y1]
-
-
-def area(box: np.ndarray) -> float:
-    return float((box[2] - box[0]) * (box[3] - box[1]))

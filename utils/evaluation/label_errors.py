@@ -1,7 +1,6 @@
-"""Where a detector and its data disagree: the images that cost the most AP, and labels that are likely wrong.
+"""Likely label errors: labels that a trained detector contradicts.
 
-The kinds of label errors, and the idea of scoring them by what a trained detector finds, are those of ObjectLab (arXiv
-2309.00832).
+The kinds of errors, and the idea of scoring them by a detector's predictions, follow ObjectLab (arXiv 2309.00832).
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,80 +11,81 @@ import supervision as sv
 
 from utils.data.voc import Sample
 from utils.detection.boxes import iou_matrix
-from utils.evaluation.metrics import MATCH_IOU, Curve, confident, on_difficult, pair
+from utils.evaluation.metrics import MATCH_IOU, Curve, filter_confident, inside_difficult, pair_boxes
 
-LIKELY = 0.5  # score from which on a label is suspected
-APART = 0.3  # boxes that overlap less are of different objects
-BARELY = 0.05  # an object whose best detection has less confidence was not found
+MIN_SCORE = 0.5  # of a label error that is reported
+SAME_OBJECT_IOU = 0.3  # boxes that overlap less belong to different objects
+MISSED_CONFIDENCE = 0.05  # an object without a detection of this confidence was not detected
 
 
 @dataclass(frozen=True)
-class Suspicion:
-    """A label that is likely wrong, or missing."""
+class LabelError:
+    """A label that is likely wrong or missing."""
 
     kind: str  # not labelled, never found, another class, badly placed
-    score: float  # 0..1: confidence in what was found, or how surely such an object usually is
-    image: int  # position of the sample
-    box: np.ndarray  # (4,) xyxy in pixels of the image: what to look at
+    score: float  # 0 to 1: the confidence of the detection, or how reliably objects of the class are detected
+    image: int  # index of the sample
+    box: np.ndarray  # (4,) xyxy in pixels of the image
     reason: str
 
 
-def suspect_labels(
+def find_label_errors(
     samples: Sequence[Sample],
     detections: Sequence[sv.Detections],
     curves: Sequence[Curve],
     thresholds: Sequence[float],
     class_names: Sequence[str],
-) -> list[Suspicion]:
-    """Label errors, likeliest first; `detections` go down to a low confidence, `thresholds` are the useful ones."""
-    usual = [float(curve.recall[curve.scores > BARELY].max(initial=0.0)) for curve in curves]
-    known = [curve.positives > 0 for curve in curves]  # classes that the labels know
-    found = []
-    for i, (sample, every) in enumerate(zip(samples, detections, strict=True)):
-        found += suspect_found(i, sample, confident(every, thresholds), class_names, known)
-        found += suspect_missed(i, sample, every, usual, class_names)
-    return sorted((item for item in found if item.score >= LIKELY), key=lambda item: -item.score)
+) -> list[LabelError]:
+    """Likely label errors, the most likely first; `detections` include weak ones, `thresholds` are those of best F1."""
+    recalls = [float(curve.recall[curve.scores > MISSED_CONFIDENCE].max(initial=0.0)) for curve in curves]
+    labelled = [curve.num_objects > 0 for curve in curves]  # whether the labels contain the class at all
+    errors = []
+    for i, (sample, found) in enumerate(zip(samples, detections, strict=True)):
+        errors += check_detections(i, sample, filter_confident(found, thresholds), class_names, labelled)
+        errors += check_undetected(i, sample, found, recalls, class_names)
+    return sorted((item for item in errors if item.score >= MIN_SCORE), key=lambda item: -item.score)
 
 
-def suspect_found(
-    image: int, sample: Sample, found: sv.Detections, class_names: Sequence[str], known: Sequence[bool]
-) -> Iterator[Suspicion]:
-    """What was found of `known` classes and has no label, one of another class, or one that lies differently."""
+def check_detections(
+    image: int, sample: Sample, found: sv.Detections, class_names: Sequence[str], labelled: Sequence[bool]
+) -> Iterator[LabelError]:
+    """Confident detections of `labelled` classes that have no label, one of another class, or one elsewhere."""
     if not len(found):
         return
     iou = iou_matrix(found.xyxy, sample.boxes) if len(sample.labels) else np.zeros((len(found), 1))
-    paired = {row: (column, iou[row, column]) for row, column in pair(sample, found, APART)}
-    ignored = on_difficult(sample, found)
+    paired = {row: (column, iou[row, column]) for row, column in pair_boxes(sample, found, SAME_OBJECT_IOU)}
+    ignored = inside_difficult(sample, found)
     for row, (box, label, score) in enumerate(zip(found.xyxy, found.class_id, found.confidence, strict=True)):
         name = class_names[label]
-        if not known[label]:
+        if not labelled[label]:
             continue
         if row not in paired:
-            if iou[row].max() < APART and not ignored[row]:
-                reason = f"{name} found with {score:.2f}, and no label there"
-                yield Suspicion("not labelled", float(score), image, box, reason)
+            if iou[row].max() < SAME_OBJECT_IOU and not ignored[row]:
+                reason = f"{name} detected with confidence {score:.2f}, but not labelled"
+                yield LabelError("not labelled", float(score), image, box, reason)
             continue
         column, overlap = paired[row]
-        labelled = class_names[sample.labels[column]]
+        given = class_names[sample.labels[column]]
         if sample.difficult[column]:
             continue
-        if labelled != name and overlap >= MATCH_IOU:
-            reason = f"labelled {labelled}, found as {name} with {score:.2f}"
-            yield Suspicion("another class", float(score), image, sample.boxes[column], reason)
-        elif labelled == name and overlap < MATCH_IOU:
-            reason = f"{name} found with {score:.2f}, and the label overlaps it by only {overlap:.2f}"
-            yield Suspicion("badly placed", float(score), image, sample.boxes[column], reason)
+        if given != name and overlap >= MATCH_IOU:
+            reason = f"labelled {given}, but detected as {name} with confidence {score:.2f}"
+            yield LabelError("another class", float(score), image, sample.boxes[column], reason)
+        elif given == name and overlap < MATCH_IOU:
+            reason = f"{name} detected with confidence {score:.2f}, but its IoU with the label is only {overlap:.2f}"
+            yield LabelError("badly placed", float(score), image, sample.boxes[column], reason)
 
 
-def suspect_missed(
-    image: int, sample: Sample, every: sv.Detections, usual: Sequence[float], class_names: Sequence[str]
-) -> Iterator[Suspicion]:
-    """Labels where hardly anything was found, in classes whose objects usually are, a share `usual` of them."""
-    near = iou_matrix(every.xyxy, sample.boxes) >= APART if len(every) else np.zeros((1, len(sample.labels)), bool)
-    scores = every.confidence if len(every) else np.zeros(1)
+def check_undetected(
+    image: int, sample: Sample, found: sv.Detections, recalls: Sequence[float], class_names: Sequence[str]
+) -> Iterator[LabelError]:
+    """Labels without any detection nearby, scored by the recall of their class."""
+    near, scores = np.zeros((1, len(sample.labels)), bool), np.zeros(1)
+    if len(found):
+        near, scores = iou_matrix(found.xyxy, sample.boxes) >= SAME_OBJECT_IOU, found.confidence
     for column, (box, label, difficult) in enumerate(zip(sample.boxes, sample.labels, sample.difficult, strict=True)):
         best = float(scores[near[:, column]].max(initial=0.0))
-        if difficult or best >= BARELY:
+        if difficult or best >= MISSED_CONFIDENCE:
             continue
-        reason = f"labelled {class_names[label]}, and nothing was found there with {BARELY:g} or more"
-        yield Suspicion("never found", usual[label] * (1 - best / BARELY), image, box, reason)
+        reason = f"labelled {class_names[label]}, but nothing was detected there with confidence {MISSED_CONFIDENCE:g}"
+        yield LabelError("never found", recalls[label] * (1 - best / MISSED_CONFIDENCE), image, box, reason)

@@ -1,6 +1,6 @@
-"""Accuracy of detections: VOC AP (11-point and area), precision, recall and F1, the confusion matrix; all the figures.
+"""Detection metrics: VOC AP (11-point and area), precision, recall, F1 and the confusion matrix.
 
-Boxes come as float xyxy in pixels counted from 0, so that VOC's width xmax - xmin + 1 is simply x2 - x1.
+Boxes are xyxy in continuous pixel coordinates from 0, so VOC's width xmax - xmin + 1 is x2 - x1 here.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,30 +14,30 @@ from utils.data.coco_json import CocoDataset
 from utils.data.voc import Sample
 from utils.detection.boxes import iou_matrix
 from utils.detection.nms import FALLBACK_CONFIDENCE, MIN_CONFIDENCE
-from utils.evaluation.coco import CocoScore, coco_score, dataset_of
+from utils.evaluation.coco import CocoEvaluation, build_dataset, evaluate_coco
 
-MATCH_IOU = 0.5  # from which on a detection is of an object
-ELEVEN_RECALLS = np.arange(0, 1.1, 0.1)  # as the devkit writes it; i / 10 differs in a few cases
+MATCH_IOU = 0.5  # minimum overlap of a detection with its object
+ELEVEN_RECALLS = np.arange(0, 1.1, 0.1)  # computed as in the devkit; i / 10 rounds differently in a few cases
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Precision and recall of one class as the score threshold falls."""
+    """The precision-recall curve of one class, by descending score of its D detections."""
 
     precision: np.ndarray  # (D,)
     recall: np.ndarray  # (D,)
     scores: np.ndarray  # (D,)
-    positives: int  # objects that are not difficult
+    num_objects: int  # without difficult ones
 
     def ap_area(self) -> float:
-        """Area under the envelope of the curve, as VOC counts since 2010."""
+        """Area under the interpolated curve, as in VOC since 2010."""
         recall = np.concatenate([[0.0], self.recall, [1.0]])
         precision = np.concatenate([[0.0], self.precision, [0.0]])
         envelope = np.maximum.accumulate(precision[::-1])[::-1]
         return float(np.sum(np.diff(recall) * envelope[1:]))
 
     def ap_11point(self) -> float:
-        """Mean of the best precision at recall >= 0, 0.1 ... 1, as VOC2007 counts."""
+        """Mean of the interpolated precision at recall 0, 0.1, ..., 1, as in VOC2007."""
         best = [self.precision[self.recall >= threshold].max(initial=0.0) for threshold in ELEVEN_RECALLS]
         return float(np.mean(best))
 
@@ -45,16 +45,16 @@ class Curve:
         """Harmonic mean of precision and recall (D,)."""
         return 2 * self.precision * self.recall / np.maximum(self.precision + self.recall, 1e-12)
 
-    def best(self) -> dict[str, float]:
-        """The threshold with the highest F1, halfway to the next lower score, and precision, recall and F1 there.
+    def find_best_threshold(self) -> dict[str, float]:
+        """The threshold with the highest F1, midway between two scores, and precision, recall and F1 at it.
 
-        Below MIN_CONFIDENCE none is taken, since that would cover the pictures of a weak network with boxes. Without
-        one there is FALLBACK_CONFIDENCE, with zeros, or -1 where there is nothing to find.
+        Thresholds below MIN_CONFIDENCE are not considered: they would flood the pictures of a weak network with boxes.
+        If none is left, the threshold is FALLBACK_CONFIDENCE, and the others are 0, or -1 for a class without objects.
         """
         between = (self.scores + np.append(self.scores[1:], 0.0)[: len(self.scores)]) / 2
         f1 = np.where((between < self.scores) & (between >= MIN_CONFIDENCE), self.f1(), 0.0)
         if f1.max(initial=0.0) == 0:
-            nothing = 0.0 if self.positives else -1.0
+            nothing = 0.0 if self.num_objects else -1.0
             return {"threshold": FALLBACK_CONFIDENCE} | dict.fromkeys(("precision", "recall", "F1"), nothing)
         at = int(f1.argmax())
         values = between[at], self.precision[at], self.recall[at], f1[at]
@@ -63,15 +63,15 @@ class Curve:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was measured on a split."""
+    """The metrics of a detector on a split."""
 
-    metrics: dict[str, Any]  # all figures, ready for JSON
+    metrics: dict[str, Any]  # JSON-compatible
     curves: list[Curve]  # of each class, at MATCH_IOU
-    coco: CocoScore
+    coco: CocoEvaluation
 
     @property
     def thresholds(self) -> list[float]:
-        """The confidence of each class at which its F1 is best."""
+        """The confidence threshold of each class that gives the highest F1."""
         return [values["threshold"] for values in self.metrics["best"].values()]
 
 
@@ -82,31 +82,31 @@ def evaluate(
     class_names: Sequence[str],
     dataset: CocoDataset | None = None,
 ) -> Evaluation:
-    """All figures of one split whose images are of `sizes`, height and width.
+    """Compute all metrics of a split whose images have the given sizes (height, width).
 
-    `dataset` is the split as COCO sees it, where it does not follow from the samples.
+    `dataset` is the ground truth of a COCO file, if the samples come from one.
     """
-    curves = voc_curves(samples, detections, len(class_names), crowds=dataset is not None)
-    coco = coco_score(dataset or dataset_of(samples, sizes, class_names), detections, class_names)
-    best = {name: curve.best() for name, curve in zip(class_names, curves, strict=True)}
-    metrics = {"voc": voc_metrics(curves, class_names), "coco": coco.metrics, "best": best}
+    curves = compute_curves(samples, detections, len(class_names), crowds=dataset is not None)
+    coco = evaluate_coco(dataset or build_dataset(samples, sizes, class_names), detections, class_names)
+    best = {name: curve.find_best_threshold() for name, curve in zip(class_names, curves, strict=True)}
+    metrics = {"voc": compute_voc_metrics(curves, class_names), "coco": coco.metrics, "best": best}
     return Evaluation(metrics, curves, coco)
 
 
-def voc_curves(
+def compute_curves(
     samples: Sequence[Sample],
     detections: Sequence[sv.Detections],
     num_classes: int,
     iou_threshold: float = MATCH_IOU,
     crowds: bool = False,
 ) -> list[Curve]:
-    """The curve of each class.
+    """The precision-recall curve of each class, by VOC's rules.
 
-    A detection takes its best-overlapping object of its class in its image; a second one on the same object is a
-    false positive; objects marked difficult count neither for nor against. With `crowds` they are COCO's, regions of
-    many objects, and what lies in one does not count either.
+    A detection is matched to the object of its class that it overlaps most; further detections of the same object are
+    false positives. Difficult objects and detections matched to them are ignored. With `crowds`, difficult objects are
+    COCO's crowds, and every detection that lies inside one is ignored.
     """
-    parts = [match(sample, found, iou_threshold, crowds) for sample, found in zip(samples, detections, strict=True)]
+    parts = [match_image(*pair, iou_threshold, crowds) for pair in zip(samples, detections, strict=True)]
     hit, ignored = (np.concatenate([np.empty(0, bool), *arrays]) for arrays in zip(*parts, strict=True))
     scores = np.concatenate([np.empty(0), *(found.confidence for found in detections if len(found))])
     labels = np.concatenate([np.empty(0, int), *(found.class_id for found in detections if len(found))])
@@ -114,16 +114,18 @@ def voc_curves(
     order = np.argsort(-scores, kind="stable")
     order = order[~ignored[order]]
     curves = []
-    for label, positives in enumerate(np.bincount(objects, minlength=num_classes)):
-        mine = order[labels[order] == label]
-        true_positives = np.cumsum(hit[mine])
-        precision = true_positives / np.arange(1, len(mine) + 1)
-        curves.append(Curve(precision, true_positives / max(1, positives), scores[mine], int(positives)))
+    for label, num_objects in enumerate(np.bincount(objects, minlength=num_classes)):
+        of_class = order[labels[order] == label]
+        true_positives = np.cumsum(hit[of_class])
+        precision = true_positives / np.arange(1, len(of_class) + 1)
+        curves.append(Curve(precision, true_positives / max(1, num_objects), scores[of_class], int(num_objects)))
     return curves
 
 
-def match(sample: Sample, found: sv.Detections, iou_threshold: float, crowds: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Which detections of an image hit an object of their class (D,), and which do not count (D,)."""
+def match_image(
+    sample: Sample, found: sv.Detections, iou_threshold: float, crowds: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Boolean masks of an image's detections (D,): the true positives and the ignored ones."""
     hit, ignored = np.zeros(len(found), bool), np.zeros(len(found), bool)
     if not (len(found) and len(sample.labels)):
         return hit, ignored
@@ -138,31 +140,32 @@ def match(sample: Sample, found: sv.Detections, iou_threshold: float, crowds: bo
     ignored = near & sample.difficult[best]
     hit &= ~ignored
     if crowds:
-        ignored |= ~hit & on_difficult(sample, found)
+        ignored |= ~hit & inside_difficult(sample, found)
     return hit, ignored
 
 
-def voc_metrics(curves: Sequence[Curve], class_names: Sequence[str]) -> dict[str, Any]:
-    """AP per class and the means over the classes that have objects; -1 where there are none."""
+def compute_voc_metrics(curves: Sequence[Curve], class_names: Sequence[str]) -> dict[str, Any]:
+    """AP of each class and the means over the classes that have objects; -1 where there are no objects."""
     per_class = {}
     for name, curve in zip(class_names, curves, strict=True):
-        values = (curve.ap_11point(), curve.ap_area()) if curve.positives else (-1.0, -1.0)
-        per_class[name] = {"AP_11point": values[0], "AP_area": values[1], "objects": curve.positives}
+        values = (curve.ap_11point(), curve.ap_area()) if curve.num_objects else (-1.0, -1.0)
+        per_class[name] = {"AP_11point": values[0], "AP_area": values[1], "objects": curve.num_objects}
     present = [values for values in per_class.values() if values["objects"]]
-    means = {
-        f"m{kind}": float(np.mean([values[kind] for values in present])) if present else -1.0
-        for kind in ("AP_11point", "AP_area")
-    }
+    kinds = ("AP_11point", "AP_area")
+    means = {f"m{kind}": float(np.mean([values[kind] for values in present] or [-1.0])) for kind in kinds}
     return {**means, "per_class": per_class}
 
 
-def confident(found: sv.Detections, thresholds: Sequence[float]) -> sv.Detections:
-    """The detections above the threshold of their class."""
+def filter_confident(found: sv.Detections, thresholds: Sequence[float]) -> sv.Detections:
+    """The detections above the threshold of their class; `thresholds` is (C,)."""
     return found[found.confidence > np.asarray(thresholds)[found.class_id]] if len(found) else found
 
 
-def pair(sample: Sample, found: sv.Detections, iou_threshold: float = MATCH_IOU) -> Iterator[tuple[int, int]]:
-    """Pairs of a detection and an object, each in one pair at most: those of one class first, then by falling IoU."""
+def pair_boxes(sample: Sample, found: sv.Detections, iou_threshold: float = MATCH_IOU) -> Iterator[tuple[int, int]]:
+    """Match detections and objects one to one: those of the same class first, then by descending IoU.
+
+    Yields the indices of a detection and its object.
+    """
     if not (len(found) and len(sample.labels)):
         return
     iou = iou_matrix(found.xyxy, sample.boxes)
@@ -177,8 +180,8 @@ def pair(sample: Sample, found: sv.Detections, iou_threshold: float = MATCH_IOU)
             yield row, column
 
 
-def on_difficult(sample: Sample, found: sv.Detections) -> np.ndarray:
-    """Which detections (D,) do not count, since they lie mostly in a difficult object, or crowd, of their class."""
+def inside_difficult(sample: Sample, found: sv.Detections) -> np.ndarray:
+    """Which detections (D,) have at least half their area inside a difficult object, or crowd, of their class."""
     if not (len(found) and sample.difficult.any()):
         return np.zeros(len(found), bool)
     regions, labels = sample.boxes[sample.difficult], sample.labels[sample.difficult]
@@ -191,23 +194,23 @@ def on_difficult(sample: Sample, found: sv.Detections) -> np.ndarray:
 def confusion_matrix(
     samples: Sequence[Sample], detections: Sequence[sv.Detections], thresholds: Sequence[float]
 ) -> np.ndarray:
-    """How often an object of a class (row) was found as each class (column), at the `thresholds` of the classes.
+    """Counts (C + 1, C + 1) of true class (row) and predicted class (column) at the threshold of each class.
 
-    (C + 1, C + 1) counts; the last row has what was found where nothing is, the last column what was not found.
-    Objects marked difficult, and what was found on them, are left out.
+    The last row counts detections of background, the last column objects that were not detected. Difficult objects and
+    the detections on them are ignored.
     """
     background = len(thresholds)
     counts = np.zeros((background + 1, background + 1), int)
-    for sample, every in zip(samples, detections, strict=True):
-        found = confident(every, thresholds)
-        as_found, as_labelled = np.full(len(sample.labels), background), np.full(len(found), background)
-        ignored = on_difficult(sample, found)
-        for row, column in pair(sample, found):
-            as_found[column], as_labelled[row] = found.class_id[row], sample.labels[column]
+    for sample, candidates in zip(samples, detections, strict=True):
+        found = filter_confident(candidates, thresholds)
+        predicted, true = np.full(len(sample.labels), background), np.full(len(found), background)
+        ignored = inside_difficult(sample, found)
+        for row, column in pair_boxes(sample, found):
+            predicted[column], true[row] = found.class_id[row], sample.labels[column]
             ignored[row] |= sample.difficult[column]
         easy = ~sample.difficult
-        np.add.at(counts, (sample.labels[easy], as_found[easy]), 1)
-        false = (as_labelled == background) & ~ignored
+        np.add.at(counts, (sample.labels[easy], predicted[easy]), 1)
+        false = (true == background) & ~ignored
         if false.any():
             np.add.at(counts, (background, found.class_id[false]), 1)
     return counts

@@ -1,4 +1,4 @@
-"""How long calls take, one beside the other."""
+"""Latency of several functions, measured alternately so that changes of the machine's speed affect all alike."""
 
 import statistics
 import time
@@ -9,14 +9,16 @@ import torch
 
 from utils.system.device import synchronize
 
-WARMUP = 5  # calls of each that do not count
-PAUSE = 0.1  # seconds, in which the threads of the call before stop to wait for work, which takes a core
+WARMUP = 5  # rounds that are not measured
+PAUSE = 0.1  # seconds for the threads of the previous call to go idle instead of occupying a core
 
 Name = TypeVar("Name")
 
 
-def time_in_turns(calls: Mapping[Name, Callable[[], object]], rounds: int, device: torch.device) -> dict[Name, float]:
-    """Median milliseconds of each; every turn has two calls, of which the second counts."""
+def time_alternately(
+    calls: Mapping[Name, Callable[[], object]], rounds: int, device: torch.device
+) -> dict[Name, float]:
+    """The median duration of each call in milliseconds; each round calls it twice and measures the second."""
     times: dict[Name, list[float]] = {name: [] for name in calls}
     for turn in range(WARMUP + rounds):
         for name, call in calls.items():

@@ -1,4 +1,4 @@
-"""What people look at: plots, HTML reports and explanations of single predictions.
+"""Plots, HTML reports, and explanations of single predictions.
 
 May import `nets`, `utils.evaluation` and the packages below it.
 """

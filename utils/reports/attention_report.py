@@ -1,4 +1,4 @@
-"""Attention blocks side by side: what each adds to phi 0 over several seeds, and what it costs."""
+"""Comparison of attention blocks: the AP that each adds to phi 0 over several seeds, and its cost."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -7,19 +7,27 @@ from pathlib import Path
 from statistics import median
 
 from nets.attention import ATTENTION
-from utils.evaluation.significance import CONFIDENCE, RESOLUTION, Mean, judge, mean_of, seeds_needed
+from utils.evaluation.significance import (
+    CONFIDENCE,
+    RESOLUTION,
+    MeanEstimate,
+    estimate_mean,
+    estimate_seeds_needed,
+    judge_differences,
+)
 from utils.reports.html import data_uri, write_page
 from utils.reports.plots import draw_means
 from utils.system.files import write_text
 
 PAGE, TEMPLATE = "comparison.html", "attention_report.html"
-FEW = 3  # seeds, with fewer of which an interval is very wide
-TITLES = ("phi", "block", "AP", "AP50", "AP more than phi 0", "verdict", "parameters", "GFLOP", "ms", "training, s")
+MIN_SEEDS = 3  # with fewer, confidence intervals are very wide
+GAIN = "AP gain over phi 0"
+COLUMNS = ("phi", "block", "AP", "AP50", GAIN, "verdict", "parameters", "GFLOP", "latency (ms)", "training (s)")
 
 
 @dataclass(frozen=True)
 class Result:
-    """One training, measured on the test sets."""
+    """The evaluation of one training run on the test sets."""
 
     AP: float
     AP50: float
@@ -28,26 +36,26 @@ class Result:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a network costs; milliseconds for one image, where they were measured."""
+    """The cost of a network."""
 
     parameters: int
     gflop: float
-    ms: float | None = None
+    ms: float | None = None  # for one image, if it was measured
 
 
 @dataclass(frozen=True)
 class Row:
-    """One phi over its seeds."""
+    """The results of one phi over its seeds."""
 
     phi: int
     seeds: tuple[int, ...]
     AP_by_seed: tuple[float, ...]
-    AP: Mean
-    AP50: Mean
-    seconds: float  # of a training, the median
+    AP: MeanEstimate
+    AP50: MeanEstimate
+    seconds: float  # median duration of a training run
     cost: Cost
-    differences: tuple[float, ...]  # AP minus that of phi 0, of the seeds that both have
-    difference: Mean | None  # None of phi 0, and without such a seed
+    differences: tuple[float, ...]  # AP minus AP of phi 0 with the same seed
+    difference: MeanEstimate | None  # None for phi 0, or if no seed is shared with it
     verdict: str
 
     @property
@@ -55,106 +63,93 @@ class Row:
         block = ATTENTION[self.phi].block
         return block.__name__ if block else "none"
 
-    def cells(self) -> list[str]:
-        """As TITLES has them."""
-        ms = "" if self.cost.ms is None else f"{self.cost.ms:.1f}"
-        more = show(self.difference, "+") if self.difference else ""
-        return [
-            str(self.phi),
-            self.name,
-            show(self.AP),
-            show(self.AP50),
-            more,
-            self.verdict,
-            f"{self.cost.parameters:,}",
-            f"{self.cost.gflop:.2f}",
-            ms,
-            f"{self.seconds:.0f}",
-        ]
+    def format_cells(self) -> list[str]:
+        """The row as texts, one for each of COLUMNS."""
+        gain = format_mean(self.difference, "+") if self.difference else ""
+        latency = "" if self.cost.ms is None else f"{self.cost.ms:.1f}"
+        accuracy = [format_mean(self.AP), format_mean(self.AP50), gain, self.verdict]
+        cost = [f"{self.cost.parameters:,}", f"{self.cost.gflop:.2f}", latency, f"{self.seconds:.0f}"]
+        return [str(self.phi), self.name, *accuracy, *cost]
 
 
-def show(mean: Mean, sign: str = "") -> str:
+def format_mean(mean: MeanEstimate, sign: str = "") -> str:
     return f"{mean.value:{sign}.4f}" + ("" if mean.margin is None else f" ± {mean.margin:.4f}")
 
 
 def compare_phis(results: Mapping[int, Mapping[int, Result]], costs: Mapping[int, Cost]) -> list[Row]:
-    """A row for each phi, from its results by seed."""
-    plain = results.get(0, {})
+    """One row for each phi, from the `results` by phi and seed."""
+    baseline = results.get(0, {})
     comparisons = max(1, len(results.keys() - {0}))
     rows = []
     for phi, by_seed in sorted(results.items()):
         values = tuple(result.AP for result in by_seed.values())
-        paired = tuple(by_seed[seed].AP - plain[seed].AP for seed in by_seed if phi and seed in plain)
+        differences = tuple(by_seed[seed].AP - baseline[seed].AP for seed in by_seed if phi and seed in baseline)
         rows.append(
             Row(
                 phi=phi,
                 seeds=tuple(by_seed),
                 AP_by_seed=values,
-                AP=mean_of(values),
-                AP50=mean_of([result.AP50 for result in by_seed.values()]),
+                AP=estimate_mean(values),
+                AP50=estimate_mean([result.AP50 for result in by_seed.values()]),
                 seconds=median(result.seconds for result in by_seed.values()),
                 cost=costs[phi],
-                differences=paired,
-                difference=mean_of(paired) if paired else None,
-                verdict=judge(paired, comparisons) if phi else "",
+                differences=differences,
+                difference=estimate_mean(differences) if differences else None,
+                verdict=judge_differences(differences, comparisons) if phi else "",
             )
         )
     return rows
 
 
 def conclude(rows: Sequence[Row]) -> list[str]:
-    """What follows from the rows, in sentences."""
-    others = [row for row in rows if row.phi]
-    fewest = min((len(row.differences) for row in others), default=0)
-    said = []
-    if fewest < 2:
-        said.append("A single seed cannot tell attention from chance: more seeds are needed, five are a good start.")
-    elif fewest < FEW:
-        said.append(f"{fewest} seeds give very wide intervals: more seeds are needed, five are a good start.")
-    for row in others:
-        who = f"phi {row.phi} ({row.name})"
-        if row.verdict in ("better", "worse"):
-            said.append(f"{who} is {row.verdict} than phi 0: {show(row.difference, '+')} AP.")
-        elif row.verdict != "unknown" and not any(row.differences):
-            said.append(f"{who} gives exactly what phi 0 gives: these trainings were too short for its gain to grow.")
-        elif row.verdict != "unknown":
-            chance = ", but one of so many comparisons may come out so by chance" if "perhaps" in row.verdict else ""
-            enough, wanted = seeds_needed(row.differences, len(others)), max(abs(row.difference.value), RESOLUTION)
-            more = f"More seeds are needed: about {enough} in all would show a difference of {wanted:.4f}."
-            if enough <= len(row.differences):
-                more = f"A difference of {wanted:.4f} would have shown."
-            word = "from" if "not" in row.verdict else "than"
-            said.append(f"{who} is {row.verdict} {word} phi 0{chance}: {show(row.difference, '+')} AP. {more}")
-    return said
+    """The conclusions from the rows, in sentences."""
+    compared = [row for row in rows if row.phi]
+    num_seeds = min((len(row.differences) for row in compared), default=0)
+    sentences = []
+    if num_seeds < 2:
+        sentences.append("One seed cannot show whether a difference is due to chance; train at least five.")
+    elif num_seeds < MIN_SEEDS:
+        sentences.append(f"{num_seeds} seeds give very wide confidence intervals; train at least five.")
+    return sentences + [describe_row(row, len(compared)) for row in compared if row.verdict != "unknown"]
 
 
-def write_comparison(folder: Path, rows: Sequence[Row], about: Sequence[str]) -> str:
-    """`comparison.txt`, `.json`, `.png` and `.html` in `folder`; returns the text.
+def describe_row(row: Row, comparisons: int) -> str:
+    """The verdict on a phi in words, and how many seeds would show a difference."""
+    name = f"phi {row.phi} ({row.name})"
+    if row.verdict in ("better", "worse"):
+        return f"{name} is {row.verdict} than phi 0: {format_mean(row.difference, '+')} AP."
+    if not any(row.differences):
+        return f"{name} has exactly the AP of phi 0: the training runs were too short for its gain to grow."
+    needed, wanted = estimate_seeds_needed(row.differences, comparisons), max(abs(row.difference.value), RESOLUTION)
+    advice = f"About {needed} seeds in total would be needed to show a difference of {wanted:.4f}."
+    if needed <= len(row.differences):
+        advice = f"A difference of {wanted:.4f} would have been significant."
+    verdict = f"{row.verdict} {'from' if 'not' in row.verdict else 'than'} phi 0"
+    if "perhaps" in row.verdict:
+        verdict += " (not significant after correction for the number of comparisons)"
+    return f"{name} is {verdict}: {format_mean(row.difference, '+')} AP. {advice}"
 
-    `about` says in sentences how the figures came about.
+
+def write_attention_report(folder: Path, rows: Sequence[Row], about: Sequence[str]) -> str:
+    """Write `comparison.txt`, `.json`, `.png` and `.html`, and return the text.
+
+    `about` describes in sentences how the results were obtained.
     """
-    said = conclude(rows)
-    cells = [TITLES, *(row.cells() for row in rows)]
+    conclusions = conclude(rows)
+    cells = [COLUMNS, *(row.format_cells() for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in cells]
-    text = "\n".join([*lines, "", *said, "", *about])
+    text = "\n".join([*lines, "", *conclusions, "", *about])
     names = {row.phi: f"{row.phi} {row.name}" for row in rows}
     panels = {
         "AP": [(names[row.phi], row.AP_by_seed, row.AP) for row in rows],
-        "AP more than phi 0": [(names[row.phi], row.differences, row.difference) for row in rows if row.difference],
+        GAIN: [(names[row.phi], row.differences, row.difference) for row in rows if row.difference],
     }
     draw_means(panels, folder / "comparison.png")
-    figures = {"rows": [asdict(row) | {"name": row.name} for row in rows], "conclusions": said, "about": list(about)}
+    content = {"rows": [asdict(row) | {"name": row.name} for row in rows], "conclusions": conclusions}
     write_text(folder / "comparison.txt", text + "\n")
-    write_text(folder / "comparison.json", json.dumps(figures, indent=2) + "\n")
-    write_page(
-        folder / PAGE,
-        TEMPLATE,
-        titles=TITLES,
-        rows=cells[1:],
-        said=said,
-        about=about,
-        plot=data_uri((folder / "comparison.png").read_bytes(), "png"),
-        confidence=CONFIDENCE,
-    )
+    write_text(folder / "comparison.json", json.dumps(content | {"about": list(about)}, indent=2) + "\n")
+    plot = data_uri((folder / "comparison.png").read_bytes(), "png")
+    values = {"columns": COLUMNS, "rows": cells[1:], "conclusions": conclusions, "about": about, "plot": plot}
+    write_page(folder / PAGE, TEMPLATE, **values, gain=GAIN, confidence=CONFIDENCE)
     return text

@@ -1,4 +1,4 @@
-"""Data set reports: statistics, diagnostics, near-duplicates and examples, as text, JSON and a self-contained page."""
+"""Dataset reports: statistics, diagnostics, near-duplicates and examples, as text, JSON and a self-contained page."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from utils.data.image_checks import read_sample
 from utils.data.image_io import encode_image
-from utils.data.statistics import Inspected, anchor_fit, describe_samples, summarize
+from utils.data.statistics import InspectedSample, anchor_fit, describe_samples, summarize
 from utils.data.voc import Sample
 from utils.inference.drawing import draw_view
 from utils.reports.html import data_uri, write_page
@@ -35,12 +35,12 @@ class Part:
     """The sets for training, validation or testing, and what was found in them."""
 
     sets: Sequence[str]
-    found: Sequence[Inspected]
+    found: Sequence[InspectedSample]
     diagnostics: Diagnostics
     stops: bool  # whether training reads this part and so stops at its errors
 
     @property
-    def usable(self) -> list[Inspected]:
+    def usable(self) -> list[InspectedSample]:
         return [item for item in self.found if item.sample]
 
     @property
@@ -59,7 +59,7 @@ class Duplicate(NamedTuple):
 
 @dataclass(frozen=True)
 class DatasetReport:
-    """A data set and everything that was found in it."""
+    """A dataset and everything that was found in it."""
 
     class_names: Sequence[str]
     parts: Mapping[str, Part]  # train, val, test
@@ -129,8 +129,7 @@ class DatasetReport:
         self.settings.print_summary("settings", lines.append)
         for name, part in self.parts.items():
             part.diagnostics.print_summary(name, lines.append)
-        verdict = "could start" if summary["would_start"] else "would stop at errors"
-        return "\n".join([*lines, f"training with these settings {verdict}"])
+        return "\n".join([*lines, f"training would {'start' if summary['would_start'] else 'not start'}"])
 
     def describe_part(self, name: str) -> list[str]:
         """The statistics of a part, one per line."""
@@ -139,7 +138,7 @@ class DatasetReport:
         others = len(about["image_sizes"]) - len(sizes)
         lines = [
             f"{name}: {describe_samples(self.parts[name].samples, self.class_names)}",
-            f"  {about['unusable']} unusable images; {about['objects']} objects, of which {about['difficult']} difficult "
+            f"  {about['unusable']} unusable images; of {about['objects']} objects, {about['difficult']} are difficult "
             f"and {about['truncated']} truncated",
             f"  image sizes: {', '.join(sizes)}" + (f" and {others} more" if others else ""),
         ]

@@ -1,4 +1,4 @@
-"""Pages of HTML that need no other file: a template of templates/, with the pictures inside."""
+"""Self-contained HTML pages, from the templates in templates/."""
 
 from base64 import b64encode
 from pathlib import Path
@@ -9,11 +9,11 @@ from utils.system.files import write_text
 
 
 def write_page(path: Path, template: str, **values: object) -> None:
-    """Fill a template, which extends page.html; everything in `values` is escaped."""
+    """Render a template, with all `values` escaped, and write it to `path`."""
     pages = Environment(loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True)
     write_text(path, pages.get_template(template).render(**values))
 
 
 def data_uri(content: bytes, kind: str) -> str:
-    """A picture as an address that holds it."""
+    """The data: URI of an image file, such as a "png"."""
     return f"data:image/{kind};base64,{b64encode(content).decode()}"

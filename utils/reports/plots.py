@@ -1,4 +1,4 @@
-"""Plots of trainings, evaluations and data sets."""
+"""Plots of training runs, evaluations and datasets."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -174,7 +174,7 @@ def draw_shapes(sides: np.ndarray, anchors: np.ndarray, recall: float | None, pa
 
 
 def draw_counts(counts: dict[str, dict[str, int]], path: Path) -> None:
-    """A bar chart of the objects per class in each part of a data set; `counts` is by part and class name."""
+    """A bar chart of the objects per class in each part of a dataset; `counts` is by part and class name."""
     names = list(next(iter(counts.values())))
     figure, axes = plt.subplots(figsize=(9, 1.2 + 0.28 * len(names)), layout="constrained")
     height = 0.8 / len(counts)
