@@ -21,8 +21,7 @@ from utils.data.voc_xml import read_voc_xml
 from utils.system.cli import run_script
 from utils.system.diagnostics import Diagnostics
 from utils.system.errors import UserError, check_range
-from utils.system.files import atomic_write
-from utils.system.text import read_lines
+from utils.system.files import atomic_write, read_lines
 
 Counts = Mapping[str, Counter[str]]  # image name -> number of objects per class
 

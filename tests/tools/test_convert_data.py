@@ -218,7 +218,7 @@ def test_mistakes_are_named(voc, expect_failure, tmp_path):
     label = tmp_path / "yolo" / "labels" / "c.txt"
     for text, words in (
         ("7 0.5 0.5 0.1 0.1", "class 7 of 3"),
-        ("0 0.5 x 0.1 0.1", "'x' is no number"),
+        ("0 0.5 x 0.1 0.1", "'x' is not a number"),
         ("0 1", "1 num"),
     ):
         label.write_text(f"0 0.5 0.5 0.1 0.1\n{text}\n")

@@ -14,7 +14,7 @@ import numpy as np
 from utils.data.voc import Sample
 from utils.system.errors import UserError
 from utils.system.files import read_file
-from utils.system.text import show
+from utils.system.text import printable
 
 MAX_BYTES = 500_000_000  # size limit of a JSON file; instances_train2017.json has 470 MB
 
@@ -127,7 +127,7 @@ def parse_side(image: Entry, name: str) -> int:
     """An image's height or width in pixels; raises ValueError if it is invalid."""
     side = image[name]
     if not (isinstance(side, int | float) and 0 < side < 2**31 and side == int(side)):
-        raise ValueError(f"the {name} of {show(image['file_name'])} is {show(side)}")
+        raise ValueError(f"the {name} of {printable(image['file_name'])} is {printable(side)}")
     return int(side)
 
 

@@ -8,7 +8,8 @@ import numpy as np
 from utils.data.image_io import decode_stored, read_encoded, turn_upright
 from utils.data.voc import Sample
 from utils.detection.letterbox import clip_boxes
-from utils.system.diagnostics import Diagnostics, FileError, SkippableError
+from utils.system.diagnostics import Diagnostics
+from utils.system.errors import FileError, SkippableError
 
 OUTSIDE = "the box lies outside the image"
 BEYOND = "the box reaches beyond the image and is clipped"

@@ -14,7 +14,8 @@ import numpy as np
 from PIL import Image
 
 from utils.detection.letterbox import Fit, fit_to_input
-from utils.system.diagnostics import Diagnostics, FileError, SkippableError
+from utils.system.diagnostics import Diagnostics
+from utils.system.errors import FileError, SkippableError
 from utils.system.files import read_file
 
 MAX_PIXELS = 120_000_000  # enough for 108-megapixel phones; decoding takes less than 1 GB

@@ -12,9 +12,10 @@ from utils.data.coco_json import check_within, read_truth
 from utils.data.image_io import file_size, has_hidden_orientation
 from utils.data.voc import IMAGE_SUFFIXES, load_classes
 from utils.data.voc_xml import LabeledObject, read_voc_xml
-from utils.system.diagnostics import Diagnostics, FileError, SkippableError
-from utils.system.errors import UserError
-from utils.system.text import parse_number, read_lines, show, strip
+from utils.system.diagnostics import Diagnostics
+from utils.system.errors import FileError, SkippableError, UserError
+from utils.system.files import read_lines
+from utils.system.text import parse_number, printable, strip
 
 IMAGE_FOLDERS = ("JPEGImages", "images", "Images", "data", ".")  # searched in this order
 YOLO_SPLITS = ("train", "val", "valid", "test")
@@ -141,7 +142,7 @@ def add_coco_image(
     check_within(file, name)
     path = next((path for root in roots if os.path.isfile(path := root / name)), None)
     if path is None:
-        raise FileError(file, f"lists the missing image {show(name)}; give the image folder with --images")
+        raise FileError(file, f"lists the missing image {printable(name)}; give the image folder with --images")
     stem = PurePosixPath(name).with_suffix("").as_posix()
     same = labeled.get(stem.replace("/", "_"))  # the same image in another split
     key = flat_name(stem, {} if same and same.path == path else labeled, file)
@@ -245,7 +246,7 @@ def single_image(images: Mapping[str, Sequence[Path]], stem: str, source: Path) 
     found = images.get(stem, ())
     if len(found) != 1:
         names = " and ".join(path.name for path in found) or "none"
-        raise FileError(source, f"needs exactly one image named {show(stem)!r}, but found {names}")
+        raise FileError(source, f"needs exactly one image named {printable(stem)!r}, but found {names}")
     return found[0]
 
 
@@ -255,7 +256,7 @@ def flat_name(stem: str, taken: Mapping[str, object], source: Path) -> str:
     if not fits_on_line(name):
         raise FileError(source, f"has an image named {name!r}, which cannot be listed in a split file; rename it")
     if name in taken:
-        raise FileError(source, f"has two images that would both be named {show(name)!r}; rename one")
+        raise FileError(source, f"has two images that would both be named {printable(name)!r}; rename one")
     return name
 
 
@@ -263,7 +264,7 @@ def unique_names(lines: Sequence[str], images: Mapping[str, object], path: Path)
     """The lines of a split file without repetitions; raises FileError for a line that is not an image."""
     missing = [line for line in lines if line not in images]
     if missing:
-        raise FileError(path, f"lists {show(missing[0])!r}, but there is no image with labels of that name")
+        raise FileError(path, f"lists {printable(missing[0])!r}, but there is no image with labels of that name")
     return list(dict.fromkeys(lines))
 
 
@@ -275,4 +276,6 @@ def fits_on_line(text: str) -> bool:
 def check_class_names(used: set[str], names: Sequence[str], source: Path) -> None:
     unknown = sorted(used - set(names))
     if unknown:
-        raise UserError(f"{source} does not list the classes {', '.join(map(show, unknown))}, which the labels use")
+        raise UserError(
+            f"{source} does not list the classes {', '.join(map(printable, unknown))}, which the labels use"
+        )

@@ -11,8 +11,7 @@ from xml.sax.saxutils import escape
 from utils.data.image_io import file_size
 from utils.data.label_readers import DECIMALS, EVERYTHING, LabelSet, refuse_hidden_orientation
 from utils.data.voc_xml import EDGES, LabeledObject
-from utils.system.diagnostics import FileError
-from utils.system.errors import make_folder
+from utils.system.errors import FileError, make_folder
 from utils.system.files import write_text
 
 FRACTION_DIGITS = 12  # significant digits of YOLO's fractions of the image, which keep DECIMALS of its pixels

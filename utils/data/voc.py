@@ -14,9 +14,10 @@ from tqdm import tqdm
 
 from nets.spec import MAX_CLASSES
 from utils.data.voc_xml import Annotation, read_voc_xml
-from utils.system.diagnostics import Diagnostic, Diagnostics, FileError
-from utils.system.errors import UserError
-from utils.system.text import BOM, read_lines, read_text, show
+from utils.system.diagnostics import Diagnostic, Diagnostics
+from utils.system.errors import FileError, UserError
+from utils.system.files import read_lines, read_text
+from utils.system.text import BOM, printable
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 MIN_SIMILARITY = 0.8  # of a misspelt class name and the suggested one, from 0 to 1
@@ -63,7 +64,7 @@ def load_classes(path: str | Path, diagnostics: Diagnostics | None = None) -> tu
         raise FileError(path, "is blank; remove it", f"line {names.index('') + 1}")
     name, times = Counter(names).most_common(1)[0]
     if times > 1:
-        raise FileError(path, f"lists the class {show(name)!r} {times} times; keep one")
+        raise FileError(path, f"lists the class {printable(name)!r} {times} times; keep one")
     if len(names) > MAX_CLASSES:
         raise FileError(path, f"lists {len(names):,} classes, but at most {MAX_CLASSES:,} are supported")
     if diagnostics and BOM in read_text(path):
@@ -93,7 +94,7 @@ def read_split(devkit: Path, name: str, diagnostics: Diagnostics | None = None) 
         place = f"line {number}"
         with diagnostics.capture():
             if re.search(r"[/\\]|^\.\.?$", image_id):
-                raise FileError(path, f"is the path {show(image_id)!r}, but must be the name of an image alone", place)
+                raise FileError(path, f"is the path {printable(image_id)!r}, but must be the name of an image", place)
             if image_id in ids:
                 diagnostics.record_repair(path, "repeats an earlier image and is ignored", place)
             elif image_id:
@@ -118,13 +119,13 @@ def load_samples(
     unknown: UnknownClasses = defaultdict(list)
     samples = [sample for name in sets for sample in load_set(Path(devkit), name, indices, diagnostics, unknown)]
     if unknown and not diagnostics.collect:
-        found = [f"{show(name)!r} ({len(unknown[name])}{suggest(name, class_names)})" for name in sorted(unknown)]
+        found = [f"{printable(name)!r} ({len(unknown[name])}{suggest(name, class_names)})" for name in sorted(unknown)]
         raise UserError(
             f"the annotations of {', '.join(sets)} have unknown classes: {', '.join(found)}; the known classes are "
             f"{', '.join(class_names)}. Correct the annotations, or use a class file or checkpoint that matches"
         )
     for name, places in unknown.items():
-        reason = f"has the unknown class {show(name)!r}{suggest(name, class_names)}"
+        reason = f"has the unknown class {printable(name)!r}{suggest(name, class_names)}"
         diagnostics.extend(Diagnostic("error", str(file), place, reason) for file, place in places)
     return samples
 
@@ -149,7 +150,9 @@ def load_set(
             stem = match_spelling(image_id, images.__contains__)
             xml = match_spelling(image_id, lambda form: os.path.lexists(folder / "Annotations" / f"{form}.xml"))
             if stem != image_id or xml != image_id:
-                diagnostics.record_repair(source, "encodes accents differently from the file's name", show(image_id))
+                diagnostics.record_repair(
+                    source, "encodes accents differently from the file's name", printable(image_id)
+                )
             image = find_image(images, stem, folder, source)
             path = folder / "Annotations" / f"{xml}.xml"
             annotation = read_voc_xml(path, diagnostics)
@@ -197,10 +200,10 @@ def match_spelling(name: str, exists: Callable[[str], bool]) -> str:
 def find_image(images: Mapping[str, list[Path]], stem: str, folder: Path, source: Path) -> Path:
     found = images.get(stem, [])
     if not found:
-        raise FileError(source, f"lists {show(stem)!r}, but {folder / 'JPEGImages'} has no image of that name")
+        raise FileError(source, f"lists {printable(stem)!r}, but {folder / 'JPEGImages'} has no image of that name")
     if len(found) > 1:
         names = ", ".join(path.name for path in found)
-        raise FileError(source, f"lists {show(stem)!r}, which has several images ({names}); keep one")
+        raise FileError(source, f"lists {printable(stem)!r}, which has several images ({names}); keep one")
     return found[0]
 
 

@@ -14,9 +14,10 @@ from xml.etree.ElementTree import Element, ParseError
 from defusedxml.common import DefusedXmlException
 from defusedxml.ElementTree import fromstring
 
-from utils.system.diagnostics import Diagnostics, FileError, SkippableError
+from utils.system.diagnostics import Diagnostics
+from utils.system.errors import FileError, SkippableError
 from utils.system.files import read_file
-from utils.system.text import parse_number, show, strip
+from utils.system.text import parse_number, printable, strip
 
 MAX_BYTES = 8_000_000  # size limit of an annotation file; 10,000 objects take about 3 MB
 MAX_DEPTH = 100  # limit of nested elements; VOC's own files have five levels
@@ -105,7 +106,7 @@ def parse_xml(path: Path, text: str) -> Element:
     except (ValueError, LookupError) as error:
         raise FileError(path, f"cannot be read as XML ({error}); save it as UTF-8") from None
     if root.tag != "annotation":
-        raise FileError(path, f"starts with <{show(root.tag)}>, but a VOC annotation starts with <annotation>")
+        raise FileError(path, f"starts with <{printable(root.tag)}>, but a VOC annotation starts with <annotation>")
     level = [root]
     for _ in range(MAX_DEPTH):
         level = [child for element in level for child in element]
@@ -134,7 +135,7 @@ def parse_object(element: Element, path: Path, number: int, diagnostics: Diagnos
     name, place = strip(written), f"object {number}"
     if not name:
         raise FileError(path, "has no <name>", place)
-    place = f"{place} ({show(name)})"
+    place = f"{place} ({printable(name)})"
     if written != name:
         diagnostics.record_repair(path, "has blanks around its <name>, which are ignored", place)
     if element.find("bndbox") is None:
@@ -142,7 +143,7 @@ def parse_object(element: Element, path: Path, number: int, diagnostics: Diagnos
     xmin, ymin, xmax, ymax = (parse_edge(element, edge, path, place) for edge in EDGES)
     difficult = strip(element.findtext("difficult") or "") or "0"
     if difficult not in ("0", "1"):
-        raise FileError(path, f"<difficult> is {show(difficult)!r}, but must be 0 or 1", place)
+        raise FileError(path, f"<difficult> is {printable(difficult)!r}, but must be 0 or 1", place)
     if xmin > xmax or ymin > ymax:
         raise SkippableError(path, "the box ends before it begins", place)
     return LabeledObject(name, [xmin - 1, ymin - 1, xmax, ymax], difficult == "1")
@@ -155,4 +156,4 @@ def parse_edge(element: Element, edge: str, path: Path, place: str) -> float:
     try:
         return parse_number(strip(text))
     except ValueError:
-        raise FileError(path, f"<{edge}> is {show(strip(text))!r}, but must be a number", place) from None
+        raise FileError(path, f"<{edge}> is {printable(strip(text))!r}, but must be a number", place) from None

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from nets.spec import MAX_ANCHOR_SIDE, MIN_ANCHOR_SIDE, STRIDES, ModelSpec
 from utils.system.errors import FileError
-from utils.system.text import parse_number, read_lines
+from utils.system.files import read_lines
+from utils.system.text import parse_number
 
 MIN_ANCHOR_IOU = 0.3  # between the shapes of an object and of the anchors assigned to it
 MAX_LOG_SIZE = 8.0  # keeps exp() finite and above 0; no box is e^8 times as large as its anchor

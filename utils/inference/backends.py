@@ -1,4 +1,4 @@
-"""What runs a network: torch, or for exported ones ONNX Runtime and OpenVINO. Each turns images into raw outputs."""
+"""Backends that run a network: PyTorch for checkpoints, ONNX Runtime and OpenVINO for exported networks."""
 
 import copy
 import json
@@ -17,15 +17,15 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from nets.darknet53_tiny import BasicConv
 from nets.spec import ModelSpec
-from utils.detection.anchors import decode, head_levels
+from utils.detection.anchors import decode_heads, head_levels
 from utils.system.device import choose_precision
 from utils.system.errors import UserError
-from utils.system.text import show
+from utils.system.text import printable
 from utils.weights.checkpoint import FORMAT
 
-EXPORTED = (".onnx", ".xml")  # suffixes of networks that tools/export.py writes and other runtimes run
-EXPORT_KEY = "yolov4-tiny"  # of the JSON in their metadata: format, spec, thresholds
-OUTPUTS = ("boxes", "scores")  # names of what an exported network gives
+EXPORTED = (".onnx", ".xml")  # suffixes of exported networks that run here
+EXPORT_KEY = "yolov4-tiny"  # metadata entry with JSON: format, spec, thresholds
+OUTPUTS = ("boxes", "scores")  # output names of an exported network
 REQUIREMENTS = "requirements-export.txt"
 
 
@@ -33,20 +33,25 @@ class Network(Protocol):
     """A network on its device."""
 
     device: torch.device
-    dtype: torch.dtype  # of its arithmetic, where the file does not say another
+    dtype: torch.dtype  # precision of the computation, unless the file fixes another one
 
     def __call__(self, images: Tensor) -> Sequence[Tensor]:
-        """uint8 RGB (B, 3, H, W) at the input size -> its raw outputs."""
+        """uint8 RGB (B, 3, H, W) -> raw outputs, in whatever form `to_boxes` expects."""
 
-    def decode(self, outputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    def to_boxes(self, outputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Raw outputs -> boxes (B, N, 4) xyxy in input pixels and class scores (B, N, C)."""
 
 
-class TorchNetwork:
-    """A copy of a model whose batch norms are folded into the convolutions, channels-last, in precision `dtype`.
+class BoxOutputs:
+    """Mixin for networks whose outputs already are boxes and scores."""
 
-    Its outputs are the raw heads.
-    """
+    def to_boxes(self, outputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        boxes, scores = outputs
+        return boxes, scores
+
+
+class TorchNetwork:
+    """A copy of a model with batch norms folded into the convolutions, channels-last; its outputs are the raw heads."""
 
     def __init__(
         self, model: nn.Module, spec: ModelSpec, device: torch.device, dtype: torch.dtype = torch.float32
@@ -56,20 +61,20 @@ class TorchNetwork:
         model = fold_batch_norms(copy.deepcopy(model).eval()).requires_grad_(False)
         self.model = model.to(device, dtype).to(memory_format=torch.channels_last)
 
-    @torch.no_grad()  # torch.compile's freezing does not know inference_mode
+    @torch.no_grad()  # not inference_mode, which torch.compile's freezing does not support
     def __call__(self, images: Tensor) -> Sequence[Tensor]:
         images = images.to(self.device)
         return self.model(images.to(self.dtype, memory_format=torch.channels_last) / 255)
 
-    def decode(self, outputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        return decode(outputs, self.levels, self.scale_xy)
+    def to_boxes(self, outputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        return decode_heads(outputs, self.levels, self.scale_xy)
 
 
-class CompiledNetwork(TorchNetwork):
-    """The same through torch.compile, from pixels to boxes and scores.
+class CompiledNetwork(BoxOutputs, TorchNetwork):
+    """A `TorchNetwork` through torch.compile, from pixels to boxes and scores.
 
-    It is compiled at the first images, which takes some seconds; smaller batches later are filled up to that size.
-    Without CUDA graphs, which work in one thread only.
+    The first call compiles, which takes some seconds; smaller batches are padded to the largest so far. CUDA graphs are
+    not used, since they are bound to one thread.
     """
 
     def __init__(
@@ -80,7 +85,7 @@ class CompiledNetwork(TorchNetwork):
         self.compiled = torch.compile(self.run, dynamic=False)
 
     def run(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        return super().decode(super().__call__(images))
+        return TorchNetwork.to_boxes(self, TorchNetwork.__call__(self, images))
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Sequence[Tensor]:
@@ -89,67 +94,58 @@ class CompiledNetwork(TorchNetwork):
         if count < self.batch_size:
             images = torch.cat([images, images[:1].expand(self.batch_size - count, -1, -1, -1)])
         images = images.to(self.device).contiguous(memory_format=torch.channels_last)
-        with torch._inductor.config.patch(freezing=True):  # weights are constants, in the convolutions' own layout
+        with torch._inductor.config.patch(freezing=True):  # bakes the weights in, prepacked
             return [values[:count] for values in self.compiled(images)]
 
-    def decode(self, outputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        boxes, scores = outputs
-        return boxes, scores
 
-
-class FlippedNetwork:
-    """Another network on each image and on its mirror image; the boxes of both are candidates."""
+class FlippedNetwork(BoxOutputs):
+    """Test-time augmentation: boxes and scores of each image and of its mirror image, side by side."""
 
     def __init__(self, network: Network) -> None:
-        self.network, self.width = network, 0
-        self.device, self.dtype = network.device, network.dtype
+        self.network, self.device, self.dtype = network, network.device, network.dtype
 
+    @torch.no_grad()
     def __call__(self, images: Tensor) -> Sequence[Tensor]:
-        self.width = images.shape[-1]
         outputs = self.network(torch.cat([images, images.flip(-1)]))
-        return [torch.stack(output.chunk(2)) for output in outputs]  # (2, B, ...)
-
-    def decode(self, outputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        boxes, scores = self.network.decode([output[0] for output in outputs])
-        others, other_scores = self.network.decode([output[1] for output in outputs])
-        x1, y1, x2, y2 = others.unbind(-1)
-        others = torch.stack([self.width - x2, y1, self.width - x1, y2], dim=-1)
-        return torch.cat([boxes, others], dim=1), torch.cat([scores, other_scores], dim=1)
+        parts = zip(*(output.chunk(2) for output in outputs), strict=True)
+        (boxes, scores), (flipped, flipped_scores) = map(self.network.to_boxes, parts)
+        x1, y1, x2, y2 = flipped.unbind(-1)
+        width = images.shape[-1]
+        flipped = torch.stack([width - x2, y1, width - x1, y2], dim=-1)
+        return torch.cat([boxes, flipped], dim=1), torch.cat([scores, flipped_scores], dim=1)
 
 
-class ExportedNetwork:
-    """What exported networks share: float input in 0..1 on the CPU, boxes and scores as outputs."""
+class ExportedNetwork(BoxOutputs):
+    """Base class of exported networks: float input in 0..1 on the CPU; the outputs are boxes and scores."""
 
     device, dtype = torch.device("cpu"), torch.float32
 
     @staticmethod
     def to_input(images: Tensor) -> np.ndarray:
-        """By NumPy, since torch's threads would keep the cores for a while."""
+        """Uses NumPy: torch's threads would spin and compete with those of the runtime."""
         return np.multiply(images.numpy(), np.float32(1 / 255), order="C")
-
-    def decode(self, outputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        boxes, scores = outputs
-        return boxes, scores
 
 
 class OnnxNetwork(ExportedNetwork):
-    """An ONNX file in ONNX Runtime, on a GPU where that is asked for."""
+    """An ONNX file in ONNX Runtime, on the CPU or a GPU."""
 
     def __init__(self, path: Path, device: torch.device, dtype: torch.dtype) -> None:
         if dtype != torch.float32:
-            raise UserError(f"{path} runs in its own precision; leave --precision at fp32")
+            raise UserError(f"{path} has a fixed precision; leave --precision at auto or fp32")
         ort = import_runtime("onnxruntime")
         options = ort.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         providers = ["CPUExecutionProvider"]
         if device.type == "cuda":
             if "CUDAExecutionProvider" not in ort.get_available_providers():
-                raise UserError("this ONNX Runtime has no CUDA; install onnxruntime-gpu, or use --device cpu")
+                raise UserError(
+                    "this build of ONNX Runtime does not support CUDA; install onnxruntime-gpu, or use --device cpu"
+                )
             providers.insert(0, "CUDAExecutionProvider")
         try:
             self.session = ort.InferenceSession(path, options, providers)
-        except Exception as error:  # onnxruntime's own types, which have no common ancestor
-            raise UserError(f"{path} is no ONNX file that ONNX Runtime can read: {first_line(error)}") from None
+        except Exception as error:  # the exceptions of onnxruntime have no common base class
+            raise UserError(f"{path} is not an ONNX file that ONNX Runtime can read: {first_line(error)}") from None
         self.metadata = self.session.get_modelmeta().custom_metadata_map.get(EXPORT_KEY, "")
         self.outputs = tuple(output.name for output in self.session.get_outputs())
 
@@ -159,19 +155,19 @@ class OnnxNetwork(ExportedNetwork):
 
 
 class OpenVinoNetwork(ExportedNetwork):
-    """OpenVINO's .xml, with its .bin beside it, on the CPU."""
+    """An OpenVINO .xml, with its .bin beside it, on the CPU."""
 
     def __init__(self, path: Path, device: torch.device, dtype: torch.dtype) -> None:
         if device.type != "cpu":
-            raise UserError(f"{path} is for OpenVINO, which runs on the CPU here; use --device cpu")
+            raise UserError(f"{path} is an OpenVINO network, which runs on the CPU only; use --device cpu")
         self.core, self.dtype = openvino_core(), dtype
         try:
             self.model = self.core.read_model(path)
         except RuntimeError as error:
-            raise UserError(f"{path} is no network that OpenVINO can read: {first_line(error)}") from None
+            raise UserError(f"{path} is not a network that OpenVINO can read: {first_line(error)}") from None
         self.metadata = self.model.get_rt_info([EXPORT_KEY]).value if self.model.has_rt_info([EXPORT_KEY]) else ""
         self.outputs = tuple(output.any_name for output in self.model.outputs)
-        self.requests: dict[tuple[int, ...], Any] = {}  # by shape of the input, since a fixed one is faster
+        self.requests: dict[tuple[int, ...], Any] = {}  # one per input shape: fixed shapes are faster
 
     def __call__(self, images: Tensor) -> Sequence[Tensor]:
         shape = tuple(images.shape)
@@ -189,17 +185,17 @@ class OpenVinoNetwork(ExportedNetwork):
 
 
 def precision_for(path: Path, name: str, device: torch.device) -> torch.dtype:
-    """What the precision `name` means for a network's file: "auto" leaves an ONNX file its own."""
+    """The dtype for a precision setting; with "auto", an ONNX file keeps its own precision."""
     return torch.float32 if name == "auto" and path.suffix == ".onnx" else choose_precision(name, device)
 
 
 def open_exported(path: Path, device: torch.device, dtype: torch.dtype) -> tuple[Network, ModelSpec, list[float]]:
-    """A network that tools/export.py wrote, its specification, and the suggested threshold of each class.
+    """Open a network written by tools/export.py; returns it, its spec and the suggested confidence of each class.
 
-    Raises UserError when the file is none, or its runtime is not installed.
+    Raises UserError if the file is missing or invalid, or if its runtime is not installed.
     """
     if not path.is_file():
-        raise UserError(f"there is no network {path}; correct the path, or write it with tools/export.py")
+        raise UserError(f"{path} does not exist; correct the path, or create the file with tools/export.py")
     network = (OnnxNetwork if path.suffix == ".onnx" else OpenVinoNetwork)(path, device, dtype)
     try:
         about = json.loads(network.metadata)
@@ -209,29 +205,29 @@ def open_exported(path: Path, device: torch.device, dtype: torch.dtype) -> tuple
     if not known:
         raise UserError(f"{path} was not written by this version of tools/export.py; export the checkpoint again")
     if set(network.outputs) != set(OUTPUTS):
-        raise UserError(f"{path} has NMS within, for other programs; give the one without")
+        raise UserError(f"{path} has NMS built in and is meant for other programs; use the file without -nms")
     try:
         return network, ModelSpec.from_dict(about["spec"]), about["thresholds"]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{path} describes no network that can be: {show(error)}") from None
+        raise UserError(f"{path} has an invalid model specification: {printable(error)}") from None
 
 
 @cache
 def openvino_core() -> Any:
-    """The one openvino.Core of this process.
+    """The only openvino.Core of this process.
 
-    Each leaves a stack for signals behind: where a second one outlives the first, the next signal ends the process.
+    Each core installs a signal stack: if a second one outlives the first, the next signal crashes the process.
     """
     return import_runtime("openvino").Core()
 
 
 def import_runtime(name: str) -> ModuleType:
-    """An optional package; raises UserError that says how to get it."""
-    sys.modules["openvino_telemetry"] = None  # with it, OpenVINO and NNCF tell Intel when they are used
+    """Import an optional package; raises UserError with the command that installs it."""
+    sys.modules["openvino_telemetry"] = None  # keeps OpenVINO and NNCF from reporting usage to Intel
     try:
         return import_module(name)
     except ImportError as error:
-        raise UserError(f"{name} cannot be used ({error}); install it with pip install -r {REQUIREMENTS}") from None
+        raise UserError(f"{name} is not available ({error}); install it with pip install -r {REQUIREMENTS}") from None
 
 
 def first_line(error: Exception) -> str:
@@ -239,7 +235,7 @@ def first_line(error: Exception) -> str:
 
 
 def fold_batch_norms(model: nn.Module) -> nn.Module:
-    """Fold each block's batch norm into its convolution, in place; the outputs stay the same in eval mode."""
+    """Fold each batch norm into the convolution before it, in place; outputs in eval mode stay the same."""
     for module in model.modules():
         if isinstance(module, BasicConv):
             module.conv = fuse_conv_bn_eval(module.conv, module.bn)

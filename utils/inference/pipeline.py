@@ -1,4 +1,4 @@
-"""Prediction as a pipeline: frames from sources, through the network, to whoever draws and writes."""
+"""The prediction pipeline: frames from the sources go through the detector to the sinks."""
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -7,172 +7,182 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from math import inf
 from threading import Event
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 import supervision as sv
 
-from utils.inference.detector import Detector, Prepared
+from utils.inference.detector import Detector, NetworkInput
 from utils.inference.sinks import Sink, Window
 from utils.inference.sources import Source
-from utils.inference.streams import Live
+from utils.inference.streams import LiveSource
 from utils.inference.video import Frame, Video
 from utils.system.errors import UserError, check_range
-from utils.system.prefetch import ahead
+from utils.system.prefetch import prefetch
 
 BATCH_SIZES = {"cpu": 4, "cuda": 16}
-BATCHES_AHEAD, FRAMES_BEHIND = 2, 4  # that wait for the network, and to be written
-FRAMES = 16  # of a video in a batch, with those that are not looked at
-MAX_FRAMES = 64  # where a larger batch is asked for
-OVERLAP = 5  # tiles share the fifth part of their sides
-
-Result = tuple[Frame, sv.Detections, bool]  # whether the detections are the frame's own, or an earlier one's
+BATCHES_AHEAD, FRAMES_BEHIND = 2, 4  # batches waiting for the network, frames waiting to be written
+FRAMES_PER_BATCH = 16  # frames of a video read for one batch, including those skipped by the stride
+MAX_WAITING_FRAMES = 64  # limit for a given batch size, since all frames between wait in memory
+MIN_TILE = 32  # pixels
+TILE_OVERLAP = 5  # neighbouring tiles share 1/5 of their width and height
 
 
 @dataclass(frozen=True)
-class Look:
-    """How to look at frames."""
+class FrameOptions:
+    """How frames are passed to the detector."""
 
-    batch_size: int = 0  # images, or tiles of one, that go through the network at once; 0: what fits the source
-    every: int = 1  # of videos, look only at every Nth frame; the boxes stay until the next
-    tile: int = 0  # pixels of the side of tiles that large images are looked at in; 0: the whole image at once
-    track: bool = False  # give objects in videos a number that stays
+    batch_size: int = 0  # images or tiles in the network at once; 0: chosen by device and source
+    frame_stride: int = 1  # detect in every Nth frame of a video; the others keep its detections
+    tile: int = 0  # side in pixels of the tiles that images are divided into; 0: no tiles
+    track: bool = False  # assign track IDs to the objects in videos
 
     def __post_init__(self) -> None:
-        """Raise UserError for a value that cannot work."""
+        """Raise UserError for an invalid value."""
         check_range(self, 0, inf, "batch_size")
-        check_range(self, 1, inf, "every")
-        if self.tile and self.tile < 32:
-            raise UserError(f"tile is {self.tile}, but must be 0, or at least 32 pixels")
-        most = max(1, MAX_FRAMES // self.every)
-        if self.batch_size > most and self.every > 1 and not self.tile:
+        check_range(self, 1, inf, "frame_stride")
+        if self.tile and self.tile < MIN_TILE:
+            raise UserError(f"tile is {self.tile}, but must be 0 or at least {MIN_TILE} pixels")
+        max_batch = max(1, MAX_WAITING_FRAMES // self.frame_stride)
+        if self.batch_size > max_batch and self.frame_stride > 1 and not self.tile:
             raise UserError(
-                f"batch_size is {self.batch_size}, but must be at most {most} with every {self.every}, since all "
-                "frames between wait in memory"
+                f"batch_size is {self.batch_size}, but must be at most {max_batch} with frame_stride "
+                f"{self.frame_stride}, since the frames in between wait in memory"
             )
 
-    def at_once(self, live: bool, device: str) -> int:
-        """Images that go through the network at once, unless that is given."""
+    def choose_batch_size(self, is_live: bool, device: str) -> int:
+        if self.batch_size:
+            return self.batch_size
         if self.tile:
             return BATCH_SIZES[device]
-        return 1 if live else max(1, min(BATCH_SIZES[device], FRAMES // self.every))
+        return 1 if is_live else max(1, min(BATCH_SIZES[device], FRAMES_PER_BATCH // self.frame_stride))
+
+
+class Result(NamedTuple):
+    """A frame with its detections."""
+
+    frame: Frame
+    detections: sv.Detections
+    is_new: bool  # False if the detections are carried over from an earlier frame
 
 
 class Pipeline:
-    """The frames of all sources, with what was found on each.
+    """Iterates over the frames of all sources with their detections.
 
-    Reading and fitting go on in a thread that is a few batches ahead. The network runs in the thread that asks: each
-    thread that uses torch gets workers of its own, and with more of them than cores all would often go to sleep.
+    One thread reads and preprocesses a few batches ahead. The network runs in the thread that iterates: every thread
+    that uses torch has its own workers, which would compete for the cores.
     """
 
-    def __init__(self, detector: Detector, sources: Sequence[Source], look: Look) -> None:
-        self.detector, self.sources, self.look = detector, sources, look
-        live = any(isinstance(source, Live) for source in sources)
-        self.batch_size = look.batch_size or look.at_once(live, detector.network.device.type)
-        self.most_looked_at = 1 if look.tile else self.batch_size  # frames of a batch, at most
-        self.most_frames = 1 if live else FRAMES
-        if self.most_looked_at > 1:
-            self.most_frames = max(self.most_frames, self.most_looked_at * look.every)
-        self.batches_ahead = 1 if live else BATCHES_AHEAD
-        self.stop = Event()  # waiting for sources that went away
-        self.problems: list[str] = []  # what could not be read
+    def __init__(self, detector: Detector, sources: Sequence[Source], options: FrameOptions) -> None:
+        self.detector, self.sources, self.options = detector, sources, options
+        is_live = any(isinstance(source, LiveSource) for source in sources)
+        batch_size = options.choose_batch_size(is_live, detector.network.device.type)
+        self.batch_frames = 1 if options.tile else batch_size  # frames of a batch that go through the network
+        self.max_frames = 1 if is_live else FRAMES_PER_BATCH  # frames of a batch, with those in between
+        if self.batch_frames > 1:
+            self.max_frames = max(self.max_frames, self.batch_frames * options.frame_stride)
+        self.batches_ahead = 1 if is_live else BATCHES_AHEAD
+        self.stop = Event()  # ends waiting for lost connections
+        self.read_errors: list[str] = []
         self.tracked: Video | None = None
         self.tracker: Any = None
-        self.slicer: sv.InferenceSlicer | None = None
-        if look.tile:
-            one_by_one = self.batch_size == 1  # which the slicer then gives by itself, not in a list
-            find = detector if one_by_one else lambda tiles: detector.find(detector.prepare(tiles))
-            overlap = look.tile // OVERLAP
-            no_filter = sv.OverlapFilter.NONE
-            self.slicer = sv.InferenceSlicer(find, look.tile, overlap, no_filter, batch_size=self.batch_size)
+        self.slicer = self.make_slicer(options.tile, batch_size) if options.tile else None
 
     def __iter__(self) -> Iterator[Result]:
-        with closing(ahead(self.prepare(), self.batches_ahead)) as batches:
+        with closing(prefetch(self.prepare(), self.batches_ahead)) as batches:
             try:
-                yield from self.find(batches)
+                yield from self.detect(batches)
             finally:
                 self.stop.set()
 
     def frames(self) -> Iterator[Frame]:
-        """Of all sources; a UserError of one is raised when the others are done, those of further ones are problems."""
+        """Yield the frames of all sources; the first UserError of a source is raised after the last source."""
         failure: UserError | None = None
         for source in self.sources:
             try:
-                yield from source.frames(self.problems, self.stop)
+                yield from source.frames(self.read_errors, self.stop)
             except UserError as error:
                 if failure is not None:
-                    self.problems.append(str(error))
+                    self.read_errors.append(str(error))
                 failure = failure or error
         if failure is not None:
             raise failure
 
-    def looks_at(self, frame: Frame) -> bool:
-        return frame.number % self.look.every == 0
+    def is_selected(self, frame: Frame) -> bool:
+        return frame.number % self.options.frame_stride == 0
 
-    def prepare(self) -> Iterator[tuple[list[Frame], Prepared | None]]:
-        """Frames up to the next full batch, or as many as may wait, and that batch."""
+    def prepare(self) -> Iterator[tuple[list[Frame], NetworkInput | None]]:
+        """Yield frames up to the next full batch, or as many as may wait, with the input for the network."""
         frames: list[Frame] = []
         failure: UserError | None = None
         try:
             for frame in self.frames():
                 frames.append(frame)
-                if sum(map(self.looks_at, frames)) == self.most_looked_at or len(frames) == self.most_frames:
-                    yield frames, self.fit(frames)
+                if sum(map(self.is_selected, frames)) == self.batch_frames or len(frames) == self.max_frames:
+                    yield frames, self.prepare_batch(frames)
                     frames = []
         except UserError as error:
-            failure = error  # what came before it counts
+            failure = error  # raised after the frames before it
         if frames:
-            yield frames, self.fit(frames)
+            yield frames, self.prepare_batch(frames)
         if failure is not None:
             raise failure
 
-    def fit(self, frames: Sequence[Frame]) -> Prepared | None:
-        chosen = [frame.image for frame in frames if self.looks_at(frame)]
-        return self.detector.prepare(chosen) if chosen and not self.look.tile else None
+    def prepare_batch(self, frames: Sequence[Frame]) -> NetworkInput | None:
+        images = [frame.image for frame in frames if self.is_selected(frame)]
+        return self.detector.prepare(images) if images and not self.slicer else None
 
-    def find(self, batches: Iterable[tuple[list[Frame], Prepared | None]]) -> Iterator[Result]:
-        """The network's part."""
+    def detect(self, batches: Iterable[tuple[list[Frame], NetworkInput | None]]) -> Iterator[Result]:
+        """Run the network, and carry its detections over to the frames in between."""
         detections = sv.Detections.empty()
-        for frames, prepared in batches:
-            found = iter(self.detector.find(prepared) if prepared else ())
+        for frames, batch in batches:
+            found = iter(self.detector.detect_batch(batch) if batch else ())
             for frame in frames:
-                new = self.looks_at(frame)
-                if new:
-                    detections = self.in_tiles(frame.image) if self.look.tile else next(found)
-                    detections = self.follow(frame, detections) if self.look.track else detections
-                yield frame, detections, new
+                is_new = self.is_selected(frame)
+                if is_new:
+                    detections = self.detect_in_tiles(frame) if self.slicer else next(found)
+                    detections = self.track(frame, detections) if self.options.track else detections
+                yield Result(frame, detections, is_new)
 
-    def in_tiles(self, image: np.ndarray) -> sv.Detections:
-        """The detections of all tiles, of which those of one object become one."""
+    def make_slicer(self, tile: int, batch_size: int) -> sv.InferenceSlicer:
+        def detect_tiles(tiles: Any) -> Any:
+            return self.detector.detect_batch(self.detector.prepare(tiles))
+
+        callback = self.detector if batch_size == 1 else detect_tiles  # a batch of 1 is passed as an image, not a list
+        return sv.InferenceSlicer(callback, tile, tile // TILE_OVERLAP, sv.OverlapFilter.NONE, batch_size=batch_size)
+
+    def detect_in_tiles(self, frame: Frame) -> sv.Detections:
+        """The detections of all tiles, with NMS across tiles."""
         limits = self.detector.thresholds
-        return self.slicer(image).with_nms(limits.nms_iou, class_agnostic=limits.agnostic)
+        return self.slicer(frame.image).with_nms(limits.nms_iou, class_agnostic=limits.class_agnostic)
 
-    def follow(self, frame: Frame, detections: sv.Detections) -> sv.Detections:
-        """The detections of a video's frame with the ids of their tracks."""
+    def track(self, frame: Frame, detections: sv.Detections) -> sv.Detections:
+        """Add track IDs to the detections in a frame of a video."""
         if frame.video is None:
             return detections
         if frame.video is not self.tracked:
-            from trackers import ByteTrackTracker  # takes a second, which only those who want it wait for
+            from trackers import ByteTrackTracker  # slow to import, and needed only here
 
-            least = min(self.detector.least_confidences())
-            rate = float(frame.video.rate) / self.look.every
+            threshold = min(self.detector.min_confidences())
             self.tracker = ByteTrackTracker(
-                frame_rate=rate, track_activation_threshold=least, high_conf_det_threshold=least
+                frame_rate=float(frame.video.rate) / self.options.frame_stride,
+                track_activation_threshold=threshold,
+                high_conf_det_threshold=threshold,
             )
             self.tracked = frame.video
         return self.tracker.update(detections)
 
 
 def write_behind(results: Iterable[Result], sinks: Sequence[Sink]) -> Iterator[Result]:
-    """The results, each handed to the sinks by a thread that is a few frames behind; a window needs this one.
+    """Yield the results while a thread writes them to the sinks; with a `Window`, this thread writes.
 
-    What came is written to the end, also when `results` raises. What a sink raises is raised a few frames later.
+    All results are written, also if `results` raises. An error of a sink is raised a few frames later.
     """
 
     def write(result: Result) -> None:
         for sink in sinks:
-            with refusals_of(sink):
-                sink.write(*result)
+            if result.is_new or sink.every_frame:
+                with convert_write_errors(sink):
+                    sink.write(result.frame, result.detections)
 
     waiting: deque[Future[None]] = deque()
     with ThreadPoolExecutor(1) as pool:
@@ -189,21 +199,21 @@ def write_behind(results: Iterable[Result], sinks: Sequence[Sink]) -> Iterator[R
 
 
 @contextmanager
-def finishing(sink: Sink) -> Iterator[Sink]:
-    """A sink that is closed at the end; raises UserError where its last part cannot be written."""
+def closing_sink(sink: Sink) -> Iterator[Sink]:
+    """Close the sink at the end; raises UserError if that fails."""
     try:
         yield sink
     finally:
-        with refusals_of(sink):
+        with convert_write_errors(sink):
             sink.close()
 
 
 @contextmanager
-def refusals_of(sink: Sink) -> Iterator[None]:
-    """What the system refuses to write as a UserError."""
+def convert_write_errors(sink: Sink) -> Iterator[None]:
+    """Turn an OSError of a sink into a UserError."""
     try:
         yield
-    except BrokenPipeError:  # of stdout, not of a file
+    except BrokenPipeError:  # stdout, not a file
         raise
     except OSError as error:
         raise UserError(f"cannot write {error.filename or sink.folder}: {error.strerror}") from None

@@ -1,4 +1,4 @@
-"""What to predict on: images, videos, cameras and streams, each an iterator of frames."""
+"""Sources of frames: images, videos, cameras and streams, opened by path, glob, list, number or address."""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -16,28 +16,29 @@ from utils.data.voc import IMAGE_SUFFIXES
 from utils.inference.streams import Camera, Stream
 from utils.inference.video import Frame, VideoFile
 from utils.system.errors import UserError
+from utils.system.files import read_lines
 from utils.system.prefetch import prefetch_map
-from utils.system.text import read_lines
 
 VIDEO_SUFFIXES = frozenset(
     (".avi", ".flv", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ts", ".webm", ".wmv")
 )
 STDIN = "-"
-CAMERA_DIGITS = 4  # of a number that can be a camera's
-MAX_READERS = 8  # threads that read images; each has up to two waiting
+MAX_CAMERA_DIGITS = 4
+MAX_READERS = 8  # threads that read images; each holds up to two
 
 
 class Source(Protocol):
-    """Some frames. What cannot be read is skipped and said in `problems`; UserError ends the source.
-
-    `stop` ends the waiting for one that went away.
-    """
+    """A source of frames."""
 
     @property
     def total(self) -> int | None:
-        """Frames, about; None: unknown."""
+        """The approximate number of frames, or None if unknown."""
 
-    def frames(self, diagnostics: list[str], stop: Event) -> Iterator[Frame]: ...
+    def frames(self, errors: list[str], stop: Event) -> Iterator[Frame]:
+        """Yield the frames; skips what cannot be read and appends the reason to `errors`.
+
+        Raises UserError if the source cannot be read any further. `stop` ends waiting for a lost connection.
+        """
 
 
 @dataclass(frozen=True)
@@ -50,10 +51,10 @@ class Images:
     def total(self) -> int:
         return len(self.paths)
 
-    def frames(self, diagnostics: list[str], stop: Event) -> Iterator[Frame]:
+    def frames(self, errors: list[str], stop: Event) -> Iterator[Frame]:
         for path, image in prefetch_map(try_to_read, self.paths, min(MAX_READERS, cpu_count() or 1)):
             if isinstance(image, UserError):
-                diagnostics.append(str(image))
+                errors.append(str(image))
             else:
                 yield Frame(path, image)
 
@@ -66,89 +67,88 @@ def try_to_read(path: Path) -> tuple[Path, np.ndarray | UserError]:
 
 
 @dataclass(frozen=True)
-class Encoded:
-    """One image in memory."""
+class EncodedImage:
+    """The bytes of one image file."""
 
     content: bytes
     total = 1
 
-    def frames(self, diagnostics: list[str], stop: Event) -> Iterator[Frame]:
+    def frames(self, errors: list[str], stop: Event) -> Iterator[Frame]:
         yield Frame(Path("stdin.png"), decode_image(self.content, "stdin"))
 
 
-def open_sources(name: str, patience: float) -> list[Source]:
-    """What a path, glob, list, number or address stands for; raises UserError when there is nothing.
+def open_sources(name: str, reconnect_timeout: float) -> list[Source]:
+    """Open a path, folder, glob, list, camera number or address; raises UserError if there is nothing.
 
-    Cameras and streams are given up `patience` seconds after they went away.
+    Cameras and streams are given up `reconnect_timeout` seconds after they were lost.
     """
     name = name.removeprefix("file://")
     path = Path(name)
     if name == STDIN:
-        return read_stdin(patience)
+        return read_stdin(reconnect_timeout)
     if "://" in name:
-        return [Stream(name, patience)]
+        return [Stream(name, reconnect_timeout)]
     try:
-        if name.isdecimal() and len(name) <= CAMERA_DIGITS and not path.exists():
-            return [Camera(int(name), patience)]
+        if name.isdecimal() and len(name) <= MAX_CAMERA_DIGITS and not path.exists():
+            return [Camera(int(name), reconnect_timeout)]
         if path.suffix.lower() == ".txt" and path.is_file():
-            return read_list(read_lines(path), str(path), patience)
+            return open_list(read_lines(path), str(path), reconnect_timeout)
         return open_files([path] if path.is_file() else find_files(name))
-    except OSError as error:  # such as a folder that others may not look into
+    except OSError as error:  # for example a folder without read permission
         raise UserError(f"cannot read {name}: {error.strerror}") from None
 
 
 def find_files(name: str) -> list[Path]:
-    """The images and videos of a folder, or those that a glob matches."""
+    """The images and videos in a folder, or those that match a glob."""
     path = Path(name)
     if name and path.is_dir():
         candidates = sorted(path.iterdir())
     elif name and path.exists():
-        raise UserError(f"{name} is a pipe or a device, which may have no end; give a file, or - to read from stdin")
+        raise UserError(f"{name} is a pipe or a device, which may never end; give a file, or - to read from stdin")
     else:
         candidates = sorted(Path(match) for match in glob(name, recursive=True))
         if not candidates:
-            raise UserError(f"there is no image, video, folder or match {name!r}; correct the path")
+            raise UserError(f"there is no image, video, folder or match for {name!r}; correct the path")
     known = [path for path in candidates if path.suffix.lower() in IMAGE_SUFFIXES | VIDEO_SUFFIXES]
-    known = [path for path in known if path.is_file() or not path.exists()]  # which is said when it is read
+    known = [path for path in known if path.is_file() or not path.exists()]  # broken links fail when they are read
     if not known:
         suffixes = ", ".join(sorted(IMAGE_SUFFIXES | VIDEO_SUFFIXES))
-        raise UserError(f"{name} has no image and no video ({suffixes})")
+        raise UserError(f"{name} contains no images or videos ({suffixes})")
     return known
 
 
 def open_files(paths: Sequence[Path]) -> list[Source]:
-    """The images together, which come first, then each video."""
+    """One source for all images, then one for each video."""
     videos = [path for path in paths if path.suffix.lower() in VIDEO_SUFFIXES]
     images = [path for path in paths if path.suffix.lower() not in VIDEO_SUFFIXES]
     return [*([Images(images)] if images else []), *(VideoFile(str(path)) for path in videos)]
 
 
-def read_list(lines: Sequence[str], source: str, patience: float) -> list[Source]:
-    """A path, address or glob on each line, seen from the current folder."""
+def open_list(lines: Sequence[str], list_name: str, reconnect_timeout: float) -> list[Source]:
+    """Open the path, address or glob on each line, relative to the current directory."""
     names = [line.strip() for line in lines if line.strip()]
     if not names:
-        raise UserError(f"{source} names nothing; it should have a path on each line")
+        raise UserError(f"{list_name} is empty; it should have a path on each line")
     files = [Path(name) for name in names if Path(name).is_file() and Path(name).suffix.lower() != ".txt"]
     others = [name for name in names if not Path(name).is_file()]
     if len(files) + len(others) < len(names) or STDIN in others:
-        raise UserError(f"{source} names another list; give both to predict.py instead")
+        raise UserError(f"{list_name} contains another list; give both lists to predict.py instead")
     try:
-        return open_files(files) + [found for name in others for found in open_sources(name, patience)]
+        return open_files(files) + [found for name in others for found in open_sources(name, reconnect_timeout)]
     except UserError as error:
-        raise UserError(f"{source}: {error}; paths in a list are seen from {Path.cwd()}") from None
+        raise UserError(f"{list_name}: {error}; paths in a list are relative to {Path.cwd()}") from None
 
 
-def read_stdin(patience: float) -> list[Source]:
-    """An image's bytes, or a list as in a text file."""
+def read_stdin(reconnect_timeout: float) -> list[Source]:
+    """The bytes of an image, or a list as in a .txt file."""
     content = sys.stdin.buffer.read()
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError:
-        return [Encoded(content)]
-    return read_list(text.splitlines(), "stdin", patience)
+        return [EncodedImage(content)]
+    return open_list(text.splitlines(), "stdin", reconnect_timeout)
 
 
-def inputs(sources: Sequence[Source]) -> list[Path]:
-    """The files among the sources."""
+def input_files(sources: Sequence[Source]) -> list[Path]:
     images = [path for source in sources if isinstance(source, Images) for path in source.paths]
     return images + [Path(source.path) for source in sources if isinstance(source, VideoFile)]

@@ -1,4 +1,4 @@
-"""Cameras and streams: opened again where they go away, and looked at as they are now."""
+"""Live sources: cameras and network streams, which reconnect after an interruption and skip frames to stay current."""
 
 import time
 from abc import ABC, abstractmethod
@@ -7,61 +7,59 @@ from dataclasses import replace
 from fractions import Fraction
 from itertools import count
 from math import isfinite
-from pathlib import Path
 from threading import Event
 
 import av
 import cv2
 
-from utils.inference.video import DEFAULT_RATE, Frame, SizeChanged, Video, decode_video, open_video, public
+from utils.inference.video import DEFAULT_RATE, Frame, SizeChanged, Video, decode_video, hide_credentials, open_video
 from utils.system.errors import UserError
-from utils.system.prefetch import newest
+from utils.system.prefetch import latest
 
-TIMEOUT = 10.0  # seconds that opening a stream, or waiting for its next packet, may take
-FIRST_WAIT, LONGEST_WAIT = 0.5, 8.0  # seconds before the first and between later attempts to open it again
+TIMEOUT = 10.0  # seconds to wait for a connection and for each packet
+FIRST_WAIT, MAX_WAIT = 0.5, 8.0  # seconds before reconnecting; doubled after each failure
 
 
-class Live(ABC):
-    """One that goes away is opened again; after `patience` seconds in vain it ends.
+class LiveSource(ABC):
+    """Reconnects after an interruption, and gives up after `reconnect_timeout` seconds without a frame.
 
-    Frames that come while the one before still waits for the network take its place, so that none is old.
+    While the network is busy, newer frames replace older ones, so that detections are always current.
     """
 
     total = None
 
-    def __init__(self, name: str, patience: float) -> None:
-        self.name, self.patience, self.dropped = name, patience, 0
+    def __init__(self, name: str, reconnect_timeout: float) -> None:
+        self.name, self.reconnect_timeout, self.dropped = name, reconnect_timeout, 0
 
     @abstractmethod
-    def visit(self, diagnostics: list[str]) -> Iterator[Frame]:
-        """Open it and give its frames until it breaks off, which raises UserError, or comes to its end."""
+    def connect(self, errors: list[str]) -> Iterator[Frame]:
+        """Connect and yield frames; raises UserError if the connection is lost, and returns at a regular end."""
 
-    def frames(self, diagnostics: list[str], stop: Event) -> Iterator[Frame]:
+    def frames(self, errors: list[str], stop: Event) -> Iterator[Frame]:
         try:
-            yield from self.keep_open(diagnostics, stop)
+            yield from self.reconnect(errors, stop)
         finally:
             if self.dropped:
-                diagnostics.append(f"{self.dropped} frames of {self.name} were dropped, since the network was busy")
+                errors.append(f"{self.dropped} frames of {self.name} were dropped because the network was busy")
 
-    def keep_open(self, diagnostics: list[str], stop: Event) -> Iterator[Frame]:
-        """The frames of all visits as one video, with growing pauses between visits.
+    def reconnect(self, errors: list[str], stop: Event) -> Iterator[Frame]:
+        """Yield the frames of all connections as one video whose times include the interruptions.
 
-        What it missed meanwhile is missing in the times too. Raises UserError after `patience` seconds without a frame,
-        at once where it never gave one, and where its pictures change their size.
+        Raises UserError after `reconnect_timeout` seconds without a frame, at once if there never was one, and if the
+        frame size changes.
         """
         last: Frame | None = None
         wait, seen, number = FIRST_WAIT, 0.0, 0
         while not stop.is_set():
-            missed: float | None = None if last else 0.0  # seconds of the video before this visit
+            offset: float | None = None if last else 0.0  # time of the video at which this connection starts
             try:
-                for frame in self.visit(diagnostics):
-                    if missed is None:
-                        missed = last.time + time.monotonic() - seen
+                for frame in self.connect(errors):
+                    if offset is None:
+                        offset = last.time + time.monotonic() - seen
                     if last and frame.image.shape != last.image.shape:
                         raise SizeChanged(self.name, number, last.image, frame.image)
                     video = last.video if last else frame.video
-                    path = Path(f"{video.stem}_{number:06d}.jpg")
-                    last = Frame(path, frame.image, video, number, missed + frame.time)
+                    last = Frame(video.frame_path(number), frame.image, video, number, offset + frame.time)
                     wait, seen, number = FIRST_WAIT, time.monotonic(), number + 1
                     yield last
                 return
@@ -70,71 +68,75 @@ class Live(ABC):
             except UserError as error:
                 if last is None:
                     raise
-                if time.monotonic() - seen + wait > self.patience:
+                if time.monotonic() - seen + wait > self.reconnect_timeout:
                     raise UserError(
-                        f"{self.name} went away after {number} frames and did not come back in {self.patience:g} s "
-                        f"({error}); what came before is in the results"
+                        f"{self.name} was lost after {number} frames and did not come back within "
+                        f"{self.reconnect_timeout:g} s ({error}); the frames before that were processed"
                     ) from None
                 stop.wait(wait)
-                wait = min(2 * wait, LONGEST_WAIT)
+                wait = min(2 * wait, MAX_WAIT)
 
-    def newest(self, frames: Iterator[Frame]) -> Iterator[Frame]:
-        """Those that somebody asks for, each the newest then."""
-        return newest(frames, self.drop)
+    def latest(self, frames: Iterator[Frame]) -> Iterator[Frame]:
+        """Yield the newest frame at each request and drop those in between."""
+        return latest(frames, self.count_dropped)
 
-    def drop(self) -> None:
+    def count_dropped(self) -> None:
         self.dropped += 1
 
 
-class Stream(Live):
-    """A server's address."""
+class Stream(LiveSource):
+    """A network stream, by its address."""
 
-    def __init__(self, address: str, patience: float) -> None:
-        super().__init__(public(address), patience)
+    def __init__(self, address: str, reconnect_timeout: float) -> None:
+        super().__init__(hide_credentials(address), reconnect_timeout)
         self.address = address
 
-    def visit(self, diagnostics: list[str]) -> Iterator[Frame]:
-        """Comes to an end only where an image, or a video of known length, does; of these nothing is left out."""
+    def connect(self, errors: list[str]) -> Iterator[Frame]:
+        """Ends regularly only for images and for videos of known length, of which no frame is dropped."""
         with open_video(self.address, timeout=(TIMEOUT, TIMEOUT)) as container:
-            whole = container.duration or container.format.name.endswith("_pipe")  # which is an image
-            frames = self.decode(container, diagnostics)
-            yield from frames if whole else self.newest(frames)
+            is_finite = container.duration or is_image(container)
+            frames = self.decode(container, errors)
+            yield from frames if is_finite else self.latest(frames)
 
-    def decode(self, container: av.container.InputContainer, diagnostics: list[str]) -> Iterator[Frame]:
-        length, last = container.duration, 0.0
-        timeless, started = container.format.name == "mpjpeg", time.monotonic()
-        for frame in decode_video(self.name, container, diagnostics):
-            last = frame.time + 1 / float(frame.video.rate)
-            yield replace(frame, time=time.monotonic() - started) if timeless else frame
-        if not container.format.name.endswith("_pipe") and (not length or last < length / av.time_base - 1):
+    def decode(self, container: av.container.InputContainer, errors: list[str]) -> Iterator[Frame]:
+        length, end = container.duration, 0.0
+        has_no_times, started = container.format.name == "mpjpeg", time.monotonic()
+        for frame in decode_video(self.name, container, errors):
+            end = frame.time + 1 / float(frame.video.rate)
+            yield replace(frame, time=time.monotonic() - started) if has_no_times else frame
+        if not is_image(container) and (not length or end < length / av.time_base - 1):
             raise UserError(f"{self.name} ended")
 
 
-class Camera(Live):
-    """A camera of this machine, by number."""
+def is_image(container: av.container.InputContainer) -> bool:
+    return container.format.name.endswith("_pipe")  # FFmpeg's demuxers for single images
 
-    def __init__(self, number: int, patience: float) -> None:
-        super().__init__(f"camera {number}", patience)
+
+class Camera(LiveSource):
+    """A local camera, by its number."""
+
+    def __init__(self, number: int, reconnect_timeout: float) -> None:
+        super().__init__(f"camera {number}", reconnect_timeout)
         self.number = number
 
-    def visit(self, diagnostics: list[str]) -> Iterator[Frame]:
-        return self.newest(self.read())
+    def connect(self, errors: list[str]) -> Iterator[Frame]:
+        return self.latest(self.read())
 
     def read(self) -> Iterator[Frame]:
-        cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # or ten lines say that there is none
+        cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # ten lines if there is no camera
         capture = cv2.VideoCapture(self.number)
         try:
             if not capture.isOpened():
-                raise UserError(f"there is no {self.name}, or another program has it")
+                raise UserError(f"{self.name} does not exist, or is in use by another program")
             rate = capture.get(cv2.CAP_PROP_FPS)
-            known = isfinite(rate) and rate > 0
-            video = Video(self.name, Fraction(rate).limit_denominator(1000) if known else DEFAULT_RATE)
+            is_known = isfinite(rate) and rate > 0
+            video = Video(self.name, Fraction(rate).limit_denominator(1000) if is_known else DEFAULT_RATE)
             started = time.monotonic()
             for number in count():
                 found, image = capture.read()
                 if not found:
-                    raise UserError(f"{self.name} gives no more frames")
-                path = Path(f"{video.stem}_{number:06d}.jpg")
-                yield Frame(path, cv2.cvtColor(image, cv2.COLOR_BGR2RGB), video, number, time.monotonic() - started)
+                    raise UserError(f"{self.name} does not deliver frames any more")
+                rgb = cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+                yield Frame(video.frame_path(number), rgb, video, number, time.monotonic() - started)
         finally:
             capture.release()

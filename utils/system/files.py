@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import IO
 
 from utils.system.errors import FileError, UserError
+from utils.system.text import strip
 
 try:
     import fcntl
@@ -18,6 +20,7 @@ except ImportError:  # Windows
     fcntl = None
 
 CACHE_FOLDER = Path("logs/cache")  # for data that can be recomputed: decoded images, indexed annotations
+MAX_TEXT_BYTES = 20_000_000  # upper limit for text files, enough for a million names of 20 letters
 LOCKED_BYTE = 1 << 30  # Windows makes locked bytes unreadable, so the lock is far behind the content
 TEMPORARY = ".tmp"  # suffix of files that are being written
 
@@ -33,6 +36,26 @@ def read_file(path: str | Path, max_bytes: int) -> bytes:
     if len(content) > max_bytes:  # files in /proc report a size of 0
         raise too_large(path, max_bytes)
     return content
+
+
+def read_text(path: Path) -> str:
+    """The content of a UTF-8 text file, including a byte-order mark; raises FileError."""
+    content = read_file(path, MAX_TEXT_BYTES)
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError:
+        raise FileError(path, "is not UTF-8 text; save it as UTF-8") from None
+    if "\0" in text:
+        raise FileError(path, "contains zero bytes, so it is not text; save it as UTF-8")
+    return text
+
+
+def read_lines(path: Path) -> list[str]:
+    """The stripped lines of a text file without blank lines at its end; raises FileError."""
+    lines = [strip(line) for line in re.split("\r\n|\r|\n", read_text(path))]
+    while lines and not lines[-1]:
+        lines.pop()
+    return lines
 
 
 def check_regular_file(path: str | Path, max_bytes: int) -> None:

@@ -1,35 +1,10 @@
-"""Text files, numbers, and safe display of text."""
+"""Numbers in text, surrounding white space, and safe display of text."""
 
 import re
-from pathlib import Path
-
-from utils.system.errors import FileError
-from utils.system.files import read_file
 
 BOM = "\ufeff"  # the byte-order mark, which Windows editors write at the start of a file; str.strip() keeps it
-MAX_BYTES = 20_000_000  # upper limit for text files, enough for a million names of 20 letters
 MAX_PRINTED = 60  # characters of a text in a message
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
-
-
-def read_text(path: Path) -> str:
-    """The content of a UTF-8 text file, including a byte-order mark; raises FileError."""
-    content = read_file(path, MAX_BYTES)
-    try:
-        text = content.decode("utf-8")
-    except UnicodeDecodeError:
-        raise FileError(path, "is not UTF-8 text; save it as UTF-8") from None
-    if "\0" in text:
-        raise FileError(path, "contains zero bytes, so it is not text; save it as UTF-8")
-    return text
-
-
-def read_lines(path: Path) -> list[str]:
-    """The stripped lines of a text file without blank lines at its end; raises FileError."""
-    lines = [strip(line) for line in re.split("\r\n|\r|\n", read_text(path))]
-    while lines and not lines[-1]:
-        lines.pop()
-    return lines
 
 
 def strip(text: str) -> str:
