@@ -1,10 +1,9 @@
-"""Write a checkpoint for other programs, and compare each file with it on real images:
+"""Export a checkpoint to other formats, and compare each file with the checkpoint on real images:
 
 python tools/export.py --weights logs/RUN/best.safetensors --formats onnx openvino --images photos/
 
-onnx: for ONNX Runtime, OpenCV 5 and TensorRT; onnx-nms: the same with suppression inside; openvino and int8: for
-OpenVINO, whole and quantized; torch: for torch.export; darknet: for Darknet and OpenCV 4, phi 0 alone. How each is run
-stands in docs/deployment.md. A file that finds other boxes or scores than the checkpoint is not written.
+docs/deployment.md lists the formats and shows how to run them. A file whose boxes or scores differ from those of the
+checkpoint is discarded.
 """
 
 import sys
@@ -28,214 +27,216 @@ from utils.detection.nms import EVALUATION_THRESHOLDS, Thresholds
 from utils.evaluation.metrics import evaluate
 from utils.inference.backends import Network, OnnxNetwork, import_runtime
 from utils.inference.detector import Detector
-from utils.inference.exporters import PACKAGES, WRITERS, Format, Job, load_images, open_written
+from utils.inference.exporters import FORMATS, ExportJob, load_images, open_written
 from utils.inference.sources import Images, open_sources
 from utils.system.cli import run_script
 from utils.system.errors import UserError, make_folder
 from utils.system.files import atomic_write
 from utils.weights.checkpoint import find_checkpoint, load_checkpoint
 
-COMPARED = 50  # images at most
-CALIBRATED = 300  # images at most for int8, as NNCF suggests
-BATCH_SIZES = (1, 3, 8)  # that the images are compared in
-OTHER_SIZE = (32, 64)  # pixels by which the other size is higher and wider
-MIN_SCORE = 0.01  # of the boxes that are compared
+MAX_COMPARED = 50  # images
+MAX_CALIBRATION = 300  # images for int8, as NNCF recommends
+BATCH_SIZES = (1, 3, 8)  # in which the images are compared
+SIZE_CHANGE = (32, 64)  # pixels added to height and width for the second size
+MIN_SCORE = 0.01  # of boxes that are compared
 BOX_TOLERANCE = 0.05  # pixels of the input
 SCORE_TOLERANCE = 1e-4
 UNLIMITED = 10**9
-MAX_ALONE = 0.01  # share of detections that rounding may push over a threshold
+MAX_UNMATCHED = 0.01  # share of detections that rounding may move across a threshold
+Format = Literal[*FORMATS]
 
 
 @dataclass(frozen=True)
 class Config:
-    """Write a checkpoint for other programs, and compare each file with it on real images."""
+    """Export a checkpoint to other formats, and compare each file with the checkpoint on real images."""
 
-    weights: str = ""  # checkpoint of train.py, or folder of a run; empty: the newest run under logs/
-    formats: tuple[Format, ...] = ("onnx",)  # what to write
-    out: str = ""  # folder for the files; empty: export/ beside the checkpoint
-    images: tuple[str, ...] = ()  # real images to compare on: files, folders, globs, or lists (.txt)
-    calibration: tuple[str, ...] = ()  # images that int8 takes its ranges from, best of the training; empty: images
-    devkit: str = "VOCdevkit"  # folder of the data sets
-    sets: tuple[str, ...] = ()  # sets to measure the AP of every file on, such as VOC2007/test; empty: none
-    confidence: float | Literal["auto"] = "auto"  # least score in onnx-nms; auto: as validation suggests
-    nms_iou: float = 0.5  # in onnx-nms two boxes of a class that overlap more are one object
+    weights: str = ""  # checkpoint or run folder; empty: the newest run in logs/
+    formats: tuple[Format, ...] = ("onnx",)  # see docs/deployment.md
+    out: str = ""  # output folder; empty: export/ beside the checkpoint
+    images: tuple[str, ...] = ()  # images to compare on: files, folders, globs or lists (.txt)
+    calibration: tuple[str, ...] = ()  # images to calibrate int8 with, ideally training images; empty: --images
+    devkit: str = "VOCdevkit"  # folder of the datasets
+    sets: tuple[str, ...] = ()  # sets on which to measure the AP of each file, such as VOC2007/test; empty: none
+    confidence: float | Literal["auto"] = "auto"  # minimum score in onnx-nms; auto: as suggested by the validation
+    nms_iou: float = 0.5  # IoU above which onnx-nms suppresses a box of the same class
 
 
 @dataclass(frozen=True)
-class Expected:
-    """What the checkpoint finds in images of one size."""
+class Reference:
+    """Outputs of the checkpoint for images of one size."""
 
     images: Tensor  # (K, 3, H, W) uint8
     boxes: Tensor  # (K, N, 4)
     scores: Tensor  # (K, N, C)
 
-    def batches(self) -> Iterator["Expected"]:
-        """All images in batches of each size."""
+    def batches(self) -> Iterator["Reference"]:
+        """Yield all images in batches of each size."""
         for size in BATCH_SIZES:
             parts = (values.split(size) for values in (self.images, self.boxes, self.scores))
-            yield from (Expected(*part) for part in zip(*parts, strict=True))
+            yield from (Reference(*part) for part in zip(*parts, strict=True))
 
 
 @dataclass(frozen=True)
 class Difference:
-    """The largest between a file and its checkpoint."""
+    """The largest differences between a file and its checkpoint."""
 
-    boxes: float  # in pixels of the input
+    boxes: float  # pixels of the input
     scores: float
 
     def __str__(self) -> str:
-        return f"boxes differ by {self.boxes:.2g} px at most, scores by {self.scores:.2g}"
+        return f"boxes differ by at most {self.boxes:.2g} px, scores by at most {self.scores:.2g}"
 
     @property
-    def tolerable(self) -> bool:
-        return self.boxes <= BOX_TOLERANCE and self.scores <= SCORE_TOLERANCE  # and not NaN
+    def is_tolerable(self) -> bool:
+        return self.boxes <= BOX_TOLERANCE and self.scores <= SCORE_TOLERANCE  # False for NaN
 
 
-def expect(job: Job, paths: Sequence[Path]) -> list[Expected]:
-    """What the checkpoint finds at the input size, and at another one; raises UserError when that is nothing."""
+def run_checkpoint(job: ExportJob, paths: Sequence[Path]) -> list[Reference]:
+    """Run the checkpoint on images at two sizes; raises UserError if it detects nothing."""
     height, width = job.spec.input_size
-    expected = []
-    for size in ((height, width), (height + OTHER_SIZE[0], width + OTHER_SIZE[1])):
+    references = []
+    for size in ((height, width), (height + SIZE_CHANGE[0], width + SIZE_CHANGE[1])):
         images = load_images(paths, job.spec, size)
-        found = zip(*(job.reference(part) for part in images.split(max(BATCH_SIZES))), strict=True)
-        expected.append(Expected(images, *map(torch.cat, found)))
-    if not (expected[0].scores > MIN_SCORE).any():
+        outputs = zip(*(job.reference(part) for part in images.split(max(BATCH_SIZES))), strict=True)
+        references.append(Reference(images, *map(torch.cat, outputs)))
+    if not (references[0].scores > MIN_SCORE).any():
         raise UserError(
-            f"the checkpoint finds nothing in these {len(paths)} images, which leaves nothing to compare; give images "
-            "of what it was trained on"
+            f"the checkpoint detects nothing in these {len(paths)} images, so there is nothing to compare; use images "
+            "like those of the training"
         )
-    return expected
+    return references
 
 
-def compare(network: Network, expected: Sequence[Expected]) -> Difference:
-    """All scores, and the boxes that have one above MIN_SCORE, as far as they lie in the image."""
-    boxes, scores = [], []
-    for batch in (batch for item in expected for batch in item.batches()):
-        found_boxes, found_scores = network.decode(network(batch.images))
-        if found_boxes.shape != batch.boxes.shape or found_scores.shape != batch.scores.shape:
+def compare(network: Network, references: Sequence[Reference]) -> Difference:
+    """Compare all scores, and the part inside the image of all boxes with a score above MIN_SCORE."""
+    box_differences, score_differences = [], []
+    for batch in (batch for reference in references for batch in reference.batches()):
+        boxes, scores = network.to_boxes(network(batch.images))
+        if boxes.shape != batch.boxes.shape or scores.shape != batch.scores.shape:
             return Difference(inf, inf)
-        scored = batch.scores.amax(dim=-1, keepdim=True) > MIN_SCORE
+        is_scored = batch.scores.amax(dim=-1, keepdim=True) > MIN_SCORE
         height, width = batch.images.shape[2:]
-        # clipped, since rounding alone moves the ends of boxes that are far larger than the image
+        # clipped, since the edges of boxes much larger than the image move by rounding alone
         limits = torch.zeros(4), torch.tensor([width, height] * 2)
-        shift = found_boxes.clamp(*limits) - batch.boxes.clamp(*limits)
-        boxes.append(torch.where(scored, shift, 0).abs().max())
-        scores.append((found_scores - batch.scores).abs().max())
-    return Difference(*(torch.stack(values).max().item() for values in (boxes, scores)))  # NaN if there is one
+        shift = boxes.clamp(*limits) - batch.boxes.clamp(*limits)
+        box_differences.append(torch.where(is_scored, shift, 0).abs().max())
+        score_differences.append((scores - batch.scores).abs().max())
+    return Difference(*(torch.stack(values).max().item() for values in (box_differences, score_differences)))  # or NaN
 
 
-def compare_detections(job: Job, path: Path, expected: Sequence[Expected]) -> Difference:
-    """The same of an ONNX with suppression; infinite where more than a few detections are of one side alone."""
+def compare_detections(job: ExportJob, path: Path, references: Sequence[Reference]) -> Difference:
+    """Compare the detections of an ONNX file with NMS; infinite if more than a few have no counterpart."""
     network = OnnxNetwork(path, torch.device("cpu"), torch.float32)
     detector = Detector(job.reference, job.spec, job.thresholds, job.suggested)
-    pairs, alone = [np.zeros((1, 2))], 0
-    for batch in (batch for item in expected for batch in item.batches()):
+    pairs, unmatched = [np.zeros((1, 2))], 0
+    for batch in (batch for reference in references for batch in reference.batches()):
         images = (batch.images.float() / 255).numpy()
         (rows,) = network.session.run(["detections"], {"images": images})
         count, size = len(images), images.shape[2:]
-        wanted = detector.select((batch.boxes, batch.scores), [Fit(1, 1, 0, 0)] * count, [size] * count)
-        for i, detections in enumerate(wanted):
+        expected = detector.select((batch.boxes, batch.scores), [Fit(1, 1, 0, 0)] * count, [size] * count)
+        for i, detections in enumerate(expected):
             own = rows[rows[:, 0] == i]
             boxes = np.abs(clip_boxes(own[:, None, 1:5], size) - detections.xyxy).max(axis=2)  # (D, E)
             scores = np.abs(own[:, None, 5] - detections.confidence)
             boxes[own[:, None, 6] != detections.class_id] = inf
-            near = (boxes <= BOX_TOLERANCE) & (scores <= SCORE_TOLERANCE)
-            alone += (~near.any(axis=0)).sum() + (~near.any(axis=1)).sum()
-            pairs.append(np.stack([boxes[near], scores[near]], axis=1))
-    found = np.concatenate(pairs)
-    if alone > MAX_ALONE * len(found):
+            is_match = (boxes <= BOX_TOLERANCE) & (scores <= SCORE_TOLERANCE)
+            unmatched += (~is_match.any(axis=0)).sum() + (~is_match.any(axis=1)).sum()
+            pairs.append(np.stack([boxes[is_match], scores[is_match]], axis=1))
+    matched = np.concatenate(pairs)
+    if unmatched > MAX_UNMATCHED * len(matched):
         return Difference(inf, inf)
-    return Difference(*map(float, found.max(axis=0)))
+    return Difference(*map(float, matched.max(axis=0)))
 
 
-def find_images(names: Sequence[str], most: int) -> list[Path]:
-    """At most so many image files, evenly spread over everything that is named."""
-    sources = [source for name in names for source in open_sources(name, patience=0)]
+def find_images(names: Sequence[str], max_images: int) -> list[Path]:
+    """Up to `max_images` image files, evenly spaced among all that are named."""
+    sources = [source for name in names for source in open_sources(name, reconnect_timeout=0)]
     paths = [path for source in sources if isinstance(source, Images) for path in source.paths]
     if not paths:
-        raise UserError(f"{', '.join(names)} has no image file")
-    count = min(most, len(paths))
+        raise UserError(f"{', '.join(names)} contains no image files")
+    count = min(max_images, len(paths))
     return [paths[i * len(paths) // count] for i in range(count)]
 
 
-def measure(job: Job, network: Network, cache: ImageCache) -> str:
-    """The AP of a network on a split, in words."""
+def measure_ap(job: ExportJob, network: Network, cache: ImageCache) -> str:
+    """The AP and AP50 of a network on a dataset, as text."""
     detector = Detector(network, job.spec, EVALUATION_THRESHOLDS)
-    found = detector.detect_cached(cache, max(BATCH_SIZES))
-    metrics = evaluate(cache.samples, found, cache.sizes, job.spec.class_names).metrics["coco"]
+    detections = detector.detect_cached(cache, max(BATCH_SIZES))
+    metrics = evaluate(cache.samples, detections, cache.sizes, job.spec.class_names).metrics["coco"]
     return f"AP {metrics['AP']:.4f}, AP50 {metrics['AP50']:.4f}"
 
 
 def publish(folder: Path, out: Path) -> list[Path]:
-    """Put what lies in `folder` into `out`; of several files that belong together never some old and some new."""
+    """Copy the files of `folder` to `out`, never leaving a mixture of old and new files that belong together."""
     files = sorted(folder.iterdir())
     if len(files) > 1:
-        (out / files[-1].name).unlink(missing_ok=True)  # .xml or .weights, without which nobody looks at the others
+        (out / files[-1].name).unlink(missing_ok=True)  # .xml or .weights, without which the others are not used
     for path in files:
         with atomic_write(out / path.name) as file:
             file.write(path.read_bytes())
     return [out / path.name for path in files]
 
 
-def write(job: Job, name: Format, expected: Sequence[Expected], path: Path) -> tuple[Difference, Network | None]:
-    """Write one format, run it; returns how it differs, and what can be measured on a split.
+def export(job: ExportJob, name: str, references: Sequence[Reference], path: Path) -> tuple[Difference, Network | None]:
+    """Write a file; returns its difference from the checkpoint, and the network unless it has NMS built in.
 
-    Raises UserError when it differs by more than rounding, which int8 may.
+    Raises UserError if the difference is larger than rounding, which is allowed for int8 only.
     """
-    WRITERS[name][1](job, path)
+    FORMATS[name].write(job, path)
     if name == "onnx-nms":
-        network, difference = None, compare_detections(job, path, expected)
+        network, difference = None, compare_detections(job, path, references)
     else:
         network = open_written(job, path)
-        difference = compare(network, expected)
-    if not (isfinite(difference.scores) if name == "int8" else difference.tolerable):
+        difference = compare(network, references)
+    if not (isfinite(difference.scores) if name == "int8" else difference.is_tolerable):
         raise UserError(
-            f"{path.name} does not find what the checkpoint finds and was not kept: {difference}, and only "
-            f"{BOX_TOLERANCE} px and {SCORE_TOLERANCE} are rounding; another version of "
-            f"{', '.join(PACKAGES.get(name, ('torch',)))} may do it right"
+            f"{path.name} was discarded: {difference} from the checkpoint, but rounding explains only {BOX_TOLERANCE} "
+            f"px and {SCORE_TOLERANCE}; try another version of {', '.join(FORMATS[name].packages or ('torch',))}"
         )
     return difference, network
 
 
-def prepare(config: Config) -> tuple[Path, Job]:
-    """The checkpoint's path and what is made of it; raises UserError for whatever would fail later."""
-    for package in dict.fromkeys(package for name in config.formats for package in PACKAGES.get(name, ())):
+def prepare(config: Config) -> tuple[Path, ExportJob]:
+    """Load the checkpoint; raises UserError for everything that would fail later. Also returns its path."""
+    for package in dict.fromkeys(package for name in config.formats for package in FORMATS[name].packages):
         import_runtime(package)
     confidence = None if config.confidence == "auto" else config.confidence
     thresholds = Thresholds(confidence, nms_iou=config.nms_iou, top_k=UNLIMITED, max_detections=UNLIMITED)
     path = find_checkpoint(config.weights)
     checkpoint = load_checkpoint(path)
     if "darknet" in config.formats and checkpoint.spec.phi:
-        raise UserError(f"{path} has attention (phi {checkpoint.spec.phi}), which Darknet has not; leave darknet out")
+        raise UserError(
+            f"Darknet does not support the attention of {path} (phi {checkpoint.spec.phi}); leave out darknet"
+        )
     if not config.images:
-        raise UserError("images is empty; name real images, such as those of the test set, to compare the files on")
-    calibration = find_images(config.calibration or config.images, CALIBRATED)
+        raise UserError("images is empty; give images to compare the files on, such as those of the test set")
+    calibration = find_images(config.calibration or config.images, MAX_CALIBRATION)
     model = checkpoint.build_model(path).eval().requires_grad_(False)
-    return path, Job(checkpoint.spec, model, checkpoint.info.get("thresholds", ()), thresholds, calibration)
+    return path, ExportJob(checkpoint.spec, model, checkpoint.info.get("thresholds", ()), thresholds, calibration)
 
 
 def main(config: Config) -> dict[str, Difference]:
-    """Write the files; returns how much each differs from the checkpoint."""
+    """Write the files; returns the difference of each from the checkpoint, by format."""
     path, job = prepare(config)
-    images = find_images(config.images, COMPARED)
-    expected = expect(job, images)
+    images = find_images(config.images, MAX_COMPARED)
+    references = run_checkpoint(job, images)
     cache = None
     if config.sets:
         samples = load_samples(config.devkit, config.sets, job.spec.class_names)
         cache = build_cache(samples, job.spec, torch.device("cpu"))
-        print(f"{path} on {', '.join(config.sets)}: {measure(job, job.reference, cache)}")
+        print(f"{path} on {', '.join(config.sets)}: {measure_ap(job, job.reference, cache)}")
     out = Path(config.out) if config.out else path.parent / "export"
     make_folder(out)
-    sizes = " and ".join("{}x{}".format(*item.images.shape[2:]) for item in expected)
-    print(f"compared on {len(images)} images at {sizes}, in batches of {', '.join(map(str, BATCH_SIZES))}")
+    sizes = " and ".join("{}x{}".format(*reference.images.shape[2:]) for reference in references)
+    print(f"comparing on {len(images)} images at {sizes}, in batches of {', '.join(map(str, BATCH_SIZES))}")
     differences = {}
     for name in dict.fromkeys(config.formats):
-        with TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # Windows keeps what is still open
-            difference, network = write(job, name, expected, Path(folder) / f"{path.stem}{WRITERS[name][0]}")
-            words = f"; {measure(job, network, cache)}" if cache is not None and network is not None else ""
+        with TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # Windows cannot delete open files
+            file = Path(folder) / f"{path.stem}{FORMATS[name].suffix}"
+            differences[name], network = export(job, name, references, file)
+            ap = f"; {measure_ap(job, network, cache)}" if cache is not None and network is not None else ""
             files = publish(Path(folder), out)
-        print(f"{', '.join(map(str, files))}: {difference}{words}")
-        differences[name] = difference
+        print(f"{', '.join(map(str, files))}: {differences[name]}{ap}")
     return differences
 
 

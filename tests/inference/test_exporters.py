@@ -173,7 +173,7 @@ def test_opencv_reads_the_onnx(exported):
     network.setInput(images.float().numpy() / 255, "images")
     boxes, scores = network.forward(["boxes", "scores"])
     own = Detector.load(path).network
-    expected_boxes, expected_scores = own.decode(own(images))
+    expected_boxes, expected_scores = own.to_boxes(own(images))
     np.testing.assert_allclose(boxes, expected_boxes, atol=0.05, rtol=1e-5)
     np.testing.assert_allclose(scores, expected_scores, atol=1e-4)
 

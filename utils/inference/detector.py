@@ -1,4 +1,4 @@
-"""The only inference path: images in, detections in their own pixels out."""
+"""The only inference path: images in, detections in image pixels out."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
@@ -22,22 +22,22 @@ from utils.system.distributed import ProcessGroup
 from utils.system.errors import UserError
 from utils.weights.checkpoint import load_checkpoint
 
-NAMED = 8  # classes up to which their thresholds are said one by one
+MAX_LISTED = 8  # classes whose thresholds are listed one by one
 
 
-class Prepared(NamedTuple):
-    """Images at the network's input size."""
+class NetworkInput(NamedTuple):
+    """A batch of images at the network's input size."""
 
     images: Tensor  # (B, 3, H, W) uint8 RGB, channels-last
-    fits: Sequence[Fit]  # how each lies there
-    sizes: Sequence[tuple[int, int]]  # height and width of each before
+    fits: Sequence[Fit]  # how each image was fitted into the input
+    sizes: Sequence[tuple[int, int]]  # original (height, width)
 
 
 class Detector:
-    """A network with everything around it.
+    """A network with its preprocessing, decoding and NMS.
 
-    Where `thresholds` leave the confidence open, it is that which a validation `suggested` for each class (C,), or
-    FALLBACK_CONFIDENCE.
+    If `thresholds` set no confidence, each class uses the one `suggested` by the validation (C,), or
+    FALLBACK_CONFIDENCE if there are none.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Detector:
         self.spec = spec
         self.thresholds = thresholds or Thresholds()
         self.suggested = suggested
-        self.confidences = torch.tensor(self.least_confidences(), device=network.device)  # (C,)
+        self.confidences = torch.tensor(self.min_confidences(), device=network.device)  # (C,)
 
     @classmethod
     def load(
@@ -63,10 +63,10 @@ class Detector:
         compiled: bool = False,
         flip: bool = False,
     ) -> "Detector":
-        """From a checkpoint of train.py or what tools/export.py made of one; raises UserError when the file is none.
+        """Load a checkpoint, or an exported network (.onnx, .xml); raises UserError if the file is neither.
 
-        `dtype` is the precision of the network; the rest is float32. `compiled` is for checkpoints. With
-        `flip` the mirrored image is looked at as well.
+        `dtype` is the precision of the network; everything else is float32. `compiled` (checkpoints only) uses
+        torch.compile, `flip` also runs the network on the mirrored images.
         """
         path, device = Path(path), torch.device(device)
         if path.suffix in EXPORTED:
@@ -78,70 +78,70 @@ class Detector:
             network = kind(checkpoint.build_model(path), spec, device, dtype)
         return cls(FlippedNetwork(network) if flip else network, spec, thresholds, suggested)
 
-    def least_confidences(self) -> list[float]:
-        """Of each class (C,); more than 1 for those not wanted. Raises UserError for a class that there is not."""
+    def min_confidences(self) -> list[float]:
+        """The minimum confidence of each class (C,), inf for excluded ones; raises UserError for an unknown class."""
         limits, names = self.thresholds, self.spec.class_names
-        for name in (*limits.per_class, *limits.only):
+        for name in (*limits.per_class, *limits.class_filter):
             if name not in names:
-                raise UserError(f"there is no class {name!r}; the weights know {', '.join(names)}")
-        least = list(self.suggested) or [FALLBACK_CONFIDENCE] * len(names)
+                raise UserError(f"there is no class {name!r}; the classes are {', '.join(names)}")
+        values = list(self.suggested) or [FALLBACK_CONFIDENCE] * len(names)
         if limits.confidence is not None:
-            least = [limits.confidence] * len(names)
-        least = [limits.per_class.get(name, value) for name, value in zip(names, least, strict=True)]
-        return [value if name in (limits.only or names) else inf for name, value in zip(names, least, strict=True)]
+            values = [limits.confidence] * len(names)
+        values = [limits.per_class.get(name, value) for name, value in zip(names, values, strict=True)]
+        chosen = limits.class_filter or names
+        return [value if name in chosen else inf for name, value in zip(names, values, strict=True)]
 
     def describe_confidences(self) -> str:
-        """The least confidence of a detection, and where it comes from, in words."""
-        limits, given = self.thresholds, self.least_confidences()
-        shown = {name: value for name, value in zip(self.spec.class_names, given, strict=True) if value <= 1}
-        words = f"{min(shown.values()):.2f} to {max(shown.values()):.2f}"
+        """The minimum confidences and where they come from, such as "0.3, as given"."""
+        limits, values = self.thresholds, self.min_confidences()
+        shown = {name: value for name, value in zip(self.spec.class_names, values, strict=True) if value <= 1}
+        text = f"{min(shown.values()):.2f} to {max(shown.values()):.2f}"
         if len(set(shown.values())) == 1:
-            words = f"{min(shown.values()):g}"
-        elif len(shown) <= NAMED:
-            words = ", ".join(f"{name} {value:.2f}" for name, value in shown.items())
+            text = f"{min(shown.values()):g}"
+        elif len(shown) <= MAX_LISTED:
+            text = ", ".join(f"{name} {value:.2f}" for name, value in shown.items())
         if limits.confidence is not None or shown.keys() <= limits.per_class.keys():
-            return f"{words}, as given"
+            return f"{text}, as given"
+        source = "suggested by the validation" if self.suggested else "the default without a validation"
         if limits.per_class:
-            words += f", of which {', '.join(limits.per_class)} as given, the others"
-        if not self.suggested:
-            return f"{words}, since the training had no validation that would suggest another"
-        return f"{words}, as the training's validation suggests"
+            source = f"{', '.join(limits.per_class)} as given, the others {source}"
+        return f"{text} ({source})"
 
     def expect_classes(self, class_names: Sequence[str], source: str | Path) -> None:
-        """Raise UserError when a class file that the user named is not the one of the training."""
+        """Raise UserError unless the class file `source` has the classes of the training."""
         own = self.spec.class_names
         if tuple(class_names) != own:
             raise UserError(
-                f"the weights were trained on {len(own)} classes ({', '.join(own)}), but {source} has "
-                f"{len(class_names)} ({', '.join(class_names)}); leave the class file out, or correct it"
+                f"the network was trained on {len(own)} classes ({', '.join(own)}), but {source} has "
+                f"{len(class_names)} ({', '.join(class_names)}); leave out the class file, or correct it"
             )
 
     def __call__(self, image: np.ndarray) -> sv.Detections:
-        """uint8 RGB (H, W, 3) -> detections in its pixels, best first."""
+        """uint8 RGB (H, W, 3) -> detections in its pixels, highest score first."""
         return next(self.detect([image]))
 
     def detect(self, images: Iterable[np.ndarray], batch_size: int = 1) -> Iterator[sv.Detections]:
         """Detections of each image, in order; `batch_size` images go through the network at once."""
         remaining = iter(images)
         while batch := list(islice(remaining, batch_size)):
-            yield from self.find(self.prepare(batch))
+            yield from self.detect_batch(self.prepare(batch))
 
-    def prepare(self, images: Sequence[np.ndarray]) -> Prepared:
-        """uint8 RGB images (H, W, 3) -> a batch for the network."""
+    def prepare(self, images: Sequence[np.ndarray]) -> NetworkInput:
+        """Fit uint8 RGB images (H, W, 3) to the input size and stack them."""
         fitted, fits = zip(*(fit_image(im, self.spec.input_size, self.spec.letterbox) for im in images), strict=True)
-        stacked = torch.from_numpy(np.stack(fitted)).permute(0, 3, 1, 2)  # channels-last already
-        return Prepared(stacked, fits, [image.shape[:2] for image in images])
+        stacked = torch.from_numpy(np.stack(fitted)).permute(0, 3, 1, 2)  # this order is channels-last
+        return NetworkInput(stacked, fits, [image.shape[:2] for image in images])
 
-    def find(self, batch: Prepared) -> list[sv.Detections]:
+    def detect_batch(self, batch: NetworkInput) -> list[sv.Detections]:
         """Detections of each image of a batch."""
         return self.select(self.network(batch.images), batch.fits, batch.sizes)
 
     def run_cached(
         self, cache: ImageCache, batch_size: int, group: ProcessGroup | None = None
     ) -> Iterator[tuple[slice, Sequence[Tensor]]]:
-        """The network's outputs for a cached data set (of torch the raw heads), and the part of it that they belong to.
+        """Yield slices of a cached data set with the network's outputs (raw heads, if it is a `TorchNetwork`).
 
-        Several `group` take the same batches in turns, so that together they find exactly what one would.
+        The processes of a group take turns, so that the batches are the same for any number of processes.
         """
         group = group or ProcessGroup()
         for start in range(group.rank * batch_size, len(cache), group.size * batch_size):
@@ -151,12 +151,11 @@ class Detector:
     def detect_cached(
         self, cache: ImageCache, batch_size: int, group: ProcessGroup | None = None
     ) -> list[sv.Detections]:
-        """The detections of a cached data set, in its order; of several `group` the first has them all."""
+        """The detections of a cached data set in its order; in a group, only the first process has all of them."""
         group = group or ProcessGroup()
         found: dict[int, list[sv.Detections]] = {}
-        with tqdm(
-            total=len(cache), desc="evaluating", leave=False, disable=None if group.is_main else True
-        ) as progress:
+        disable = None if group.is_main else True
+        with tqdm(total=len(cache), desc="evaluating", leave=False, disable=disable) as progress:
             for part, outputs in self.run_cached(cache, batch_size, group):
                 found[part.start] = self.select(outputs, cache.fits[part], cache.sizes[part])
                 progress.update(group.size * (part.stop - part.start))
@@ -166,21 +165,20 @@ class Detector:
     def select(
         self, outputs: Sequence[Tensor], fits: Sequence[Fit], sizes: Sequence[tuple[int, int]]
     ) -> list[sv.Detections]:
-        """The network's outputs -> detections in the pixels of the originals, which are of (height, width)."""
-        boxes, scores = self.network.decode(outputs)
-        limits = self.thresholds
-        found = select_detections(boxes, scores, self.confidences, limits)
+        """The network's outputs -> detections in the pixels of the originals, whose `sizes` are (height, width)."""
+        boxes, scores = self.network.to_boxes(outputs)
+        selected = select_detections(boxes, scores, self.confidences, self.thresholds)
         return [
             to_detections([values.cpu().numpy() for values in item], fit, size, self.spec.class_names)
-            for fit, size, item in zip(fits, sizes, found, strict=True)
+            for fit, size, item in zip(fits, sizes, selected, strict=True)
         ]
 
 
 def to_detections(
-    found: Sequence[np.ndarray], fit: Fit, size: tuple[int, int], class_names: Sequence[str]
+    selected: Sequence[np.ndarray], fit: Fit, size: tuple[int, int], class_names: Sequence[str]
 ) -> sv.Detections:
-    """Boxes (D, 4) in the network's input, scores (D,), labels (D,) -> detections in an image of (height, width)."""
-    boxes, scores, labels = found
+    """Boxes (D, 4) in input pixels, scores (D,) and labels (D,) -> detections in an image of (height, width)."""
+    boxes, scores, labels = selected
     return sv.Detections(
         xyxy=clip_boxes(fit.to_original(boxes.astype(np.float32)), size),
         confidence=scores,

@@ -1,0 +1,36 @@
+"""Backends: compiling and flipping compute what they should."""
+
+import torch
+
+from utils.inference.backends import FlippedNetwork
+from utils.inference.detector import Detector
+
+
+def test_compiled_network_equals_eager_network(weights):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    images = torch.randint(256, (2, 3, 64, 96), dtype=torch.uint8)
+    eager, compiled = (Detector.load(weights, compiled=compiled).network for compiled in (False, True))
+    for part in (images, images[:1]):
+        for one, other in zip(eager.to_boxes(eager(part)), compiled.to_boxes(compiled(part)), strict=True):
+            torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-3)
+    counters = torch._dynamo.utils.counters
+    assert counters["stats"]["unique_graphs"] == 1
+    if torch.backends.mkldnn.is_available():  # the weights of all convolutions are constants
+        assert counters["inductor"]["mkldnn_conv_weight_pack_matcher_count"] == 21
+
+
+def test_flipped_network_adds_mirrored_boxes_of_each_batch(weights):
+    network = Detector.load(weights).network
+    flipped = FlippedNetwork(network)
+    wide, narrow = (torch.randint(256, (2, 3, 64, width), dtype=torch.uint8) for width in (96, 64))
+    outputs = [flipped(wide), flipped(narrow)]  # the width belongs to the outputs, not to the last call
+    for images, output in zip((wide, narrow), outputs, strict=True):
+        boxes, scores = flipped.to_boxes(output)
+        plain, plain_scores = network.to_boxes(network(images))
+        mirrored, mirrored_scores = network.to_boxes(network(images.flip(-1)))
+        x1, y1, x2, y2 = mirrored.unbind(-1)
+        width = images.shape[-1]
+        unmirrored = torch.stack([width - x2, y1, width - x1, y2], dim=-1)
+        torch.testing.assert_close(boxes, torch.cat([plain, unmirrored], dim=1), atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(scores, torch.cat([plain_scores, mirrored_scores], dim=1))
