@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -122,3 +123,36 @@ def expect_failure(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtur
             assert word in errors[0], errors[0]
 
     return expect
+
+
+@dataclass(frozen=True)
+class NoSettings:
+    """The settings of a script without any."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a script ended."""
+
+    code: int
+    errors: list[str]
+    output: str
+
+
+@pytest.fixture
+def call_script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+    """Call a script's main function in this process, with the exit code and messages of its command line."""
+
+    def call(main: Callable[..., object], config_type: type = NoSettings, *arguments: object) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["script", *map(str, arguments)])
+        capsys.readouterr()
+        code = 0
+        try:
+            run_script(main, config_type)
+        except SystemExit as stop:
+            code = stop.code
+        printed = capsys.readouterr()
+        errors = [line for line in printed.err.splitlines() if line.startswith("error: ")]
+        return Outcome(code, errors, printed.out)
+
+    return call

@@ -50,7 +50,7 @@ def main(config: Config) -> DatasetReport:
     report.write(out)
     print(f"{report.format_text()}\n\nwrote the report to {out}; open {out / PAGE} in a browser")
     if report.stops:
-        raise UserError(f"training would not start because of {report.stops} errors, listed in {out / TEXT}")
+        raise UserError(f"training would not start (errors: {report.stops}, listed in {out / TEXT})")
     return report
 
 

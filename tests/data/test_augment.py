@@ -1,4 +1,4 @@
-"""Augmentation: boxes follow their pixels, and randomness is a function of position alone."""
+"""Augmented boxes follow their pixels, and randomness depends only on the seed, the epoch and the position."""
 
 from dataclasses import replace
 from itertools import pairwise
@@ -57,7 +57,7 @@ def batch(cache, settings, seed=0):
     return order, *augment(cache, order, random, settings)
 
 
-def test_without_strength_nothing_changes(cache):
+def test_zero_strengths_change_nothing(cache):
     order, images, boxes, labels = batch(cache, OFF)
     torch.testing.assert_close(images, cache.images[order] / 255, atol=1e-5, rtol=0)
     assert torch.equal(boxes[:, :2], cache.boxes[order])
@@ -67,7 +67,7 @@ def test_without_strength_nothing_changes(cache):
 
 @pytest.mark.parametrize("settings", [GEOMETRY, replace(GEOMETRY, mosaic=1.0)])
 def test_boxes_follow_the_pixels(cache, settings):
-    """Each box is white inside and begins there; only a mosaic's seam can put white beside a box."""
+    """Each box is white inside and not outside, except where the seam of a mosaic cuts an object."""
     seen = beside = 0
     for seed in range(8):
         _, images, boxes, labels = batch(cache, settings, seed)
@@ -92,28 +92,28 @@ def test_flip_mirrors_exactly(cache):
     torch.testing.assert_close(boxes[:, :2][valid], mirrored[valid])
 
 
-def test_mosaic_takes_four_images(cache):
+def test_mosaic_has_four_images(cache):
     _, images, _, labels = batch(cache, replace(OFF, mosaic=1.0))
     assert (labels >= 0).sum() > (cache.labels >= 0).sum()
-    assert labels.shape == (12, 4)  # room for twice the most objects of one image
+    assert labels.shape == (12, 4)  # twice the maximum number of objects per image
     assert images.isfinite().all()
 
 
-def test_outside_is_gray(cache):
+def test_area_outside_image_is_gray(cache):
     _, images, _, _ = batch(cache, replace(OFF, translate=0.9))
     assert (images.flatten(2)[:, 0] - FILL / 255).abs().amin(dim=1).max() < 1e-4
 
 
-def test_hidden_and_tiny_boxes_are_dropped():
+def test_drops_hidden_and_tiny_boxes():
     images = torch.zeros(1, 3, 96, 96, dtype=torch.uint8)
     boxes = torch.tensor([[[10.0, 10, 50, 50], [20, 20, 21, 60]]])
     cache = in_memory(images, boxes, torch.zeros(1, 2, dtype=torch.long))
     _, _, moved, labels = batch(cache, OFF)
-    assert labels[0].tolist() == [0, -1, -1, -1]  # one pixel wide is too thin to learn from
+    assert labels[0].tolist() == [0, -1, -1, -1]  # the second is one pixel wide
     torch.testing.assert_close(moved[0, 0], boxes[0, 0])
 
 
-def test_order_and_numbers_depend_on_seed_and_epoch_alone():
+def test_epoch_order_depends_on_seed_and_epoch_only():
     order, numbers = epoch_order(3, 5, 50)
     again, same = epoch_order(3, 5, 50)
     assert torch.equal(order, again)
@@ -124,7 +124,7 @@ def test_order_and_numbers_depend_on_seed_and_epoch_alone():
         assert not torch.equal(numbers, other[1])
 
 
-def test_a_sample_does_not_depend_on_its_batch(cache):
+def test_sample_does_not_depend_on_its_batch(cache):
     settings = replace(GEOMETRY, mosaic=0.5, hue=0.1, saturation=0.5, value=0.5)
     order, random = epoch_order(0, 0, len(cache))
     together = augment(cache, order, random, settings)
@@ -134,7 +134,7 @@ def test_a_sample_does_not_depend_on_its_batch(cache):
             torch.testing.assert_close(ours[0], theirs[i], atol=1e-5, rtol=0)
 
 
-def test_colours():
+def test_colour_matrices_keep_gray_and_change_hue():
     one = torch.ones(1)
     identity = colour_matrices(0 * one, one, one)
     torch.testing.assert_close(identity[0], torch.eye(3), atol=1e-5, rtol=0)
@@ -146,8 +146,8 @@ def test_colours():
     torch.testing.assert_close(washed, torch.full((3,), 0.299 / 2), atol=1e-3, rtol=0)
 
 
-def test_drawing_tile_by_tile_gives_what_drawing_all_at_once_does(cache):
-    """The CPU's way and the GPU's."""
+def test_rendering_by_tile_equals_rendering_all_at_once(cache):
+    """The CPU renders by tile, a GPU all at once."""
     order, random = epoch_order(3, 1, len(cache))
     for mosaic in (0.0, 0.5, 1.0):
         settings = replace(GEOMETRY, mosaic=mosaic)

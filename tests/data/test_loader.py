@@ -1,4 +1,4 @@
-"""EpochBatches loaded ahead are those that were planned, whoever asks for them; and where decoded images go."""
+"""Batches loaded ahead equal planned ones in every process, and decoded images go where they fit."""
 
 from dataclasses import replace
 
@@ -34,7 +34,7 @@ def batches(cache) -> EpochBatches:
     return EpochBatches(cache, 4, 0, 3, SETTINGS, ProcessGroup())
 
 
-def test_what_is_loaded_ahead_is_what_was_planned(batches):
+def test_loads_planned_batches(batches):
     numbers = [0, 1, 3, 5]
     loaded = list(batches.load(numbers, CPU))
     assert len(loaded) == 4
@@ -47,8 +47,8 @@ def test_what_is_loaded_ahead_is_what_was_planned(batches):
         assert torch.equal(labels, planned.labels)
 
 
-def test_processes_share_a_batch(cache, batches):
-    """Two halves are the whole, and the images named are the whole batch's."""
+def test_processes_share_each_batch(cache, batches):
+    """The halves of two processes make up the batch of one, and each process names all of its images."""
     halves = [EpochBatches(cache, 4, 0, 3, SETTINGS, ProcessGroup(rank, 2)) for rank in range(2)]
     for number in range(len(batches)):
         (whole,) = batches.load([number], CPU)
@@ -59,13 +59,13 @@ def test_processes_share_a_batch(cache, batches):
     assert len({name for number in range(len(batches)) for name in batches.names(number)}) == 24
 
 
-def test_an_error_while_loading_ahead_is_not_lost(cache):
+def test_raises_error_of_loading_thread(cache):
     broken = EpochBatches(replace(cache, boxes=cache.boxes[:3]), 4, 0, 0, SETTINGS, ProcessGroup())
     with pytest.raises(IndexError):
         list(broken.load(range(6), CPU))
 
 
-def test_where_decoded_images_go(devkit, spec, monkeypatch, tmp_path):
+def test_chooses_place_with_room_for_images(devkit, spec, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cache_module, "available_memory", lambda: 1000.0)
     assert choose_place("auto", 499, CPU) == "ram"
@@ -81,15 +81,15 @@ def test_where_decoded_images_go(devkit, spec, monkeypatch, tmp_path):
     assert not list(tmp_path.glob("logs/cache/*.images*"))
 
 
-def test_the_disk_cache_equals_memory_and_is_used_again(devkit, spec, cache, monkeypatch, tmp_path):
+def test_disk_cache_equals_memory_cache_and_is_reused(devkit, spec, cache, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     on_disk = build_cache(cache.samples, spec, CPU, "disk")
-    monkeypatch.setattr(cache_module, "load_sample", None)  # nothing is decoded again
+    monkeypatch.setattr(cache_module, "load_sample", None)  # so that decoding again would fail
     for again in (on_disk, build_cache(cache.samples, spec, CPU, "disk")):
         assert again.place == "disk"
         assert torch.equal(again.images, cache.images)
         assert again.sizes == cache.sizes
         assert again.fingerprints() == cache.fingerprints()
-    with pytest.raises(TypeError):  # another size is another file
+    with pytest.raises(TypeError):  # another size needs another file
         build_cache(cache.samples, replace(spec, input_size=(32, 32)), CPU, "disk")
     assert [path.suffix for path in tmp_path.glob("logs/cache/*") if path.name != "lock"] == [".images"]

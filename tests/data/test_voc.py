@@ -1,4 +1,4 @@
-"""VOC data as users write it, and the one sentence that each mistake gets."""
+"""VOC data as users write it, and the error messages for invalid data."""
 
 from pathlib import Path
 
@@ -24,7 +24,7 @@ OBJECT = (
 
 
 def make_set(folder: Path, annotations: dict[str, str], split: str | None = None, suffix: str = ".jpg") -> Path:
-    """A set VOC/train of 40x30 images with these annotations, under `folder`."""
+    """Make a set VOC/train of 40x30 images with these annotations in `folder`."""
     for part in ("JPEGImages", "Annotations", "ImageSets/Main"):
         (folder / "VOC" / part).mkdir(parents=True)
     for name, text in annotations.items():
@@ -50,7 +50,7 @@ def test_boxes_are_one_based_and_inclusive(tmp_path):
 
 @pytest.mark.parametrize("suffix", [".jpg", ".JPG", ".png", ".bmp", ".webp", ".jpeg"])
 @pytest.mark.parametrize("name", ["plain", "with space", "köln 北京 🚗", "dots.in.name"])
-def test_names_and_suffixes(tmp_path, suffix, name):
+def test_reads_image_names_and_suffixes(tmp_path, suffix, name):
     devkit = make_set(tmp_path, {name: annotation()}, f"\ufeff{name}  \r\n\r\n", suffix)
     (sample,) = load_samples(devkit, ["VOC/train"], ("cat",))
     assert sample.name == name
@@ -58,7 +58,7 @@ def test_names_and_suffixes(tmp_path, suffix, name):
     assert sample.boxes.shape == (0, 4)  # an image without objects is background
 
 
-def test_several_sets_follow_each_other(tmp_path):
+def test_reads_several_sets_in_order(tmp_path):
     devkit = make_set(tmp_path, {"b": annotation(), "a": annotation()})
     (devkit / "VOC" / "ImageSets" / "Main" / "val.txt").write_text("a\n")
     samples = load_samples(devkit, ["VOC/train", "VOC/val"], ("cat",))
@@ -86,21 +86,21 @@ BOX = (1, 1, 5, 5)
         (annotation(("cat", BOX, "yes")), ["difficult", "yes"]),
         (
             annotation(("Cat", BOX, 0), ("bird", BOX, 0), ("bird", (2, 1, 5, 5), 0)),
-            ["'Cat' (1)", "'bird' (2)", "cat, dog"],
+            ["'Cat' (1; did you mean 'cat'?)", "'bird' (2)", "cat, dog"],
         ),
     ],
 )
-def test_malformed_annotations(tmp_path, text, words):
+def test_names_fault_of_malformed_annotation(tmp_path, text, words):
     devkit = make_set(tmp_path, {"a": text})
-    with pytest.raises(UserError) as mistake:
+    with pytest.raises(UserError) as error:
         load_samples(devkit, ["VOC/train"], ("cat", "dog"))
     for word in words:
-        assert word in str(mistake.value)
+        assert word in str(error.value)
 
 
-def test_missing_parts(tmp_path):
+def test_names_missing_part(tmp_path):
     devkit = make_set(tmp_path, {"a": annotation()}, "a\nb\n")
-    with pytest.raises(UserError, match="names 'b'"):
+    with pytest.raises(UserError, match="lists 'b'"):
         load_samples(devkit, ["VOC/train"], ("cat",))
     write_image(devkit / "VOC" / "JPEGImages" / "b.png", np.zeros((4, 4, 3), np.uint8))
     with pytest.raises(UserError, match=r"b\.xml does not exist; an image without objects"):
@@ -117,12 +117,12 @@ def test_missing_parts(tmp_path):
 
 @pytest.mark.parametrize("stated", ["stored", "upright"])
 def test_exif_orientation_follows_the_annotation(tmp_path, stated):
-    """A picture stored 40x20 and shown 20x40: the stated size says which of the two the boxes lie on."""
+    """An image stored as 40x20 and shown as 20x40: the stated size tells which one the boxes refer to."""
     pixels = np.zeros((20, 40, 3), np.uint8)
     pixels[:, :20] = 255
     devkit = make_set(tmp_path, {})
     exif = Image.Exif()
-    exif[0x0112] = 6  # orientation: turned a quarter to the right
+    exif[0x0112] = 6  # orientation: a quarter turn to the right
     Image.fromarray(pixels).save(devkit / "VOC" / "JPEGImages" / "a.jpg", exif=exif)
     (devkit / "VOC" / "ImageSets" / "Main" / "train.txt").write_text("a")
     height, width = (20, 40) if stated == "stored" else (40, 20)
@@ -158,19 +158,19 @@ def test_counts_truncated_objects(tmp_path):
     assert count_truncated(tmp_path / "a.xml") == 2
 
 
-def test_class_file(tmp_path):
+def test_reads_class_file_with_byte_order_mark_and_blank_lines(tmp_path):
     path = tmp_path / "classes.txt"
     path.write_bytes(b"\xef\xbb\xbfred blood cell \r\nWBC\r\n\r\n")
     assert load_classes(path) == ("red blood cell", "WBC")
 
 
 @pytest.mark.parametrize(("text", "word"), [("", "empty"), ("a\n\nb", "line 2"), ("a\nb\na", "'a' 2 times")])
-def test_bad_class_file(tmp_path, text, word):
+def test_names_fault_of_class_file(tmp_path, text, word):
     path = tmp_path / "classes.txt"
     path.write_text(text)
     with pytest.raises(UserError, match=word):
         load_classes(path)
-    with pytest.raises(UserError, match="no class file"):
+    with pytest.raises(UserError, match="does not exist"):
         load_classes(tmp_path / "none.txt")
 
 
@@ -178,7 +178,7 @@ def test_bad_class_file(tmp_path, text, word):
 @pytest.mark.parametrize(
     ("name", "images", "objects"), [("bccd", (205, 87, 72), 4888), ("helmet", (700, 150, 250), None)]
 )
-def test_real_sets_load(tmp_path, monkeypatch, name, images, objects):
+def test_reads_real_datasets(tmp_path, monkeypatch, name, images, objects):
     monkeypatch.chdir(tmp_path)
     folder = SHARED / "data" / name
     classes = load_classes(folder / "classes.txt")

@@ -90,7 +90,7 @@ def decode_text(path: Path, content: bytes) -> str:
     except LookupError:
         raise FileError(path, f"declares the unknown encoding {encoding}; save it as UTF-8") from None
     except ValueError:
-        raise FileError(path, f"is not valid {encoding}, its expected encoding; save it as UTF-8") from None
+        raise FileError(path, f"is not valid {encoding} text; save it as UTF-8") from None
 
 
 def parse_xml(path: Path, text: str) -> Element:
