@@ -48,7 +48,7 @@ class Panels(Sink):
         if frame.video is not None:
             raise UserError(f"--explain works on images, and {frame.video.name} is a video; pass single frames of it")
         explanation = self.explainer.explain(frame.image, detections)
-        path = self.place(f"{frame.path.stem}_explained.png")
+        path = self.new_path(f"{frame.path.stem}_explained.png")
         draw_panel(View(frame.image, explanation), detections, explanation, self.class_names, path)
         with atomic_write(path.with_suffix(".npz")) as file:
             np.savez_compressed(file, **explanation.to_arrays())
