@@ -1,15 +1,13 @@
-"""Training and evaluation in two processes, which torchrun starts, against one: the same steps, numbers and files."""
+"""Training and evaluation in two processes started by torchrun give the results of one process."""
 
 import json
-import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,21 +25,21 @@ from utils.system.diagnostics import Diagnostics
 from utils.system.distributed import ProcessGroup
 from utils.system.errors import UserError
 from utils.system.files import lock
-from utils.training.trainer import COLUMNS, Progress, pack_training
+from utils.training.trainer import COLUMNS, Batching, build_trainer
+from utils.training.training_state import Progress
 from utils.weights.checkpoint import BEST, LAST, PREVIOUS, digest, load_checkpoint
 
 WORKER = ROOT / "tests" / "training" / "worker.py"
-TIMEOUT = 240  # seconds for a command
+TIMEOUT = 240  # seconds per command
 
 
 @contextmanager
 def torchrun(*arguments: object, cwd: Path) -> Iterator[subprocess.Popen[str]]:
-    """A command of two processes; none of them stays."""
+    """Start a command in two processes, and end them."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     process = subprocess.Popen(
         [*command, *map(str, arguments)],
         cwd=cwd,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -50,36 +48,27 @@ def torchrun(*arguments: object, cwd: Path) -> Iterator[subprocess.Popen[str]]:
         yield process
     finally:
         if process.poll() is None:
-            process.terminate()  # it ends its processes
+            process.terminate()  # also ends the two processes
             process.communicate()
 
 
 def run(*arguments: object, cwd: Path, fails: bool = False) -> tuple[str, str]:
-    """What it says on stdout and on stderr."""
+    """Run a command in two processes; returns stdout and stderr."""
     with torchrun(*arguments, cwd=cwd) as process:
         out, errors = process.communicate(timeout=TIMEOUT)
     assert (process.returncode != 0) == fails, errors
     return out, errors
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """As many as each process of torchrun has."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Where the commands run, with their cache."""
+    """The working directory of the commands."""
     return tmp_path_factory.mktemp("distributed")
 
 
 @pytest.fixture(scope="module")
 def config(devkit, folder) -> train.Config:
-    """Two epochs of six batches and three steps; three batches to validate, partly images of the training once more."""
+    """Two epochs of six batches and three steps, and three validation batches."""
     (devkit / "Same").symlink_to(devkit / "Demo")
     return small_run(
         devkit,
@@ -98,7 +87,7 @@ def config(devkit, folder) -> train.Config:
 
 
 def flags(config: train.Config) -> list[str]:
-    """A configuration as a user gives it."""
+    """The settings as command-line flags."""
     words = []
     for name, value in vars(config).items():
         if value != getattr(train.Config, name, {}):
@@ -107,7 +96,7 @@ def flags(config: train.Config) -> list[str]:
 
 
 def contents(path: Path) -> tuple[str, dict[str, Any]]:
-    """A checkpoint's tensors, as their digest, and what it says of the run."""
+    """The digest of a checkpoint's tensors, and its metadata about the run."""
     checkpoint = load_checkpoint(path)
     training = {f"training/{name}": value for name, value in checkpoint.training.items()}
     return digest(checkpoint.weights | training), checkpoint.info
@@ -119,11 +108,11 @@ def records(path: Path) -> list[dict[str, float]]:
 
 @pytest.fixture(scope="module")
 def compared(config, folder) -> dict[str, Any]:
-    """What two processes found: a whole run, runs without batch statistics, and how other runs of theirs ended."""
+    """Results of two processes: a whole run, its evaluation, runs without batch statistics, and runs that fail."""
     plain = replace(
         config,
         val_sets=(),
-        weights=str(folder / "whole" / LAST),  # with batch statistics that let signals through
+        weights=str(folder / "whole" / LAST),  # with batch statistics of trained weights
         lr=0.01,
         epochs=4,
         nominal_batch=16,
@@ -139,7 +128,7 @@ def compared(config, folder) -> dict[str, Any]:
         (folder / "VOC" / part).symlink_to(Path(config.devkit) / "Demo" / part)
     (folder / "VOC" / "ImageSets" / "Main" / "one.txt").write_text("train_0000\n")
     bad = replace(plain, run_dir=str(folder / "bad"))
-    mistakes = [
+    invalid = [
         replace(bad, batch_size=15),
         replace(bad, devkit=str(folder), train_sets=("VOC/one",)),
         replace(bad, train_sets=("VOC/none",)),
@@ -148,23 +137,24 @@ def compared(config, folder) -> dict[str, Any]:
     plan = {
         "whole": vars(config),
         "runs": {name: vars(own) for name, own in runs.items()},
-        "mistakes": [vars(own) for own in mistakes],
+        "invalid": [vars(own) for own in invalid],
+        "evaluation": vars(evaluation(config, folder, "two")),
         "stopped": vars(stopped),
     }
     (folder / "plan.json").write_text(json.dumps(plan))
-    run(WORKER, "compare", folder / "plan.json", folder / "found.pt", cwd=folder)
-    return {"configs": runs, **torch.load(folder / "found.pt", weights_only=True)}
+    out, _ = run(WORKER, "compare", folder / "plan.json", folder / "found.pt", cwd=folder)
+    return {"configs": runs, "out": out, **torch.load(folder / "found.pt", weights_only=True)}
 
 
 @pytest.fixture(scope="module")
 def whole(config, compared) -> Path:
-    """A run of two processes that nothing disturbs."""
+    """An uninterrupted run of two processes."""
     return Path(config.run_dir)
 
 
 @pytest.mark.parametrize("name", ["every batch a step", "two a step, thawing"])
 def test_two_processes_take_the_steps_of_one(compared, folder, monkeypatch, name):
-    """In float32 and without batch statistics, which each process has of its own images."""
+    """In float32 and without batch statistics, which each process computes over its own images."""
     monkeypatch.chdir(folder)
     config = compared["configs"][name]
     alone = replace(config, run_dir=str(folder / "one" / name))
@@ -176,31 +166,31 @@ def test_two_processes_take_the_steps_of_one(compared, folder, monkeypatch, name
     torch.testing.assert_close(two[:, ends, len(TERMS) :], one[:, ends, len(TERMS) :], atol=1e-3, rtol=1e-3)
     weights, others = (load_checkpoint(Path(own.run_dir) / LAST).weights for own in (config, alone))
     torch.testing.assert_close(weights, others, atol=1e-4, rtol=1e-3)
-    begin = load_checkpoint(config.weights).weights
-    torch.testing.assert_close(weights, begin, atol=0.2, rtol=0)  # where it came from
-    assert max(float((weights[key] - begin[key]).abs().max()) for key in weights) > 1e-3
+    initial = load_checkpoint(config.weights).weights
+    torch.testing.assert_close(weights, initial, atol=0.2, rtol=0)
+    assert max(float((weights[key] - initial[key]).abs().max()) for key in weights) > 1e-3
 
 
-def test_one_process_of_a_machine_decodes(compared, folder):
-    assert [found["decoded"] for found in compared["found"]] == [96 + 36, 0]  # to train on and to validate on
-    assert len(list((folder / "logs" / "cache").glob("*.images"))) == 3  # those, and of one image
+def test_one_process_decodes_for_all(compared, folder):
+    assert [found["decoded"] for found in compared["found"]] == [96 + 36, 0]  # training and validation images
+    assert len(list((folder / "logs" / "cache").glob("*.images"))) == 3  # and one of a single image
 
 
-def test_mistakes_end_every_process(compared, folder):
+def test_user_errors_end_every_process(compared, folder):
     for found in compared["found"]:
-        shared, few, none = found["mistakes"]
-        assert "96 images in batches of 15 cannot be shared by 2 processes; give a multiple of 2" in shared
-        assert "1 images in batches of 16 cannot be shared by 2 processes" in few
-        assert "there is no data set VOC/none" in none
+        uneven, few, missing = found["errors"]
+        assert "2 processes cannot share 96 images in batches of 15; give a multiple of 2" in uneven
+        assert "2 processes cannot share 1 images in batches of 16" in few
+        assert "VOC/none" in missing
 
 
-def test_a_signal_to_one_process_stops_the_validation_of_all(compared, folder):
+def test_signal_to_one_process_stops_validation_in_all(compared, folder):
     assert [found["stopped"] for found in compared["found"]] == [True, True]
     _, info = contents(folder / "stopped" / LAST)
     assert (info["epoch"], info["batch"]) == (0, 12)
 
 
-def test_the_first_process_alone_writes(whole):
+def test_only_the_first_process_writes(whole):
     names = {"batch_0.jpg", "batch_1.jpg", "config.json", "curves.png", "data.json", "metrics.jsonl", "run.lock"}
     assert {item.name for item in whole.iterdir()} == names | {
         BEST,
@@ -214,58 +204,46 @@ def test_the_first_process_alone_writes(whole):
     assert [record["epoch"] for record in records(whole)] == [1, 2]
 
 
-def test_accuracy_is_that_of_one_process(config, whole, folder, monkeypatch):
-    """Three batches are shared by two processes."""
-    settings = eval_script.Config(
-        weights=(str(whole / LAST),), devkit=config.devkit, sets=config.val_sets, out=str(folder / "eval"), device="cpu"
-    )
-    words = ["--weights", *settings.weights, "--devkit", settings.devkit, "--sets", *settings.sets, "--device", "cpu"]
-    out, _ = run(ROOT / "eval.py", *words, "--out", folder / "eval_two", cwd=folder)
-    assert out.count("on Same/train, Demo/val, Demo/test, 36 images") == 1
-    two = json.loads((folder / "eval_two" / "metrics.json").read_text())
+def evaluation(config: train.Config, folder: Path, name: str) -> eval_script.Config:
+    """The evaluation of the whole run, in three batches."""
+    weights, out = (str(Path(config.run_dir) / LAST),), str(folder / "eval" / name)
+    return eval_script.Config(weights=weights, devkit=config.devkit, sets=config.val_sets, out=out, device="cpu")
+
+
+def test_accuracy_equals_that_of_one_process(config, compared, whole, folder, monkeypatch):
+    two = json.loads((folder / "eval" / "two" / "metrics.json").read_text())
+    assert compared["out"].count("on Same/train, Demo/val, Demo/test, 36 images") == 1
     monkeypatch.chdir(folder)
-    eval_script.main(settings)
-    one = json.loads((folder / "eval" / "metrics.json").read_text())
-    assert two == one
+    eval_script.main(evaluation(config, folder, "one"))
+    assert two == json.loads((folder / "eval" / "one" / "metrics.json").read_text())
     last = records(whole)[-1]
     assert last["val/AP"] == two["coco"]["AP"] > 0
     assert last["val/mAP_area"] == two["voc"]["mAP_area"] > 0
 
 
-def test_a_lost_process_is_started_again(config, whole, folder):
-    """One is killed before the first checkpoint, then one after it: the third start goes on from there."""
+def test_restarted_processes_resume_the_run(config, whole, folder):
+    """One process is killed before the first checkpoint, then one after it."""
     again = replace(config, run_dir=str(folder / "killed"))
     out, errors = run("--max-restarts", "2", WORKER, "die", *flags(again), cwd=folder)
     assert out.count("a step of 16 images") == 3, errors
-    resumed = re.findall(r"resuming after epoch 0, batch (\d+)", out)
-    assert len(resumed) == 1, out
-    assert resumed[0] in ("2", "4")
+    assert re.findall(r"resuming after epoch 0, batch (\d+)", out) == ["2"], out
     assert [record["epoch"] for record in records(folder / "killed")] == [1, 2]
     assert contents(folder / "killed" / LAST) == contents(whole / LAST)
 
 
-def test_a_signal_to_torchrun_stops_all_with_a_checkpoint(config, whole, folder, monkeypatch):
+def test_signal_to_torchrun_stops_all_processes_with_a_checkpoint(config, whole, folder, monkeypatch):
     stopped = replace(config, run_dir=str(folder / "signalled"))
     last = folder / "signalled" / LAST
-    with torchrun(WORKER, "dawdle", *flags(stopped), cwd=folder) as process:
-        end = time.monotonic() + TIMEOUT
-        while not last.exists() and process.poll() is None and time.monotonic() < end:
-            time.sleep(0.05)
-        process.send_signal(signal.SIGTERM)
-        sent = time.monotonic()
-        out, errors = process.communicate(timeout=TIMEOUT)
-        assert time.monotonic() - sent < 10
-    assert process.returncode != 0
-    assert out.count("stopped; --resume --run-dir") == 1, errors
+    out, errors = run(WORKER, "terminate", *flags(stopped), cwd=folder, fails=True)
+    assert time.monotonic() - float(last.with_name("signalled").read_text()) < 10
+    assert out.count("stopped; to resume exactly where it stopped: --resume --run-dir") == 1, errors
     assert errors.count("stopped by SIGTERM") == 2
     _, info = contents(last)
-    assert info["epoch"] == 0
-    assert info["batch"] in (4, 6)
+    assert (info["epoch"], info["batch"]) == (0, 4)
     shutil.copytree(last.parent, folder / "alone")
     out, errors = run(ROOT / "train.py", "--resume", "--run-dir", last.parent, cwd=folder)
-    lines = out.splitlines()
-    begins = [
-        "resuming after epoch 0, batch",
+    starts = [
+        "resuming after epoch 0, batch 4 of the next",
         "training: 96 images",
         "YOLOv4-tiny",
         "96 images in logs/cache",
@@ -273,10 +251,9 @@ def test_a_signal_to_torchrun_stops_all_with_a_checkpoint(config, whole, folder,
         "epoch 1",
         "epoch 2",
         "done",
-        "what the best",
+        "report",
     ]
-    assert all(line.startswith(begin) for line, begin in zip(lines, begins, strict=True)), out
-    assert f" batch {info['batch']} " in lines[0]
+    assert all(line.startswith(start) for line, start in zip(out.splitlines(), starts, strict=True)), out
     assert "warning" not in (out + errors).lower()
     assert contents(last) == contents(whole / LAST)
     monkeypatch.chdir(folder)
@@ -285,8 +262,8 @@ def test_a_signal_to_torchrun_stops_all_with_a_checkpoint(config, whole, folder,
     assert contents(folder / "alone" / LAST)[1]["batch"] == 0
 
 
-def test_what_one_process_meets_ends_the_others(config, folder):
-    """The first one finds the folder in use, while the others wait for it."""
+def test_error_in_the_first_process_ends_the_others(config, folder):
+    """The first process finds the run folder in use, while the others wait for it."""
     busy = replace(config, run_dir=str(folder / "busy"))
     (folder / "busy").mkdir()
     started = time.monotonic()
@@ -296,31 +273,31 @@ def test_what_one_process_meets_ends_the_others(config, folder):
     assert len(re.findall(r"^error: another process is training in ", errors, re.MULTILINE)) == 1, errors
 
 
-def test_restarts_need_a_folder(monkeypatch, expect_failure):
+def test_restarts_need_a_run_folder(monkeypatch, expect_failure):
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "2")
     expect_failure(train, ["--device", "cpu"], "--max-restarts", "--run-dir")
 
 
-def test_a_restarted_process_takes_the_batch_size_of_the_run(config, whole):
-    """The command may have asked for what fits, or for more than there is. Another torchrun's run is not its own."""
-    began = (Path(config.run_dir) / "run.lock").read_text()
-    with pytest.raises(UserError, match="already holds a run"):
-        train.open_run(config, ProcessGroup(restarted=True, agent="another"))
-    for size in (0, 200):
-        own, checkpoint, log = train.open_run(
-            replace(config, batch_size=size), ProcessGroup(restarted=True, agent=began)
-        )
-        log.close()
-        assert own.batch_size == 16
-        assert checkpoint is not None
+def test_restarted_process_resumes_its_run_if_the_settings_agree(config, whole):
+    """Except for the batch size, which may have been 0 or larger than the data set."""
+    restarted = ProcessGroup(restarted=True)
+    for change, error in (({"batch_size": 0}, ""), ({"batch_size": 200}, ""), ({"epochs": 3}, "epochs is 2 in ")):
+        own = replace(config, **change)
+        expected = pytest.raises(UserError, match=error) if error else nullcontext()
+        with closing(train.open_run(own, restarted)) as run_folder, expected:
+            settings, checkpoint = train.resume_settings(own, train.changed_settings(own), run_folder, restarted)
+            assert settings.batch_size == 16
+            assert checkpoint is not None
+    with pytest.raises(UserError, match="already contains a run"):
+        train.open_run(config, ProcessGroup())
 
 
-def test_batch_norm_over_all_processes(config):
-    """It is there before the average and the optimizer are made, and changes no name in a checkpoint."""
-    spec = train.new_spec(config, {}, Diagnostics())
+def test_synchronised_batch_norm_keeps_all_names_in_a_checkpoint(config):
+    """The layers are converted before the average and the optimizer are created."""
+    spec, batching = train.new_spec(config, {}, Diagnostics()), Batching.plan(96, 16, 32)
     own, plain = (
-        train.build_trainer(
-            replace(config, sync_bn=sync), spec, 96, torch.device("cpu"), ProcessGroup(size=2), Progress(end=2)
+        build_trainer(
+            replace(config, sync_bn=sync), spec, batching, Progress(end=2), torch.device("cpu"), ProcessGroup(size=2)
         )
         for sync in (True, False)
     )
@@ -331,7 +308,6 @@ def test_batch_norm_over_all_processes(config):
     assert own.state.model.state_dict().keys() == plain.state.model.state_dict().keys()
     learning = {id(parameter) for group in own.state.optimizer.param_groups for parameter in group["params"]}
     assert learning == {id(parameter) for parameter in own.state.model.parameters()}
-    packed = [pack_training(trainer.state, spec) for trainer in (own, plain)]
-    assert packed[0].weights.keys() == packed[1].weights.keys()
-    assert packed[0].training.keys() == packed[1].training.keys()
+    assert own.snapshot.weights.keys() == plain.snapshot.weights.keys()
+    assert own.snapshot.training.keys() == plain.snapshot.training.keys()
     own.detector()(torch.zeros(64, 64, 3, dtype=torch.uint8).numpy())

@@ -1,4 +1,4 @@
-"""What the optimizer sees: groups, schedule, average, frozen parts."""
+"""Parameter groups, Muon, the schedule, the weight average and freezing."""
 
 import pytest
 import torch
@@ -8,7 +8,6 @@ from nets.spec import ModelSpec
 from nets.yolo import build_model
 from tests.conftest import ANCHORS
 from utils.training.optim import (
-    accumulation_steps,
     build_ema,
     build_optimizer,
     freeze_backbone,
@@ -16,9 +15,10 @@ from utils.training.optim import (
     orthogonalize,
     parameter_groups,
 )
+from utils.training.trainer import Batching
 
 
-def test_hidden_convolutions_are_orthogonal_and_norms_biases_and_gains_do_not_decay():
+def test_muon_trains_hidden_convolutions_and_norms_biases_and_gains_do_not_decay():
     model = build_model(ModelSpec(("a",), ANCHORS, phi=2))
     hidden, others, plain = parameter_groups(model, 1.0, 0.1)
     assert (hidden["weight_decay"], others["weight_decay"], plain["weight_decay"]) == (0.1, 0.05, 0.0)
@@ -34,7 +34,7 @@ def test_hidden_convolutions_are_orthogonal_and_norms_biases_and_gains_do_not_de
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("shape", [(32, 200), (200, 32), (40, 40)])
-def test_orthogonalize_keeps_directions_and_levels_their_sizes(monkeypatch, shape, dtype):
+def test_orthogonalize_keeps_singular_vectors_and_levels_singular_values(monkeypatch, shape, dtype):
     monkeypatch.setattr("utils.training.optim.choose_precision", lambda *_: dtype)
     torch.manual_seed(0)
     left, right = (torch.linalg.qr(torch.randn(side, 32))[0] for side in shape)
@@ -45,13 +45,13 @@ def test_orthogonalize_keeps_directions_and_levels_their_sizes(monkeypatch, shap
         assert (found - torch.diag(found.diagonal())).abs().max() < 0.15  # nothing goes into other directions
 
 
-def test_orthogonalize_bears_a_single_direction_and_none():
+def test_orthogonalize_accepts_rank_one_and_zero():
     matrix = torch.outer(torch.linspace(-1, 1, 64), torch.linspace(0, 1, 90))
     assert 0.9 < torch.linalg.matrix_norm(orthogonalize(matrix), 2) < 1.1
     assert not orthogonalize(torch.zeros(8, 20)).any()
 
 
-def test_a_step_of_muon_is_that_of_torch(monkeypatch):
+def test_muon_step_equals_that_of_torch(monkeypatch):
     """On 1x1 convolutions, which are matrices, with the same polynomials."""
     monkeypatch.setattr("torch.optim._muon._zeropower_via_newtonschulz", lambda matrix, *_: orthogonalize(matrix))
     torch.manual_seed(0)
@@ -104,6 +104,8 @@ def test_ema_horizon_follows_the_run():
     assert ema.module.weight.item() == pytest.approx(0.9 * 1 + 0.1 * 2)
 
 
-@pytest.mark.parametrize(("batch", "nominal", "steps"), [(16, 16, 1), (4, 16, 4), (32, 16, 1), (5, 16, 3)])
-def test_accumulation(batch, nominal, steps):
-    assert accumulation_steps(batch, nominal) == steps
+@pytest.mark.parametrize(
+    ("batch", "nominal", "steps"), [(16, 16, 1), (4, 16, 4), (32, 16, 1), (5, 16, 3), (8, 999, 12)]
+)
+def test_batches_are_accumulated_to_the_nominal_size(batch, nominal, steps):
+    assert Batching.plan(100, batch, nominal) == (batch, 100 // batch, steps)

@@ -1,11 +1,13 @@
-"""What the processes do that test_distributed starts with torchrun: python tests/training/worker.py TASK ARGUMENTS"""
+"""Tasks of the processes that test_distributed starts with torchrun: python tests/training/worker.py TASK ARGUMENTS"""
 
 import json
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from unittest.mock import patch
 
@@ -14,57 +16,67 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import eval as eval_script
 import train
 import utils.data.cache
+import utils.training.trainer
 from utils.system.cli import run_script
 from utils.system.distributed import ProcessGroup, join_process_group
 from utils.system.errors import UserError
 from utils.system.signals import Stopped, StopSignals
+from utils.training import engine
 from utils.training.batch_size import TRIAL_STEPS
-from utils.training.trainer import TrainingState
+from utils.training.run_folder import RunFolder
+from utils.training.trainer import Trainer
+from utils.training.training_state import TrainingState
 from utils.weights.checkpoint import LAST
 
 
+def train_directly(config: train.Config, group: ProcessGroup, stop: StopSignals | None = None) -> Path:
+    """Train in a process group that exists already."""
+    return train.train(config, train.changed_settings(config), stop or StopSignals(), group)
+
+
 def evaluating(module: nn.Module, _: bool = True) -> nn.Module:
-    """In place of `train`: stay in eval mode, in which no image of a batch depends on the others."""
+    """Replaces `train`: stay in eval mode, in which the images of a batch do not depend on each other."""
     return nn.Module.train(module, False)
 
 
 def train_recorded(config: train.Config, group: ProcessGroup) -> Tensor:
-    """A run without batch statistics; returns what each batch gave, (epochs, batches, columns)."""
+    """Train without batch statistics; returns the losses of each batch, (epochs, batches, COLUMNS)."""
     rows = []
-    real = train.mean_losses
+    real = engine.mean_losses
 
-    def record(trainer: train.Trainer) -> dict[str, float]:
+    def record(trainer: Trainer) -> dict[str, float]:
         rows.append(trainer.state.losses.clone())
         return real(trainer)
 
     def sgd(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.Optimizer:
-        """With which small differences stay small, unlike with Muon, which works in bf16."""
+        """With SGD small differences stay small, unlike with Muon, which computes in bf16."""
         return torch.optim.SGD(model.parameters(), lr, momentum=0.9, nesterov=True, weight_decay=weight_decay)
 
     with (
-        patch.object(train, "build_optimizer", sgd),
+        patch.object(utils.training.trainer, "build_optimizer", sgd),
         patch.object(nn.BatchNorm2d, "train", evaluating),
-        patch.object(train, "mean_losses", record),
+        patch.object(engine, "mean_losses", record),
         StopSignals() as stop,
     ):
-        train.train(config, stop, group)
+        train_directly(config, group, stop)
     return torch.stack(rows)
 
 
-def mistake(config: train.Config, group: ProcessGroup) -> str:
-    """The sentence that a run ends with."""
+def find_error(config: train.Config, group: ProcessGroup) -> str:
+    """The message of the error that a run ends with."""
     try:
-        train.train(config, StopSignals(), group)
+        train_directly(config, group)
     except UserError as error:
         return str(error)
     return ""
 
 
 def stop_in_validation(config: train.Config, group: ProcessGroup) -> bool:
-    """Whether a signal that only the last process gets while it validates stops this one."""
-    real = train.validate
+    """Whether a signal to the last process during validation stops this process."""
+    real = engine.validate
     stop = StopSignals()
 
     def validate(*arguments: object) -> object:
@@ -72,16 +84,16 @@ def stop_in_validation(config: train.Config, group: ProcessGroup) -> bool:
             stop.receive(signal.SIGTERM, None)
         return real(*arguments)
 
-    with patch.object(train, "validate", validate):
+    with patch.object(engine, "validate", validate):
         try:
-            train.train(config, stop, group)
+            train_directly(config, group, stop)
         except Stopped:
             return True
     return False
 
 
 def compare(plan: str, out: str) -> None:
-    """A whole run, runs to compare with those of one process, and ends of runs; writes what all processes found."""
+    """Train, evaluate, train the runs to compare and those that fail; writes what all processes found."""
     parts = json.loads(Path(plan).read_text())
     decoded = []
     real = utils.data.cache.load_sample
@@ -91,18 +103,29 @@ def compare(plan: str, out: str) -> None:
         return real(sample, **others)
 
     with patch.object(utils.data.cache, "load_sample", load_sample), join_process_group(torch.device("cpu")) as group:
-        train.train(train.Config(**parts["whole"]), StopSignals(), group)
+        train_directly(train.Config(**parts["whole"]), group)
+        with patch.object(eval_script, "join_process_group", lambda _: nullcontext(group)):
+            eval_script.main(eval_script.Config(**parts["evaluation"]))
         losses = {name: train_recorded(train.Config(**own), group) for name, own in parts["runs"].items()}
         count = len(decoded)
-        mistakes = [mistake(train.Config(**own), group) for own in parts["mistakes"]]
+        errors = [find_error(train.Config(**own), group) for own in parts["invalid"]]
         stopped = stop_in_validation(train.Config(**parts["stopped"]), group)
-        found = group.all_gather({"decoded": count, "mistakes": mistakes, "stopped": stopped})
+        found = group.all_gather({"decoded": count, "errors": errors, "stopped": stopped})
     if group.is_main:
         torch.save({"losses": losses, "found": found}, out)
 
 
+save_checkpoints = RunFolder.save_checkpoints
+
+
+def save_and_wait(run: RunFolder, *checkpoints: object) -> None:
+    """Replaces `RunFolder.save_checkpoints`: save before training continues."""
+    save_checkpoints(run, *checkpoints)
+    run.finish_saving()
+
+
 def act_after_steps(act: Callable[[int], None]) -> None:
-    """Train as the command line says, and call `act` after each step with its number, from 1."""
+    """Train with the settings of the command line, and call `act` after each step with its number, from 1."""
     real = TrainingState.step
     number = -TRIAL_STEPS
 
@@ -113,7 +136,7 @@ def act_after_steps(act: Callable[[int], None]) -> None:
         if number > 0:
             act(number)
 
-    with patch.object(TrainingState, "step", step):
+    with patch.object(TrainingState, "step", step), patch.object(RunFolder, "save_checkpoints", save_and_wait):
         run_script(train.main, train.Config)
 
 
@@ -121,14 +144,8 @@ def last_checkpoint() -> Path:
     return Path(sys.argv[sys.argv.index("--run-dir") + 1]) / LAST
 
 
-def synchronize(path: Path) -> None:
-    """Until it is written, which the first process does in a thread."""
-    while not path.exists():
-        time.sleep(0.01)
-
-
 def die() -> None:
-    """Lose the last process before the first checkpoint, the first one after it, and then none."""
+    """Kill the last process before the first checkpoint, on the second attempt the first one after it."""
     attempt, rank, size = (int(os.environ[name]) for name in ("TORCHELASTIC_RESTART_COUNT", "RANK", "WORLD_SIZE"))
     last = last_checkpoint()
 
@@ -137,24 +154,32 @@ def die() -> None:
             assert not last.exists()
             os.kill(os.getpid(), signal.SIGKILL)
         if attempt == 1 and rank == 0 and number == 2:
-            synchronize(last)
+            assert last.exists()
             os.kill(os.getpid(), signal.SIGKILL)
 
     act_after_steps(act)
 
 
-def dawdle() -> None:
-    """Take long for each step after the first checkpoint, so that a signal comes in one."""
-    last = last_checkpoint()
+def terminate() -> None:
+    """Send SIGTERM to torchrun after the second step, and write the time; each process waits until the signal came."""
+    received = threading.Event()
+    receive = StopSignals.receive
+
+    def receive_and_tell(stop: StopSignals, *arguments: object) -> None:
+        receive(stop, *arguments)
+        received.set()
 
     def act(number: int) -> None:
-        if number > 1:
-            synchronize(last)
-            time.sleep(1)
+        if number == 2:
+            if int(os.environ["RANK"]) == 0:
+                last_checkpoint().with_name("signalled").write_text(str(time.monotonic()))
+                os.kill(os.getppid(), signal.SIGTERM)
+            assert received.wait(60)
 
-    act_after_steps(act)
+    with patch.object(StopSignals, "receive", receive_and_tell):
+        act_after_steps(act)
 
 
 if __name__ == "__main__":
-    task = {"compare": compare, "die": die, "dawdle": dawdle}[sys.argv.pop(1)]
+    task = {"compare": compare, "die": die, "terminate": terminate}[sys.argv.pop(1)]
     task(*sys.argv[1:]) if task is compare else task()

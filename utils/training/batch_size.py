@@ -4,8 +4,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
 from math import ceil
 from typing import Any
 
@@ -32,14 +31,6 @@ OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_
 VALIDATION_COST = 0.5  # of an image, relative to a training step, in the estimate of the duration
 
 
-@dataclass(frozen=True)
-class Trial:
-    """The cost of some steps."""
-
-    seconds: float  # per step
-    memory: int  # peak in bytes, of the GPU or resident of the whole process
-
-
 def resolve_batch_size(
     settings: Any, spec: ModelSpec, cache: ImageCache, device: torch.device, group: ProcessGroup
 ) -> int:
@@ -53,8 +44,7 @@ def resolve_batch_size(
             raise UserError("batch_size 0 picks the largest that fits into a GPU; on the CPU give a number, such as 8")
         eager = replace(settings, compile="off")
         probe = build_trainer(eager, spec, Batching(1, len(cache), 1), Progress(end=1), device, ProcessGroup())
-        largest = find_largest_batch(probe, max_objects(cache), len(cache) // group.size)
-        size = group.size * min(group.all_gather(largest))
+        size = group.size * min(group.all_gather(find_largest_batch(probe, cache, len(cache) // group.size)))
         group.print_once(f"batch size {size} fits; an epoch has {len(cache) // size} batches, which should be many")
     if size % group.size or len(cache) < group.size:
         raise UserError(
@@ -62,11 +52,6 @@ def resolve_batch_size(
             f"{group.size} as --batch-size, and at least as many images"
         )
     return min(size, len(cache)) // group.size * group.size
-
-
-def max_objects(cache: ImageCache) -> int:
-    """The most objects that an augmented image can have."""
-    return 2 * cache.labels.shape[1]
 
 
 def dry_run(trainer: Trainer, settings: Any, data: RunData) -> None:
@@ -80,15 +65,14 @@ def dry_run(trainer: Trainer, settings: Any, data: RunData) -> None:
     with explain_out_of_memory(batch_size, trainer.spec.input_size):
         for frozen in (False, True) if compile_frozen else (False,):
             trainer.set_mode(frozen)
-            step = partial(trainer.step_on_blank_batch, batch_size // trainer.group.size, max_objects(data.train))
-            trials.append(try_steps(step, trainer.device))
+            trials.append(try_steps(trainer, batch_size // trainer.group.size, data.train))
     trainer.roll_back()
     height, width = trainer.spec.input_size
-    epochs, seconds = progress.end - progress.epoch, trials[0].seconds
+    epochs, (seconds, memory) = progress.end - progress.epoch, trials[0]
     validated = len(data.val) * ceil(epochs / settings.eval_every) * VALIDATION_COST if data.val else 0
     duration = format_duration(seconds / batch_size * (epochs * len(data.train) + validated))
     trainer.group.print_once(
-        f"a step of {batch_size} images at {height}x{width} takes {seconds:.3f} s and {trials[0].memory / 1e9:.1f} GB; "
+        f"a step of {batch_size} images at {height}x{width} takes {seconds:.3f} s and {memory / 1e9:.1f} GB; "
         f"estimated training time {duration}"
     )
 
@@ -104,19 +88,22 @@ def format_duration(seconds: float) -> str:
     return f"{minutes} min {seconds} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def try_steps(step: Callable[[], None], device: torch.device) -> Trial:
-    """Run a step several times; raises torch.OutOfMemoryError or RuntimeError if memory runs out."""
+def try_steps(trainer: Trainer, images: int, cache: ImageCache) -> tuple[float, int]:
+    """Run steps on blank images; returns the seconds per step and the peak memory in bytes.
+
+    Raises torch.OutOfMemoryError or RuntimeError if memory runs out.
+    """
+    device, objects = trainer.device, 2 * cache.labels.shape[1]  # the most that an augmented image can have
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-    step()
+    trainer.step_on_blank_batch(images, objects)
     synchronize(device)
     started = time.perf_counter()
     for _ in range(TRIAL_STEPS - 1):
-        step()
+        trainer.step_on_blank_batch(images, objects)
     synchronize(device)
-    seconds = (time.perf_counter() - started) / (TRIAL_STEPS - 1)
-    return Trial(seconds, peak_memory(device))
+    return (time.perf_counter() - started) / (TRIAL_STEPS - 1), peak_memory(device)
 
 
 def peak_memory(device: torch.device) -> int:
@@ -129,22 +116,18 @@ def peak_memory(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else 1024 * peak
 
 
-def find_largest_batch(trainer: Trainer, objects: int, max_size: int) -> int:
-    """The most images, up to `max_size`, whose step fits into the GPU; changes the trainer's state.
-
-    Raises UserError if not even one image fits.
-    """
+def find_largest_batch(trainer: Trainer, cache: ImageCache, max_size: int) -> int:
+    """The most images, up to `max_size`, whose step fits into the GPU; changes the trainer's state."""
     total = torch.cuda.get_device_properties(trainer.device).total_memory
     trainer.set_mode(frozen=False)
 
     def fits(images: int) -> bool:
         try:
-            trial = try_steps(partial(trainer.step_on_blank_batch, images, objects), trainer.device)
+            return try_steps(trainer, images, cache)[1] < MEMORY_SHARE * total
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             return False
-        return trial.memory < MEMORY_SHARE * total
 
     return search_largest(fits, max_size)
 

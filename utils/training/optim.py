@@ -1,4 +1,4 @@
-"""Parameter groups, learning-rate schedule, weight average and freezing."""
+"""The optimizer, the learning-rate schedule, the weight average and freezing of the backbone."""
 
 import copy
 from collections.abc import Callable
@@ -16,12 +16,12 @@ from nets.darknet53_tiny import BasicConv
 from nets.yolo import YoloBody
 from utils.system.device import choose_precision
 
-FINAL_LR_SHARE = 0.01  # of the peak learning rate, at the end of the cosine
+FINAL_LR_SHARE = 0.01  # learning rate at the end of the cosine, relative to the peak
 ADAM_BETAS = (0.9, 0.999)
-ADAM_LR, ADAM_DECAY = 0.15, 0.5  # of the learning rate and the weight decay of Muon, for what AdamW trains
+ADAM_LR, ADAM_DECAY = 0.15, 0.5  # learning rate and weight decay of AdamW, relative to those of Muon
 MUON_MOMENTUM = 0.95
-POLAR_EXPRESS = (  # a, b, c of odd polynomials ax + bx^3 + cx^5 that one after the other take 0.0075..1 to 0.93..1.03
-    (7.9561, -21.9821, 15.3236),  # all but the last divided by 1.03, against rounding in bf16
+POLAR_EXPRESS = (  # a, b, c of odd polynomials ax + bx^3 + cx^5; applied in turn, they map 0.0075..1 to 0.93..1.03
+    (7.9561, -21.9821, 15.3236),  # all but the last are divided by 1.03, to allow for rounding in bf16
     (3.6592, -2.5781, 0.4722),
     (2.7921, -1.9672, 0.407),
     (2.0285, -1.4117, 0.3915),
@@ -29,14 +29,11 @@ POLAR_EXPRESS = (  # a, b, c of odd polynomials ax + bx^3 + cx^5 that one after 
 
 
 def parameter_groups(model: nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-    """Hidden convolutions, which learn by Muon; other weights; and biases, norms and attention gains without decay.
-
-    Hidden are those between the image and the heads' outputs, without the attention blocks.
-    """
+    """Hidden convolutions for Muon; for AdamW, other weights, and biases, norms and gains without decay."""
     convolutions = [module.conv for module in model.modules() if isinstance(module, BasicConv)]
-    hidden = [conv.weight for conv in convolutions if conv.in_channels > 3]
-    known = set(map(id, hidden))
-    weights = [value for value in model.parameters() if value.ndim > 1 and id(value) not in known]
+    hidden = [conv.weight for conv in convolutions if conv.in_channels > 3]  # all but the first
+    hidden_ids = set(map(id, hidden))
+    weights = [value for value in model.parameters() if value.ndim > 1 and id(value) not in hidden_ids]
     plain = [value for value in model.parameters() if value.ndim <= 1]
     return [
         {"params": hidden, "lr": lr, "weight_decay": weight_decay, "orthogonal": True},
@@ -48,13 +45,13 @@ def parameter_groups(model: nn.Module, lr: float, weight_decay: float) -> list[d
 class Muon(AdamW):
     """Muon (kellerjordan.github.io/posts/muon) for `orthogonal` groups, AdamW (arXiv 1711.05101) for the others.
 
-    Muon steps along the momentum of a weight's gradient after bringing all its singular values near 1, so that the
-    weight learns in every direction at once. torch's own Muon takes only matrices, and would need an AdamW beside it.
+    Muon orthogonalizes the momentum of a weight's gradient, so that the weight learns equally in all directions.
+    torch.optim.Muon accepts only matrices, and would need a separate AdamW.
     """
 
     def __init__(self, groups: list[dict[str, Any]]) -> None:
         super().__init__(groups, betas=ADAM_BETAS, fused=True)
-        self._step_supports_amp_scaling = False  # for fp16 the gradients come unscaled, and are known to be finite
+        self._step_supports_amp_scaling = False  # GradScaler unscales and checks the gradients itself
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -62,35 +59,35 @@ class Muon(AdamW):
             for weight in group["params"] if group["orthogonal"] else ():
                 if weight.grad is not None:
                     self.step_orthogonal(weight, group["lr"], group["weight_decay"])
-                    weight.grad = None  # so that AdamW leaves it alone
+                    weight.grad = None  # AdamW skips it
         super().step(closure)
 
     def step_orthogonal(self, weight: Tensor, lr: float, weight_decay: float) -> None:
-        """Muon's step of a convolution's weight (O, I, H, W), a matrix of O rows."""
+        """Update the weight (O, I, H, W) of a convolution as a matrix (O, H * W * I)."""
         state = self.state[weight]
         if not state:
-            state["step"] = torch.zeros((), device=weight.device)  # which AdamW expects in every state
+            state["step"] = torch.zeros((), device=weight.device)  # AdamW requires it
             state["momentum"] = torch.zeros_like(weight)
         state["step"] += 1
         state["momentum"].lerp_(weight.grad, 1 - MUON_MOMENTUM)
-        update = weight.grad.lerp(state["momentum"], MUON_MOMENTUM)  # Nesterov's
-        matrix = update.permute(0, 2, 3, 1).flatten(1)  # a view, of channels-last weights
+        update = weight.grad.lerp(state["momentum"], MUON_MOMENTUM)  # Nesterov momentum
+        matrix = update.permute(0, 2, 3, 1).flatten(1)  # a view of channels-last weights
         step = orthogonalize(matrix).view(update.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2)
         scale = max(1.0, len(matrix) / matrix.shape[1]) ** 0.5
         weight.mul_(1 - lr * weight_decay).add_(step, alpha=-lr * scale)
 
 
 def orthogonalize(matrix: Tensor) -> Tensor:
-    """A matrix (R, C) with its singular values brought near 1; in half precision where the hardware has it.
+    """Bring the singular values of a matrix (R, C) near 1, by the polynomials of Polar Express (arXiv 2505.16932).
 
-    By the polynomials of Polar Express (arXiv 2505.16932), each the best for what those before it leave. After the
-    first has lifted the small singular values, the others only need the Gram matrix (R, R), which is faster.
+    Computed in bf16 if the hardware supports it. After the first polynomial has raised the small singular values, the
+    others can be applied to the Gram matrix (R, R), which is faster.
     """
     if len(matrix) > matrix.shape[1]:
         return orthogonalize(matrix.T).T
     wide = (matrix / (matrix.norm() + 1e-7)).to(choose_precision("auto", matrix.device))
     gram = wide @ wide.T
-    bound = gram.norm() + 1e-7  # of the squares of the singular values
+    bound = gram.norm() + 1e-7  # of the squared singular values
     wide, gram = wide * bound.rsqrt(), gram / bound
     (a, b, c), *others = POLAR_EXPRESS
     wide = torch.addmm(wide, torch.addmm(gram, gram, gram, beta=b, alpha=c), wide, beta=a)
@@ -105,12 +102,12 @@ def orthogonalize(matrix: Tensor) -> Tensor:
 
 
 def build_optimizer(model: nn.Module, lr: float, weight_decay: float) -> Muon:
-    """Muon with AdamW, for a network of `nets`."""
+    """Muon with AdamW for a `YoloBody`."""
     return Muon(parameter_groups(model, lr, weight_decay))
 
 
 def lr_factor(total_steps: int, warmup_steps: int) -> Callable[[int], float]:
-    """Step -> learning rate as a share of its peak: a linear warm-up, then a cosine."""
+    """The learning-rate schedule, step -> factor of the peak: linear warm-up times a cosine."""
 
     def factor(step: int) -> float:
         warmup = min(1.0, (step + 1) / max(1, warmup_steps))
@@ -121,9 +118,9 @@ def lr_factor(total_steps: int, warmup_steps: int) -> Callable[[int], float]:
 
 
 class WeightAverage:
-    """An exponential moving average of weights and buffers, held by a copy of the network, `module`.
+    """An exponential moving average of weights and buffers, in `module`.
 
-    The arithmetic is torch.optim.swa_utils', whose AveragedModel has the host wait for a GPU at every update.
+    Computed by torch.optim.swa_utils, whose AveragedModel would synchronise with the GPU at every update.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -133,7 +130,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """Take a step towards the model's weights; the first time, and counters always, are copied."""
+        """Move towards the weights of the model; integers, and at the first update all values, are copied."""
         own, new = ([*module.parameters(), *module.buffers()] for module in (self.module, model))
         floats = [value.is_floating_point() and self.updates > 0 for value in own]
         if self.updates:
@@ -144,17 +141,12 @@ class WeightAverage:
 
 
 def build_ema(model: nn.Module, total_steps: int, share: float) -> WeightAverage:
-    """An average whose horizon is a share of the run's steps."""
+    """A weight average whose horizon is a share of the total steps."""
     return WeightAverage(model, decay=1 - 1 / max(2, ceil(total_steps * share)))
 
 
 def freeze_backbone(model: YoloBody, frozen: bool) -> None:
-    """Freeze or free the backbone; a frozen one keeps its batch-norm statistics too. Call after `model.train()`."""
+    """Freeze or unfreeze the backbone with its batch-norm statistics; call it after `model.train()`."""
     model.backbone.requires_grad_(not frozen)
     if frozen:
         model.backbone.eval()
-
-
-def accumulation_steps(batch_size: int, nominal_batch: int) -> int:
-    """How many batches make one step of the optimizer, so that it sees about `nominal_batch` images."""
-    return max(1, round(nominal_batch / batch_size))

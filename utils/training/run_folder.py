@@ -75,9 +75,8 @@ class RunFolder:
         self.board.flush()
 
     def log_histograms(self, values: dict[str, np.ndarray], epoch: int) -> None:
-        """Distributions for TensorBoard."""
-        if not self.read_only:
-            self.attempt(self.write_histograms, values, epoch)
+        """Log distributions to TensorBoard."""
+        self.attempt(self.write_histograms, values, epoch)
 
     def write_histograms(self, values: dict[str, np.ndarray], epoch: int) -> None:
         for name, numbers in values.items():
@@ -85,8 +84,7 @@ class RunFolder:
 
     def save_picture(self, name: str, draw: Callable[[], np.ndarray], epoch: int) -> None:
         """Save an RGB picture (H, W, 3) as a file and in TensorBoard."""
-        if not self.read_only:
-            self.attempt(self.write_picture, name, draw, epoch)
+        self.attempt(self.write_picture, name, draw, epoch)
 
     def write_picture(self, name: str, draw: Callable[[], np.ndarray], epoch: int) -> None:
         image = draw()
@@ -96,7 +94,8 @@ class RunFolder:
     def attempt(self, write: Callable[..., None], *arguments: Any) -> None:
         """Write something that training can do without; only the first failure is reported."""
         try:
-            write(*arguments)
+            if not self.read_only:
+                write(*arguments)
         except Exception as error:
             if not self.warned:
                 text = f"warning: cannot write TensorBoard events, curves or pictures ({error!r}); training continues"

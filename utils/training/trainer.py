@@ -23,7 +23,7 @@ from utils.inference.detector import Detector
 from utils.system.device import autocast, choose_compile, choose_precision
 from utils.system.distributed import ProcessGroup
 from utils.system.errors import UserError
-from utils.training.optim import accumulation_steps, build_ema, build_optimizer, freeze_backbone, lr_factor
+from utils.training.optim import build_ema, build_optimizer, freeze_backbone, lr_factor
 from utils.training.training_state import Progress, TrainingState
 from utils.weights.checkpoint import Checkpoint
 
@@ -42,7 +42,7 @@ class Batching(NamedTuple):
     def plan(cls, num_images: int, batch_size: int, nominal_batch: int) -> "Batching":
         """Accumulate batches until an optimizer step sees about `nominal_batch` images."""
         batches = num_images // batch_size
-        return cls(batch_size, batches, min(accumulation_steps(batch_size, nominal_batch), batches))
+        return cls(batch_size, batches, min(max(1, round(nominal_batch / batch_size)), batches))
 
 
 @dataclass

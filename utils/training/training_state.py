@@ -52,10 +52,7 @@ def read_progress(checkpoint: Checkpoint) -> Progress:
 
 
 def find_progress(checkpoint: Checkpoint, extend: int, patience: int, group: ProcessGroup) -> Progress:
-    """The progress to resume from, extended by `extend` epochs if the run has finished.
-
-    Raises UserError for an unfinished run that is to be extended.
-    """
+    """The progress to resume from; raises UserError if a run is to be extended that has not finished."""
     progress = read_progress(checkpoint)
     if progress.is_finished(patience):
         end = progress.epoch + extend

@@ -136,7 +136,7 @@ def check_size(path: Path, size: int, header: int, layers: Sequence[Layer]) -> N
     if size > ends[-1]:
         raise UserError(
             f"{path} has {size - ends[-1]:,} bytes more than this network ({ends[-1]:,}); it has extra bytes at "
-            "the end, or is made for more classes"
+            "the end, or was made for more classes"
         )
 
 

@@ -75,7 +75,7 @@ def read_state_dict(path: Path, diagnostics: Diagnostics) -> dict[str, Tensor]:
     ):
         raise UserError(f"{path} is not a state dict; use a file written by torch.save(model.state_dict(), path)")
     if any(name.startswith(DATA_PARALLEL) for name in loaded):
-        diagnostics.record_repair(path, f"has parameter names with the prefix {DATA_PARALLEL}, which is removed")
+        diagnostics.record_repair(path, f"has names with the prefix {DATA_PARALLEL} of DataParallel, which is removed")
     return {standard_name(name): value for name, value in loaded.items()}
 
 

@@ -1,0 +1,79 @@
+"""Dry runs leave no trace, and batches that do not fit into memory are reported."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import train
+from tests.conftest import small_run
+from utils.system.diagnostics import Diagnostics
+from utils.system.distributed import ProcessGroup
+from utils.system.errors import UserError
+from utils.training import batch_size, engine
+from utils.training.batch_size import dry_run, format_duration, search_largest
+from utils.training.trainer import Batching, build_trainer
+from utils.training.training_state import Progress
+from utils.weights.checkpoint import digest
+
+
+@pytest.fixture(scope="module")
+def config(devkit) -> train.Config:
+    return small_run(devkit, epochs=2, batch_size=8, eval_every=1, precision="fp32")
+
+
+def test_dry_run_restores_the_state(config, capsys):
+    spec, device = train.new_spec(config, {}, Diagnostics()), torch.device("cpu")
+    trainer = build_trainer(config, spec, Batching.plan(24, 8, 8), Progress(end=2), device, ProcessGroup())
+    data = train.load_data(config, spec, device, ProcessGroup(), Diagnostics())
+    before = trainer.snapshot
+    dry_run(trainer, config, data)
+    after = trainer.state.take_snapshot(spec)
+    assert (digest(before.weights), digest(before.training)) == (digest(after.weights), digest(after.training))
+    assert before.info == after.info
+    printed = capsys.readouterr().out
+    assert "a step of 8 images at 64x64 takes" in printed
+    assert " GB; estimated training time " in printed
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.4, "0 s"), (29.4, "29 s"), (59.6, "1 min 0 s"), (150, "2 min 30 s"), (4321, "1 h 12 min")]
+)
+def test_formats_durations(seconds, text):
+    assert format_duration(seconds) == text
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("can't allocate memory")])
+@pytest.mark.parametrize(("module", "name"), [(batch_size, "try_steps"), (engine, "train_one_epoch")])
+def test_out_of_memory_error_suggests_a_batch_size(config, tmp_path, monkeypatch, error, module, name):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(module, name, fail)
+    with pytest.raises(UserError, match="a batch of 8 images at 64x64 does not fit into memory; try --batch-size 4"):
+        train.main(replace(config, run_dir=str(tmp_path / "run")))
+
+
+@pytest.mark.parametrize(
+    ("max_size", "limit", "expected"),
+    [(1000, 300, 296), (1000, 6, 4), (1000, 1, 1), (50, 300, 48), (7, 300, 4), (64, 64, 64)],
+)
+def test_finds_the_largest_batch(max_size, limit, expected):
+    tried = []
+
+    def fits(size):
+        tried.append(size)
+        return size <= limit
+
+    assert search_largest(fits, max_size) == expected
+    assert max(tried) <= max_size
+
+
+def test_reports_that_not_even_one_image_fits():
+    with pytest.raises(UserError, match="not even one image fits"):
+        search_largest(lambda _: False, 10)
+
+
+def test_batch_size_0_needs_a_gpu(config, tmp_path):
+    with pytest.raises(UserError, match="on the CPU give a number"):
+        train.main(replace(config, batch_size=0, run_dir=str(tmp_path)))

@@ -1,0 +1,90 @@
+"""The training loop stops early, compiles once, and never waits for the GPU within a step."""
+
+import json
+import logging
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+import train
+from tests.conftest import small_run
+from utils.system.diagnostics import Diagnostics
+from utils.system.distributed import ProcessGroup
+from utils.training import engine
+from utils.training.trainer import Batching, build_trainer
+from utils.training.training_state import Progress
+from utils.weights.checkpoint import load_checkpoint
+
+
+@pytest.fixture(scope="module")
+def config(devkit) -> train.Config:
+    return small_run(devkit, epochs=2, batch_size=8, eval_every=1, precision="fp32")
+
+
+def records(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_stops_early_and_can_be_extended(config, tmp_path, monkeypatch, capsys):
+    validate, found = engine.validate, iter([0.1, 0.3, 0.2, 0.3, 0.2, 0.5])
+
+    def validate_with_fixed_ap(*arguments):
+        values, metrics = validate(*arguments)
+        return values | {"val/AP": next(found)}, metrics
+
+    monkeypatch.setattr(engine, "validate", validate_with_fixed_ap)
+    folder = train.main(replace(config, epochs=6, patience=2, run_dir=str(tmp_path / "a")))
+    assert [record["val/AP"] for record in records(folder)] == [0.1, 0.3, 0.2, 0.3]
+    assert "stopped early after 2 validations without improvement" in capsys.readouterr().out
+    train.main(train.Config(run_dir=str(folder), resume=True))
+    assert "the run has finished after 4 epochs" in capsys.readouterr().out
+    train.main(train.Config(run_dir=str(folder), resume=True, extend=1))
+    assert len(records(folder)) == 5
+    assert load_checkpoint(folder / "last.safetensors").info["start"] == 4
+
+
+def test_compiles_once_and_trains_like_eager(config, tmp_path, monkeypatch):
+    """With a compiler backend that does nothing, to count how often it is called."""
+    monkeypatch.setattr(logging.getLogger("torch.__trace"), "handlers", [])  # pytest would keep all of its output
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda *args, **named: compile_module(*args, **named, backend="eager")
+    )
+    dry_run, counts = train.dry_run, []
+
+    def count_graphs(*arguments):
+        counters.clear()
+        dry_run(*arguments)
+        counts.append(counters["stats"]["unique_graphs"])
+
+    monkeypatch.setattr(train, "dry_run", count_graphs)
+    settings = replace(config, compile="on", batch_size=2)
+    folder = train.main(replace(settings, run_dir=str(tmp_path / "a")))
+    assert counts == [2]  # the network and the loss
+    assert counters["stats"]["unique_graphs"] == counts[0]
+    eager = train.main(replace(settings, compile="off", run_dir=str(tmp_path / "b")))
+    for ours, theirs in zip(records(folder), records(eager), strict=True):
+        assert ours["train/loss"] == pytest.approx(theirs["train/loss"], abs=1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("place", ["device", "ram"])
+def test_step_does_not_wait_for_the_gpu(config, place):
+    config = replace(config, device="cuda", compile="off", precision="bf16", mosaic=0.5, cache=place)
+    device, group = torch.device("cuda", 0), ProcessGroup()
+    spec = train.new_spec(config, {}, Diagnostics())
+    trainer = build_trainer(config, spec, Batching.plan(24, 8, 8), Progress(end=2), device, group)
+    batches = engine.epoch_batches(trainer, config, train.load_data(config, spec, device, group, Diagnostics()))
+    trainer.set_mode(frozen=False)
+    try:
+        for number, data in enumerate(batches.load([0, 1, 2, 0, 1, 2], device)):
+            trainer.state.losses[number % 3] = trainer.backward(*data)
+            trainer.state.step()
+            torch.cuda.set_sync_debug_mode("error" if number >= 2 else "default")  # the first steps allocate
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert trainer.check_batches(batches, 3)
