@@ -16,7 +16,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from utils.data.voc import split_file
 from utils.system.cli import run_script
 from utils.system.download import RemoteFile, download, extract_tar
-from utils.system.errors import make_folder
 
 Part = Literal["2007", "2007-test", "2012"]
 LAST = "ImageSets/Main"  # extracted last, so that a split file proves that its images are complete
@@ -33,8 +32,8 @@ class Config:
 
 
 def main(config: Config) -> None:
+    """Download and extract the parts that are not complete yet."""
     devkit = Path(config.devkit)
-    make_folder(devkit)
     for part in config.parts:
         split = SPLITS[part]
         if split_file(devkit, split).is_file():
@@ -42,8 +41,7 @@ def main(config: Config) -> None:
             continue
         about = DATASET_YEAR_DICT[part]
         archive = download(RemoteFile(about["url"], f"md5:{about['md5']}").at_mirror(config.mirror), devkit)
-        folder = split.partition("/")[0]
-        extract_tar(archive, devkit / folder, about["base_dir"], LAST)
+        extract_tar(archive, devkit / split.partition("/")[0], about["base_dir"], LAST)
         archive.unlink()
         print(f"{split} is complete")
 

@@ -21,12 +21,12 @@ from utils.weights.pretrained import read_weights
 DARKNET = "https://github.com/AlexeyAB/darknet/releases/download/darknet_yolo_v4_pre"
 PYTORCH = "https://github.com/bubbliiiing/yolov4-tiny-pytorch/releases/download/v1.0"
 SHA256 = "sha256:cf9fbfd0f6d4869b35762f56100f50ed05268084078805f0e7989efe5bb8ca87"
-FILES = (  # checksums have been published for the first only
+FILES = (  # a checksum has been published for the first only
     RemoteFile(f"{DARKNET}/yolov4-tiny.weights", SHA256),
     RemoteFile(f"{DARKNET}/yolov4-tiny.conv.29"),
     *(
-        RemoteFile(f"{PYTORCH}/yolov4_tiny_weights_{name}.pth")
-        for name in ("voc", "voc_SE", "voc_CBAM", "voc_ECA", "coco")
+        RemoteFile(f"{PYTORCH}/yolov4_tiny_weights_{data}.pth")
+        for data in ("voc", "voc_SE", "voc_CBAM", "voc_ECA", "coco")
     ),
 )
 
@@ -40,20 +40,17 @@ class Config:
     mirror: str = ""  # address of another folder that has the files; empty: where they were published
 
 
-def main(config: Config) -> list[Path]:
-    """Download the named files, check that they contain weights, and return their paths."""
+def main(config: Config) -> None:
+    """Download the named files and check that they contain weights, or list all files."""
     files = {file.name: file for file in FILES}
     unknown = [name for name in config.names if name not in files]
     if unknown:
         raise UserError(f"there are no published weights named {', '.join(unknown)}; choose from {', '.join(files)}")
     if not config.names:
-        for name, file in files.items():
-            print(f"{name:32} {file.url}")
-    paths = []
-    for file in (files[name].at_mirror(config.mirror) for name in config.names):
-        paths.append(download(file, Path(config.folder), read_weights))
-        print(f"{paths[-1]}: {'checksum verified' if file.checksum else 'readable (no checksum has been published)'}")
-    return paths
+        print("\n".join(f"{name:32} {file.url}" for name, file in files.items()))
+    for name in config.names:
+        path = download(files[name].at_mirror(config.mirror), Path(config.folder), read_weights)
+        print(f"{path}: {'checksum verified' if files[name].checksum else 'readable; no checksum has been published'}")
 
 
 if __name__ == "__main__":

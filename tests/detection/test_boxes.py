@@ -1,4 +1,4 @@
-"""Coordinates: placements invert, and overlaps worked out by hand."""
+"""Transforms of boxes, and IoU worked out by hand."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ sides = st.integers(1, 3000)
 
 
 @given(sides, sides, st.booleans(), st.integers(1, 20), st.integers(1, 20))
-def test_fit_inverts(height, width, letterbox, rows, columns):
+def test_to_original_inverts_to_input(height, width, letterbox, rows, columns):
     fit, inner = fit_to_input((height, width), (32 * rows, 32 * columns), letterbox)
     boxes = np.array([[0, 0, width, height], [width / 4, height / 3, width / 2, height]], np.float32)
     placed = fit.to_input(boxes)
@@ -25,7 +25,7 @@ def test_fit_inverts(height, width, letterbox, rows, columns):
     np.testing.assert_allclose([placed[0, 3] - placed[0, 1], placed[0, 2] - placed[0, 0]], inner, rtol=1e-4)
 
 
-def test_letterbox_keeps_the_aspect_and_centres():
+def test_letterbox_keeps_the_aspect_ratio_and_centres():
     fit, inner = fit_to_input((200, 400), (416, 416), letterbox=True)
     assert inner == (208, 416)
     assert fit == pytest.approx((1.04, 1.04, 0, 104))
@@ -35,7 +35,7 @@ def test_letterbox_keeps_the_aspect_and_centres():
     assert (picture[312:] == 114).all()
 
 
-def test_plain_resize_stretches():
+def test_without_letterbox_each_axis_is_stretched():
     fit, inner = fit_to_input((200, 400), (416, 416), letterbox=False)
     assert inner == (416, 416)
     assert fit == pytest.approx((1.04, 2.08, 0, 0))
@@ -56,6 +56,6 @@ def test_ciou_by_hand():
     torch.testing.assert_close(ciou(same, same), torch.ones(1))
 
 
-def test_clip():
+def test_boxes_are_clipped_to_the_image():
     clipped = clip_boxes(np.array([[-5, 2, 50, 70]], np.float32), (60, 40))
     np.testing.assert_array_equal(clipped, [[0, 2, 40, 60]])

@@ -1,4 +1,4 @@
-"""Assignment by hand, and the loss against a slow one written with loops."""
+"""The loss against its definition written with loops, and its limits."""
 
 import math
 
@@ -44,7 +44,7 @@ def slow_boxes(head, level) -> dict[tuple[int, ...], torch.Tensor]:
 
 
 def slow_assignment(level, boxes, labels, grid) -> list[tuple[tuple[int, ...], int, int]]:
-    """Which prediction (image, anchor, row, column) answers for which object (image, number)."""
+    """Pairs of prediction (image, anchor, row, column) and object (image, index)."""
     pairs = []
     for b, k in (labels >= 0).nonzero().tolist():
         x, y = ((boxes[b, k, :2] + boxes[b, k, 2:]) / 2 / level.stride).tolist()
@@ -57,7 +57,7 @@ def slow_assignment(level, boxes, labels, grid) -> list[tuple[tuple[int, ...], i
             inner = min(w, anchor[0]) * min(h, anchor[1])
             return inner / (w * h + anchor[0] * anchor[1] - inner)
 
-        best = max(map(overlap, ANCHORS[1:]))  # the first anchor belongs to no head
+        best = max(map(overlap, ANCHORS[1:]))  # no head uses the first anchor
         overlaps = map(overlap, level.anchors.tolist())
         fitting = [a for a, value in enumerate(overlaps) if value > SETTINGS.anchor_iou or value >= best - 1e-9]
         inside = [(cx, cy) for cx, cy in cells if 0 <= cx < grid[1] and 0 <= cy < grid[0]]
@@ -93,7 +93,7 @@ def slow_loss(heads, boxes, labels) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_loss_is_its_definition(seed):
+def test_loss_matches_its_definition(seed):
     heads = random_heads(seed)
     terms = YoloLoss(SPEC, SETTINGS, torch.device("cpu"))(heads, BOXES, LABELS)
     expected = slow_loss(heads, BOXES, LABELS)
@@ -103,12 +103,12 @@ def test_loss_is_its_definition(seed):
     assert terms["loss"].item() == pytest.approx(sum(terms[name].item() for name in weights), rel=1e-6)
 
 
-def test_ignored_predictions_get_no_push():
-    """A prediction that covers an object without being assigned to it is left alone."""
+def test_ignored_predictions_have_no_gradient():
+    """A prediction that overlaps an object without being assigned to it is not trained."""
     boxes, labels = torch.tensor([[[32.0, 32, 64, 64]]]), torch.tensor([[0]])
     heads = [torch.full((1, 24, 3, 4), -4.0), torch.full((1, 24, 6, 8), -4.0)]
     raw = heads[1].view(1, 3, 8, 6, 8)
-    # P4's third anchor (81x82) the cell to the right of the centre's, moved and shrunk onto the object
+    # P4's third anchor (81x82), one cell right of the object's centre, moved and shrunk onto the object
     raw[0, 2, :4, 3, 4] = torch.tensor([-8.0, math.log(1 / 3), math.log(32 / 81), math.log(32 / 82)])
     heads[1].requires_grad_(True)
     settings = LossSettings(ignore_iou=0.4)
@@ -125,7 +125,7 @@ def test_padding_changes_nothing():
     torch.testing.assert_close(loss(heads, *padded), loss(heads, BOXES, LABELS))
 
 
-def test_gradients_are_finite_without_objects_and_for_wild_heads():
+def test_gradients_are_finite_without_objects_and_for_extreme_heads():
     loss = YoloLoss(SPEC, SETTINGS, torch.device("cpu"))
     for labels, scale in ((torch.full_like(LABELS, -1), 1.0), (LABELS, 100.0)):
         heads = [(head * scale).requires_grad_(True) for head in random_heads()]

@@ -1,4 +1,4 @@
-"""Selection of detections, by hand."""
+"""Selection and averaging of detections, by hand."""
 
 from math import exp
 
@@ -12,10 +12,10 @@ BOXES = torch.tensor(
 SCORES = torch.tensor([[[0.6, 0.1], [0.9, 0.2], [0.3, 0.8]], [[0.0, 0.0], [0.0, 0.5], [0.0, 0.05]]])
 
 
-def test_classes_and_images_are_apart():
+def test_classes_and_images_are_suppressed_separately():
     first, second = select_detections(BOXES, SCORES, 0.15, Thresholds())
     kept = BOXES[0][[1, 2, 2, 1]].clone()  # the first box of class 0 overlaps the second
-    share = 0.6 * exp(-((1 - 0.9) ** 2) / VOTING_SIGMA)  # of its say, at an IoU of 0.9
+    share = 0.6 * exp(-((1 - 0.9) ** 2) / VOTING_SIGMA)  # its weight at an IoU of 0.9
     kept[0, 3] = (0.9 * 9 + share * 10) / (0.9 + share)
     torch.testing.assert_close(first[0], kept)
     torch.testing.assert_close(first[1], torch.tensor([0.9, 0.8, 0.3, 0.2]))
@@ -24,8 +24,8 @@ def test_classes_and_images_are_apart():
     assert second[2].tolist() == [1]
 
 
-def test_a_box_does_not_depend_on_the_confidence():
-    """Boxes below it, but above 0.1, have a say; others have none, and stay as they are."""
+def test_averaged_box_does_not_depend_on_the_confidence():
+    """Boxes scoring above 0.1 take part in the average whatever the threshold is; others stay unchanged."""
     boxes = torch.tensor([[[0.0, 0, 10, 10], [0, 0, 10, 9], [0, 0, 8, 10], [50, 50, 60, 60], [50, 50, 60, 58]]])
     scores = torch.tensor([[[0.8], [0.3], [0.09], [0.08], [0.07]]])
     for confidence in (0.001, 0.2, 0.5):
@@ -36,7 +36,7 @@ def test_a_box_does_not_depend_on_the_confidence():
     assert torch.equal(found[1:], boxes[0, 3:4])
 
 
-def test_a_box_without_area_spoils_no_other():
+def test_box_without_area_does_not_affect_others():
     boxes = torch.tensor([[[5.0, 5, 5, 5], [0, 0, 10, 10], [0, 0, 10, 9], [5, 5, 5, 5]]])
     ((found, *_),) = select_detections(boxes, torch.tensor([[[0.9], [0.8], [0.3], [0.2]]]), 0.5, Thresholds())
     assert torch.equal(found[0], boxes[0, 0])
@@ -44,7 +44,7 @@ def test_a_box_without_area_spoils_no_other():
     assert 9 < found[1, 3] < 10
 
 
-def test_limits():
+def test_top_k_and_max_detections_limit_the_result():
     first, second = select_detections(BOXES, SCORES, 0.15, Thresholds(nms_iou=0.5, top_k=2, max_detections=1))
     assert first[1].tolist() == [SCORES[0, 1, 0].item()]
     assert len(second[1]) == 1
@@ -52,13 +52,13 @@ def test_limits():
     assert len(first[1]) == 2
 
 
-def test_nothing_found():
+def test_no_detection_gives_empty_results():
     for boxes, scores, labels in select_detections(BOXES, SCORES, 0.95, Thresholds()):
         assert boxes.shape == (0, 4)
         assert len(scores) == len(labels) == 0
 
 
-def test_a_batch_gives_what_its_images_give():
+def test_batch_equals_its_single_images():
     generator = torch.Generator().manual_seed(0)
     corners = torch.rand(8, 300, 2, generator=generator) * 400
     boxes = torch.cat([corners, corners + 5 + 40 * torch.rand(8, 300, 2, generator=generator)], dim=-1)
@@ -70,12 +70,12 @@ def test_a_batch_gives_what_its_images_give():
             assert torch.equal(ours, theirs)
 
 
-def test_agnostic_suppression_keeps_one_class_per_object():
+def test_class_agnostic_suppression_keeps_one_class_per_object():
     first, _ = select_detections(BOXES, SCORES, 0.15, Thresholds(class_agnostic=True))
     torch.testing.assert_close(first[1], torch.tensor([0.9, 0.8]))
     assert first[2].tolist() == [0, 1]
 
 
-def test_a_threshold_for_each_class():
+def test_each_class_has_its_own_threshold():
     first, _ = select_detections(BOXES, SCORES, torch.tensor([float("inf"), 0.15]), Thresholds())
     assert first[2].tolist() == [1, 1]

@@ -1,4 +1,4 @@
-"""The attention blocks against reference values, and against the formulas of their papers written plainly."""
+"""Attention blocks: reference values, the formulas of their papers in plain NumPy, arguments and documentation."""
 
 import json
 import re
@@ -39,7 +39,9 @@ from utils.inference.detector import Detector
 from utils.reports.explain import Explainer
 
 BLOCKS = {option.name: option.block for option in ATTENTION.values() if option.block}
-PARAMETERS = dict(zip(BLOCKS, (43_008, 86_310, 15, 64_624, 0, 3_472, 8_064, 30, 900), strict=True))  # at three places
+PARAMETERS = dict(
+    zip(BLOCKS, (43_008, 86_310, 15, 64_624, 0, 3_472, 8_064, 30, 900), strict=True)
+)  # at the three places together
 EVERY_BLOCK = pytest.mark.parametrize("phi", [phi for phi in ATTENTION if phi])
 
 
@@ -58,7 +60,7 @@ def test_block_matches_reference(name):
     np.testing.assert_allclose(output.numpy(), arrays[name], atol=1e-5, rtol=0)
 
 
-def test_parameters_at_the_three_places():
+def test_number_of_parameters_at_the_three_places():
     for name, block in BLOCKS.items():
         counts = [
             sum(value.numel() for value in block(channels).parameters()) for channels in ATTENTION_PLACES.values()
@@ -71,7 +73,7 @@ def sigmoid(x: float) -> float:
 
 
 def convolve(values: np.ndarray, kernel: np.ndarray) -> np.ndarray:
-    """A 1-D convolution as networks have it, with zeros beyond the ends."""
+    """1-D convolution (cross-correlation) with zero padding."""
     reach = len(kernel) // 2
     padded = np.pad(values, reach)
     return np.array([padded[i : i + len(kernel)] @ kernel for i in range(len(values))])
@@ -88,7 +90,7 @@ def convolve_plane(values: np.ndarray, kernel: np.ndarray) -> np.ndarray:
 
 
 def normalise(values: np.ndarray) -> np.ndarray:
-    """Mean 0 and variance 1 over everything, as batch, group and layer norms do."""
+    """Mean 0 and variance 1 over all values, as in batch, group and layer norm."""
     return (values - values.mean()) / np.sqrt(values.var() + 1e-5)
 
 
@@ -163,7 +165,7 @@ def plain_ela(x: np.ndarray, block: ELA) -> np.ndarray:
 
 
 def plain_pool(x: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Adaptive average pooling: each part from the floor of its beginning to the ceiling of its end."""
+    """Adaptive average pooling: each cell extends from the floor of its start to the ceiling of its end."""
     (height, width), (rows, columns) = x.shape[1:], size
     output = np.empty((len(x), rows, columns))
     for i, j in np.ndindex(rows, columns):
@@ -175,7 +177,7 @@ def plain_pool(x: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 def plain_mlca(x: np.ndarray, block: MLCA) -> np.ndarray:
     local = plain_pool(x, (5, 5))
-    by_position = local.reshape(len(x), 25).T.reshape(-1)  # all channels of a position together
+    by_position = local.reshape(len(x), 25).T.reshape(-1)  # all channels of a position, then the next position
     mixed = each(convolve(by_position, block.conv_local.weight.numpy()[0, 0])).reshape(25, len(x)).T
     whole = each(convolve(local.mean(axis=(1, 2)), block.conv.weight.numpy()[0, 0]))
     return x * plain_pool((mixed.reshape(local.shape) + whole[:, None, None]) / 2, x.shape[1:])
@@ -206,7 +208,7 @@ PLAIN: dict[type[AttentionBlock], Callable] = {
 
 @EVERY_BLOCK
 @pytest.mark.parametrize("size", [(6, 7), (1, 1), (3, 11)])
-def test_the_papers_formula(phi, size):
+def test_block_follows_the_formula_of_its_paper(phi, size):
     block = ATTENTION[phi].block(32).double().eval().requires_grad_(False)
     x = torch.randn(2, 32, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(phi))
     expected = np.stack([PLAIN[type(block)](image, block) for image in x.numpy()])
@@ -214,7 +216,7 @@ def test_the_papers_formula(phi, size):
 
 
 @EVERY_BLOCK
-def test_gradients(phi):
+def test_gradients_match_finite_differences(phi):
     torch.manual_seed(phi)
     block = ATTENTION[phi].block(8, **{6: {"factor": 4}, 1: {"ratio": 2}, 4: {"ratio": 2}}.get(phi, {})).double()
     names, values = zip(*block.named_parameters(), strict=True) if phi != 5 else ((), ())
@@ -249,7 +251,7 @@ def test_any_input_size_trains(phi, size):
 
 
 def test_all_blocks_export_to_onnx(tmp_path):
-    """One after the other in one file, at a size other than that of the export, down to a single cell."""
+    """All blocks in sequence, at sizes other than the exported one, down to a single cell."""
     runtime = pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed")
     pytest.importorskip("onnxscript", reason="onnxscript is not installed")
     blocks = nn.Sequential(*(block(32) for block in BLOCKS.values())).eval()
@@ -303,12 +305,12 @@ def test_block_arguments_shape_the_block(block, arguments, name, shape):
         (1, {"ratio": 0}, "ratio is 0"),
         (1, {"ratio": 2.5}, r"ratio of phi 1 \(se\) is 2.5, but must be an integer"),
         (0, {"ratio": 4}, "phi 0 has no attention"),
-        (6, {"factor": 3}, "factor is 3"),
+        (6, {"factor": 3}, "factor of EMA is 3"),
         (7, {"kernel_size": 4}, "must be odd"),
-        (8, {"parts": 0}, "parts is 0"),
+        (8, {"parts": 0}, "parts of MLCA is 0"),
     ],
 )
-def test_wrong_attention_settings_are_explained(phi, arguments, message):
+def test_invalid_settings_are_rejected_with_a_reason(phi, arguments, message):
     with pytest.raises(ValueError, match=message):
         YoloBody(MASKS, 20, phi, attention_args=arguments)
 
@@ -323,7 +325,7 @@ def test_parse_phi_accepts_numbers_and_names():
             parse_phi(text)
 
 
-def test_attention_stands_where_it_is_asked_for():
+def test_attention_is_applied_at_the_given_places():
     model = YoloBody(MASKS, 20, 3, places=("feat2",))
     assert [place for place in ATTENTION_PLACES if hasattr(model, f"{place}_att")] == ["feat2"]
     with pytest.raises(ValueError, match="places is empty, but must be one or more of feat1, feat2, upsample"):
@@ -351,8 +353,8 @@ def code_blocks_of_the_docs() -> list[str]:
     return re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "attention.md").read_text(encoding="utf-8"), re.DOTALL)
 
 
-def test_the_block_of_the_docs_needs_a_class_and_a_line(devkit, tmp_path, monkeypatch):
-    """The example of docs/attention.md as a user would add it, trained, measured and explained."""
+def test_documented_block_needs_a_class_and_a_line(devkit, tmp_path, monkeypatch):
+    """The example in docs/attention.md is added as a user would, trained and explained."""
     code, line = code_blocks_of_the_docs()
     phi, option, name = re.fullmatch(r'\s*(\d+): AttentionOption\("(\w+)", (\w+)\),\s*', line).groups()
     header = "from torch import Tensor, nn\nfrom nets.attention import AttentionBlock, check_odd\n\n"
@@ -365,15 +367,16 @@ def test_the_block_of_the_docs_needs_a_class_and_a_line(devkit, tmp_path, monkey
     folder = train.main(small_run(devkit, run_dir=str(tmp_path / "run"), **settings))
     detector = Detector.load(folder / "last.safetensors")
     assert detector.network.model.feat2_att.conv.kernel_size == (5, 5)
-    explanation = Explainer(detector)(np.zeros((64, 64, 3), np.uint8), detector(np.zeros((64, 64, 3), np.uint8)))
+    image = np.zeros((64, 64, 3), np.uint8)
+    explanation = Explainer(detector).explain(image, detector(image))
     assert explanation.attention["feat1"].has_spatial
     assert explanation.attention["feat1"].gain is not None
 
 
-def test_the_docs_have_every_block_with_its_drawing_and_cost():
+def test_docs_show_diagram_and_cost_of_every_block():
     text = (ROOT / "docs" / "attention.md").read_text(encoding="utf-8")
     for phi, (name, block) in list(ATTENTION.items())[1:]:
-        section = text.split(f"### phi {phi}: ")[1].split("###")[0]
+        section = " ".join(text.split(f"### phi {phi}: ")[1].split("###")[0].split())
         picture = f"attention_{block.__name__}.png"
         assert f"(images/{picture})" in section
         assert (read_image(ROOT / "docs" / "images" / picture) < 128).mean() > 0.005

@@ -1,4 +1,4 @@
-"""The network against the reference values, and what `phi` promises."""
+"""The network: reference values, shapes, initialisation and cost."""
 
 import json
 from dataclasses import replace
@@ -46,7 +46,7 @@ def test_network_matches_reference(reference, phi):
 @needs_shared
 @pytest.mark.parametrize(("phi", "renamed"), [*((phi, False) for phi in range(5)), (2, True)])
 def test_converted_weights_match_reference(reference, phi, renamed, tmp_path):
-    """A published file, of either naming, through tools/convert_weights.py and the detector."""
+    """A published file with either naming scheme, converted by tools/convert_weights.py and loaded by the detector."""
     keys, arrays = reference
     state = {name: reference_value(name, shape, i) for i, (name, shape) in enumerate(keys[f"phi{phi}"])}
     if renamed:
@@ -66,8 +66,8 @@ def test_converted_weights_match_reference(reference, phi, renamed, tmp_path):
 
 
 @pytest.mark.parametrize("phi", [phi for phi in ATTENTION if phi])
-def test_a_phi_0_checkpoint_starts_every_phi(phi, tmp_path):
-    """By its file, and for another class count too: nothing but heads and attention is fresh."""
+def test_phi_0_checkpoint_initialises_every_phi(phi, tmp_path):
+    """With another number of classes too, only heads and attention are newly initialised."""
     spec = ModelSpec(("a", "b"), ANCHORS)
     plain = build_model(spec).eval()
     save_checkpoint(tmp_path / "a.safetensors", Checkpoint(spec, plain.state_dict(), {}, {}))
@@ -77,7 +77,7 @@ def test_a_phi_0_checkpoint_starts_every_phi(phi, tmp_path):
     assert "yolo_head" not in line
     other = build_model(replace(spec, phi=phi, class_names=("a", "b", "c"))).eval()
     line = start_from(other, weights, "a.safetensors")
-    fresh = line.partition("fresh: ")[2].split(", ")
+    fresh = line.partition("newly initialised: ")[2].split(", ")
     assert {name for name in fresh if not name.startswith(("attention_gain.", *ATTENTION_PLACES))} == {
         f"yolo_head{head}.1.{name}" for head in ("P5", "P4") for name in ("weight", "bias")
     }
@@ -90,7 +90,7 @@ def test_a_phi_0_checkpoint_starts_every_phi(phi, tmp_path):
 
 @pytest.mark.parametrize("size", [(32, 32), (96, 64), (320, 416)])
 @pytest.mark.parametrize("num_classes", [1, 7])
-def test_any_class_count_and_size(size, num_classes):
+def test_head_shapes_follow_class_count_and_input_size(size, num_classes):
     with torch.no_grad():
         p5, p4 = YoloBody(MASKS, num_classes, 4)(torch.rand(2, 3, *size))
     assert p5.shape == (2, 3 * (5 + num_classes), size[0] // 32, size[1] // 32)

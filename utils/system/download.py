@@ -1,7 +1,4 @@
-"""Downloads that resume where they broke off and are verified, and safe extraction of archives.
-
-torchvision's and torch.hub's downloads start again after a broken connection, and wait forever for a silent server.
-"""
+"""Verified downloads that resume after a broken connection, which torchvision's do not, and safe extraction."""
 
 import hashlib
 import os
@@ -56,10 +53,9 @@ class RemoteFile:
 
 
 def download(remote: RemoteFile, folder: Path, verify: Callable[[Path], object] | None = None) -> Path:
-    """Download a file into `folder`, or check the one that is there; returns its path.
+    """Download a file into `folder`, or check the one that is there; returns its path or raises UserError.
 
-    A file with a checksum resumes where an earlier download broke off. `verify` is called with the path and raises
-    UserError for invalid content. Raises UserError if the download fails or the file is not the expected one.
+    A file with a checksum resumes where an earlier download broke off. `verify` raises UserError for invalid content.
     """
     path, partial = folder / remote.name, folder / (PARTIAL + remote.name)
     if path.exists():
@@ -89,8 +85,8 @@ def receive_all(remote: RemoteFile, partial: Path) -> None:
             return receive(remote, partial)
         except (OSError, HTTPException) as error:  # of the network or the disk
             status = error.code if isinstance(error, HTTPError) else 0
-            if status == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:  # there are no more bytes
-                return None
+            if status == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
+                return None  # there are no more bytes
             retries, size = 0 if size_of(partial) > size else retries + 1, size_of(partial)
             if retries == MAX_RETRIES or 400 <= status < 500:
                 reason = error.reason if type(error) is URLError else error
@@ -127,8 +123,8 @@ def size_of(path: Path) -> int:
 def extract_tar(archive: Path, folder: Path, inner: str, last: str) -> None:
     """Extract the files under `inner` in an uncompressed tar archive into `folder`, those under `last` at the end.
 
-    If the files under `last` exist, the extraction was therefore complete. Raises UserError, before anything appears in
-    `folder`, for archives with links, devices, sparse files, or paths outside the archive's folder.
+    The files under `last` therefore prove that the extraction is complete. Raises UserError, before anything appears in
+    `folder`, for archives with links, devices, sparse files, or paths that lead outside.
     """
     make_folder(folder)
     try:
