@@ -33,11 +33,7 @@ from utils.weights.checkpoint import find_checkpoint
 
 MAX_SHOWN = 3  # read errors in the summary
 WARMUP_CALLS, TIMED_CALLS = 10, 50  # of --benchmark
-SOURCE_HELP = (
-    "images, videos, folders, globs such as 'photos/*.jpg', .txt files with a path per line, - for stdin, 0 for the "
-    "first camera, addresses such as rtsp://..."
-)
-SAVE_HELP = "what to write, any of: " + " ".join(f"{name} ({sink.__doc__[:-1]})" for name, sink in SINKS.items())
+SOURCE_HELP = "images, videos, folders, globs ('photos/*.jpg'), .txt lists, - for stdin, 0 for a camera, addresses"
 RENAMED_FLAGS = {
     "write": "save",
     "only": "class-filter",
@@ -55,7 +51,9 @@ class Config:
     source: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="SOURCE", help=SOURCE_HELP)]
     weights: str = ""  # checkpoint, run folder, .onnx or .xml; empty: the newest run in logs/
     out: str = ""  # output folder; empty: a new one in predictions/, named after the time
-    save: Annotated[tuple[str, ...], tyro.conf.arg(help=SAVE_HELP)] = ("pictures", "jsonl")
+    # any of: pictures (annotated images and videos), jsonl and csv (tables of detections), voc, yolo and coco (labels),
+    # crops (cut-out detections), counts (per class, printed), heatmap (of positions), window (live view)
+    save: tuple[str, ...] = ("pictures", "jsonl")
     explain: bool = False  # also write a panel with the attention and Grad-CAM maps of each image
     classes: str = ""  # class file that must match the classes of the network; empty: no check
 
@@ -110,16 +108,9 @@ class Totals:
     """What the pipeline has processed so far."""
 
     frames: int = 0
-    detected_frames: int = 0  # without those that --frame-stride skips
+    processed: int = 0  # frames, without those that --frame-stride skips
     detections: int = 0
     tracks: set[tuple[str, int]] = field(default_factory=set)  # video, track ID
-
-    def __str__(self) -> str:
-        """For example "260 detections in 120 frames, 17 tracks"."""
-        text = f"{count(self.detections, 'detection')} in {count(self.frames, 'frame')}"
-        if self.detected_frames < self.frames:
-            text += f", of which {self.detected_frames} were processed"
-        return text + (f", {count(len(self.tracks), 'track')}" if self.tracks else "")
 
 
 def count(number: int, noun: str) -> str:
@@ -141,7 +132,7 @@ def main(config: Config) -> int:
     finally:
         print_summary(config, pipeline, totals)
     if pipeline.read_errors and not totals.frames:
-        raise UserError(list_errors(pipeline.read_errors, 1))
+        raise UserError(shorten(pipeline.read_errors, 1))
     return totals.detections
 
 
@@ -203,7 +194,7 @@ def run_pipeline(pipeline: Pipeline, sinks: Sequence[Sink], totals: Totals) -> N
         for frame, detections, is_new in results:
             totals.frames += 1
             if is_new:
-                totals.detected_frames += 1
+                totals.processed += 1
                 totals.detections += len(detections)
                 name = frame.video.name if frame.video else ""
                 totals.tracks.update((name, track) for track in track_ids(detections) if track is not None)
@@ -215,14 +206,17 @@ def print_summary(config: Config, pipeline: Pipeline, totals: Totals) -> None:
     if not totals.frames:
         return
     if pipeline.read_errors:
-        print(f"warning: {list_errors(pipeline.read_errors, MAX_SHOWN)}", file=sys.stderr)
+        print(f"warning: {shorten(pipeline.read_errors, MAX_SHOWN)}", file=sys.stderr)
     print(f"confidence thresholds: {pipeline.detector.describe_confidences()}")
-    print(f"{totals}; the results are in {config.folder}")
+    processed = f", of which {totals.processed} were processed" if totals.processed < totals.frames else ""
+    tracks = f", {count(len(totals.tracks), 'track')}" if totals.tracks else ""
+    text = f"{count(totals.detections, 'detection')} in {count(totals.frames, 'frame')}{processed}{tracks}"
+    print(f"{text}; the results are in {config.folder}")
     if not totals.detections:
         print("no score reached its threshold; a lower --confidence shows less certain detections")
 
 
-def list_errors(errors: Sequence[str], max_shown: int) -> str:
+def shorten(errors: Sequence[str], max_shown: int) -> str:
     hidden = len(errors) - max_shown
     return "; ".join(errors[:max_shown]) + (f" (and {hidden} more like this)" if hidden > 0 else "")
 

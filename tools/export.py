@@ -7,12 +7,12 @@ checkpoint is discarded.
 """
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf, isfinite
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -61,19 +61,12 @@ class Config:
     nms_iou: float = 0.5  # IoU above which onnx-nms suppresses a box of the same class
 
 
-@dataclass(frozen=True)
-class Reference:
-    """Outputs of the checkpoint for images of one size."""
+class Reference(NamedTuple):
+    """A batch of images with the outputs of the checkpoint."""
 
     images: Tensor  # (K, 3, H, W) uint8
     boxes: Tensor  # (K, N, 4)
     scores: Tensor  # (K, N, C)
-
-    def batches(self) -> Iterator["Reference"]:
-        """Yield all images in batches of each size."""
-        for size in BATCH_SIZES:
-            parts = (values.split(size) for values in (self.images, self.boxes, self.scores))
-            yield from (Reference(*part) for part in zip(*parts, strict=True))
 
 
 @dataclass(frozen=True)
@@ -91,26 +84,25 @@ class Difference:
         return self.boxes <= BOX_TOLERANCE and self.scores <= SCORE_TOLERANCE  # False for NaN
 
 
-def run_checkpoint(job: ExportJob, paths: Sequence[Path]) -> list[Reference]:
-    """Run the checkpoint on images at two sizes; raises UserError if it detects nothing."""
-    height, width = job.spec.input_size
-    references = []
-    for size in ((height, width), (height + SIZE_CHANGE[0], width + SIZE_CHANGE[1])):
+def run_checkpoint(job: ExportJob, paths: Sequence[Path], sizes: Sequence[tuple[int, int]]) -> list[Reference]:
+    """Run the checkpoint on images at each size, in batches of each size; raises UserError if it detects nothing."""
+    references: list[Reference] = []
+    for size in sizes:
         images = load_images(paths, job.spec, size)
         outputs = zip(*(job.reference(part) for part in images.split(max(BATCH_SIZES))), strict=True)
-        references.append(Reference(images, *map(torch.cat, outputs)))
-    if not (references[0].scores > MIN_SCORE).any():
-        raise UserError(
-            f"the checkpoint detects nothing in these {len(paths)} images, so there is nothing to compare; use images "
-            "like those of the training"
-        )
+        boxes, scores = map(torch.cat, outputs)
+        if not references and not (scores > MIN_SCORE).any():
+            raise UserError(f"the checkpoint detects nothing in these {len(paths)} images; use images of its classes")
+        for batch_size in BATCH_SIZES:
+            parts = (values.split(batch_size) for values in (images, boxes, scores))
+            references += [Reference(*part) for part in zip(*parts, strict=True)]
     return references
 
 
 def compare(network: Network, references: Sequence[Reference]) -> Difference:
     """Compare all scores, and the part inside the image of all boxes with a score above MIN_SCORE."""
     box_differences, score_differences = [], []
-    for batch in (batch for reference in references for batch in reference.batches()):
+    for batch in references:
         boxes, scores = network.to_boxes(network(batch.images))
         if boxes.shape != batch.boxes.shape or scores.shape != batch.scores.shape:
             return Difference(inf, inf)
@@ -129,7 +121,7 @@ def compare_detections(job: ExportJob, path: Path, references: Sequence[Referenc
     network = OnnxNetwork(path, torch.device("cpu"), torch.float32)
     detector = Detector(job.reference, job.spec, job.thresholds, job.suggested)
     pairs, unmatched = [np.zeros((1, 2))], 0
-    for batch in (batch for reference in references for batch in reference.batches()):
+    for batch in references:
         images = (batch.images.float() / 255).numpy()
         (rows,) = network.session.run(["detections"], {"images": images})
         count, size = len(images), images.shape[2:]
@@ -219,7 +211,9 @@ def main(config: Config) -> dict[str, Difference]:
     """Write the files; returns the difference of each from the checkpoint, by format."""
     path, job = prepare(config)
     images = find_images(config.images, MAX_COMPARED)
-    references = run_checkpoint(job, images)
+    height, width = job.spec.input_size
+    sizes = (height, width), (height + SIZE_CHANGE[0], width + SIZE_CHANGE[1])
+    references = run_checkpoint(job, images, sizes)
     cache = None
     if config.sets:
         samples = load_samples(config.devkit, config.sets, job.spec.class_names)
@@ -227,8 +221,8 @@ def main(config: Config) -> dict[str, Difference]:
         print(f"{path} on {', '.join(config.sets)}: {measure_ap(job, job.reference, cache)}")
     out = Path(config.out) if config.out else path.parent / "export"
     make_folder(out)
-    sizes = " and ".join("{}x{}".format(*reference.images.shape[2:]) for reference in references)
-    print(f"comparing on {len(images)} images at {sizes}, in batches of {', '.join(map(str, BATCH_SIZES))}")
+    shown_sizes = " and ".join(f"{height}x{width}" for height, width in sizes)
+    print(f"comparing on {len(images)} images at {shown_sizes}, in batches of {', '.join(map(str, BATCH_SIZES))}")
     differences = {}
     for name in dict.fromkeys(config.formats):
         with TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # Windows cannot delete open files

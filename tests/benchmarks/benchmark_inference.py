@@ -33,10 +33,10 @@ from nets.spec import ModelSpec
 from nets.yolo import build_model
 from utils.data.image_io import read_image
 from utils.detection.anchors import load_anchors
-from utils.evaluation.timing import time_in_turns
+from utils.evaluation.timing import time_alternately
 from utils.inference.backends import EXPORTED, CompiledNetwork, Network, TorchNetwork, open_exported, precision_for
 from utils.inference.detector import Detector
-from utils.inference.pipeline import Look, Pipeline, write_behind
+from utils.inference.pipeline import FrameOptions, Pipeline, write_behind
 from utils.inference.sinks import JsonLines, Pictures, Sink
 from utils.inference.sources import Images, Source, open_sources
 from utils.inference.video import Frame, VideoFile, VideoWriter
@@ -121,8 +121,8 @@ class TimedNetwork:
         self.seconds += time.perf_counter() - started
         return outputs
 
-    def decode(self, outputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        return self.network.decode(outputs)
+    def to_boxes(self, outputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        return self.network.to_boxes(outputs)
 
 
 def torch_modes(config: NetworkTimes, device: torch.device) -> tuple[dict[str, Network], ModelSpec]:
@@ -177,8 +177,8 @@ def benchmark_network(config: NetworkTimes) -> dict[str, float]:
             calls[f"{Path(path).name} in OpenCV"] = opencv_mode(path, images)
     for name, network in modes.items():
         placed = images.to(network.device)  # ONNX Runtime takes what is in memory, also for a GPU
-        calls[name] = lambda network=network, placed=placed: network.decode(network(placed))
-    return time_in_turns(calls, config.rounds, device)
+        calls[name] = lambda network=network, placed=placed: network.to_boxes(network(placed))
+    return time_alternately(calls, config.rounds, device)
 
 
 def load_detector(config: Folder | Video | Memory, precision: str) -> Detector:
@@ -192,7 +192,7 @@ def run(detector: Detector, sources: Sequence[Source], sinks: Sequence[Sink]) ->
     with ExitStack() as stack:
         for sink in sinks:
             stack.enter_context(closing(sink))
-        results = stack.enter_context(closing(write_behind(Pipeline(detector, sources, Look()), sinks)))
+        results = stack.enter_context(closing(write_behind(Pipeline(detector, sources, FrameOptions()), sinks)))
         yield from (frame for frame, _, _ in results)
 
 

@@ -41,11 +41,7 @@ class Detector:
     """
 
     def __init__(
-        self,
-        network: Network,
-        spec: ModelSpec,
-        thresholds: Thresholds | None = None,
-        suggested: Sequence[float] = (),
+        self, network: Network, spec: ModelSpec, thresholds: Thresholds | None = None, suggested: Sequence[float] = ()
     ) -> None:
         self.network = network
         self.spec = spec

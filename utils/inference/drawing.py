@@ -1,4 +1,4 @@
-"""Pictures: read them, fit them to the network's input, draw boxes on them, write them."""
+"""Draw boxes and labels on images."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,16 +11,16 @@ from torch import Tensor
 from utils.data.image_io import PADDING
 from utils.detection.letterbox import Fit, clip_boxes
 
-VIEW_SIDE = 480  # pixels of an image shown with its boxes
-MIN_SIDE = 3  # of a box in it
-LETTER, MIN_TEXT_SCALE = 18, 0.4  # pixels of a letter of scale 1, about; what can still be read
-MAX_ZOOM = 4  # of a small part of it
-AROUND = 1.5  # sides of a marked box that are shown on each side of its centre
-MARK = (((0, 0, 0), 5), ((255, 230, 0), 2))  # colour and thickness of the lines around a marked box: seen on any image
+VIEW_SIDE = 480  # pixels of the longer side of a view
+MIN_SIDE = 3  # pixels of a box in a view
+LETTER_WIDTH, MIN_TEXT_SCALE = 18, 0.4  # approximate pixels at text scale 1; the smallest legible scale
+MAX_ZOOM = 4
+CONTEXT = 1.5  # how far a view reaches from the centre of a box, in longer sides of the box
+MARK = (((0, 0, 0), 5), ((255, 230, 0), 2))  # colours and widths of the lines of a mark: visible on any background
 
 
 def draw_detections(image: np.ndarray, detections: sv.Detections, class_names: Sequence[str]) -> np.ndarray:
-    """A copy of an RGB image with boxes and labels, those of tracks with their number, sized to stay readable on it."""
+    """A copy of an RGB image with boxes and labels (class, track ID, score), sized to stay legible."""
     size = image.shape[1], image.shape[0]
     thickness = sv.calculate_optimal_line_thickness(size)
     confidence, tracks = detections.confidence, detections.tracker_id
@@ -31,9 +31,10 @@ def draw_detections(image: np.ndarray, detections: sv.Detections, class_names: S
         for i, label in enumerate(detections.class_id)
     ]
     text_scale = sv.calculate_optimal_text_scale(size)
-    if labels:  # which would cover many small objects
-        fitting = np.median(detections.xyxy[:, 2] - detections.xyxy[:, 0]) / (LETTER * max(map(len, labels)))
-        text_scale = min(text_scale, max(float(fitting), text_scale / 2))
+    if labels:  # smaller for small objects, which the labels would cover
+        box_width = np.median(detections.xyxy[:, 2] - detections.xyxy[:, 0])
+        fitting_scale = float(box_width / (LETTER_WIDTH * max(map(len, labels))))
+        text_scale = min(text_scale, max(fitting_scale, text_scale / 2))
     picture = sv.BoxAnnotator(thickness=thickness).annotate(image.copy(), detections)
     annotator = sv.LabelAnnotator(
         text_scale=max(MIN_TEXT_SCALE, text_scale),
@@ -44,9 +45,9 @@ def draw_detections(image: np.ndarray, detections: sv.Detections, class_names: S
     return annotator.annotate(picture, detections, labels=labels)
 
 
-def around(box: np.ndarray, size: tuple[int, int]) -> tuple[int, int, int, int]:
-    """The part (left, top, right, bottom) to show around a box (4,) in an image of (height, width)."""
-    reach = max(AROUND * max(box[2:] - box[:2]), VIEW_SIDE / MAX_ZOOM / 2)
+def choose_region(box: np.ndarray, size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """The region (left, top, right, bottom) to show around a box (4,) in an image of (height, width)."""
+    reach = max(CONTEXT * max(box[2:] - box[:2]), VIEW_SIDE / MAX_ZOOM / 2)
     centre = (box[:2] + box[2:]) / 2
     left, top = np.maximum(centre - reach, 0).astype(int)
     right, bottom = np.minimum(np.ceil(centre + reach), size[::-1]).astype(int)
@@ -60,7 +61,7 @@ def draw_view(
     marks: np.ndarray,
     part: tuple[int, int, int, int] | None = None,
 ) -> np.ndarray:
-    """An RGB image, or a part of it, with boxes, VIEW_SIDE pixels at its longer side; around `marks` (K, 4) frames."""
+    """Draw an RGB image, or a part of it, scaled to VIEW_SIDE, with boxes and with frames around `marks` (K, 4)."""
     left, top, right, bottom = part or (0, 0, image.shape[1], image.shape[0])
     zoom = min(MAX_ZOOM, VIEW_SIDE / max(right - left, bottom - top))
     size = max(1, round((right - left) * zoom)), max(1, round((bottom - top) * zoom))
@@ -80,7 +81,7 @@ def draw_view(
 def draw_sheet(
     images: Tensor, detections: Sequence[sv.Detections], class_names: Sequence[str], columns: int = 4
 ) -> np.ndarray:
-    """A batch of uint8 RGB images (N, 3, H, W), each with its boxes, side by side on one sheet (H', W', 3)."""
+    """Draw uint8 RGB images (N, 3, H, W) with their boxes side by side on one sheet (H', W', 3)."""
     pixels = images.permute(0, 2, 3, 1).contiguous().cpu().numpy()
     pictures = [draw_detections(im, found, class_names) for im, found in zip(pixels, detections, strict=True)]
     pictures += [np.full_like(pictures[0], PADDING)] * (-len(pictures) % columns)
@@ -88,7 +89,7 @@ def draw_sheet(
 
 
 def draw_targets(images: Tensor, boxes: Tensor, labels: Tensor, class_names: Sequence[str]) -> np.ndarray:
-    """A training batch on a sheet: images (N, 3, H, W) in 0..1, boxes (N, M, 4), labels (N, M) padded with -1."""
+    """Draw a training batch on a sheet: images (N, 3, H, W) in 0..1, boxes (N, M, 4), labels (N, M) padded with -1."""
     objects = [
         sv.Detections(box[label >= 0], class_id=label[label >= 0])
         for box, label in zip(boxes.cpu().numpy(), labels.cpu().numpy(), strict=True)

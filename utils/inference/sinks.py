@@ -290,7 +290,7 @@ class HeatMap(Sink):
             write_image(self.new_path(f"heat_{name}.jpg"), picture[..., ::-1])
 
 
-SINKS: dict[str, type[Sink]] = {  # the docstrings are shown by --help
+SINKS: dict[str, type[Sink]] = {
     "pictures": Pictures,
     "jsonl": JsonLines,
     "csv": Csv,

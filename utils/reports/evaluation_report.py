@@ -24,7 +24,7 @@ from utils.evaluation.label_errors import LabelError, find_label_errors
 from utils.evaluation.metrics import Evaluation, confusion_matrix, filter_confident, inside_difficult, pair_boxes
 from utils.evaluation.significance import CONFIDENCE, NUM_RESAMPLES, bootstrap_ap, percentile_interval
 from utils.inference.detector import Detector
-from utils.inference.drawing import around, draw_view
+from utils.inference.drawing import choose_region, draw_view
 from utils.reports.html import data_uri, write_page
 from utils.reports.plots import draw_confidence, draw_confusion, draw_precision_recall, draw_shapes
 from utils.system.files import write_text
@@ -170,7 +170,7 @@ class EvaluationReport:
 
     def show_error(self, error: LabelError) -> dict[str, Any]:
         """A likely label error with pictures of its surroundings."""
-        part, box = around(error.box, self.cache.sizes[error.image]), error.box[None]
+        part, box = choose_region(error.box, self.cache.sizes[error.image]), error.box[None]
         pictures = self.draw_pictures(error.image, box, box, part)
         return describe_error(error, self.cache.samples[error.image]) | pictures
 
