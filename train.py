@@ -32,13 +32,10 @@ from utils.system.errors import UserError, as_user_error, check_choice, check_ra
 from utils.system.files import CACHE_FOLDER
 from utils.system.signals import Stopped, StopSignals
 from utils.training.batch_size import dry_run, resolve_batch_size
-from utils.training.engine import draw_batch, epoch_batches, train_epochs
-from utils.training.run_data import RunData, check_fingerprints
-from utils.training.run_folder import RunFolder
-from utils.training.settings import changed_settings, load_settings, save_settings
+from utils.training.engine import draw_batch, epoch_batches, train_epochs, write_report
+from utils.training.run_folder import RunData, RunFolder, changed_settings, load_settings, save_settings, verify_data
 from utils.training.trainer import Batching, Trainer, build_trainer
 from utils.training.training_state import Progress, find_progress
-from utils.training.validation import write_report
 from utils.weights.checkpoint import BEST, LAST, Checkpoint, is_resumable, load_last, newest_run
 from utils.weights.pretrained import fits_plain_attention, read_weights, start_from
 
@@ -155,9 +152,8 @@ def train(config: Config, given: Collection[str], stop: StopSignals, group: Proc
             train_epochs(trainer, settings, data, run, stop)
         except Stopped:
             run.finish_saving()
-            resume = f"to resume exactly where it stopped: --resume --run-dir {run.path}"
-            restart = "there is no checkpoint yet; the same command starts again"
-            group.print_once(f"stopped; {resume if is_resumable(run.path) else restart}")
+            resume = f"resume exactly here with --resume --run-dir {run.path}"
+            group.print_once(f"stopped; {resume if is_resumable(run.path) else 'there is no checkpoint yet'}")
             raise
     if trainer.state.progress.epoch < trainer.state.progress.end:
         group.print_once(f"stopped early after {settings.patience} validations without improvement")
@@ -209,16 +205,14 @@ def prepare(
     spec = checkpoint.spec if checkpoint else new_spec(settings, weights, diagnostics)
     data = load_data(settings, spec, device, group, diagnostics)
     if group.is_main:
-        check_fingerprints(run.path, data, resumed=checkpoint is not None)
+        verify_data(run.path, data, resumed=checkpoint is not None)
     batch_size = resolve_batch_size(settings, spec, data.train, device, group)
     batching = Batching.plan(len(data.train), batch_size, settings.nominal_batch)
     trainer = build_trainer(settings, spec, batching, progress, device, group)
     group.print_once(f"YOLOv4-tiny phi {spec.phi}: {summary(trainer.state.model, spec.input_size)}")
+    images = f"{len(data.train)} images {CACHE_PLACES[data.train.place]}, batches of {batch_size}"
     processes = f", {group.size} processes" if group.size > 1 else ""
-    group.print_once(
-        f"{len(data.train)} images {CACHE_PLACES[data.train.place]}, batches of {batch_size}, {device}, "
-        f"{trainer.dtype}{processes}; run folder {run.path}"
-    )
+    group.print_once(f"{images}, {device}, {trainer.dtype}{processes}; run folder {run.path}")
     if checkpoint:
         trainer.resume(checkpoint)
     elif weights:

@@ -179,7 +179,7 @@ def test_one_process_decodes_for_all(compared, folder):
 def test_user_errors_end_every_process(compared, folder):
     for found in compared["found"]:
         uneven, few, missing = found["errors"]
-        assert "2 processes cannot share 96 images in batches of 15; give a multiple of 2" in uneven
+        assert "2 processes cannot share 96 images in batches of 15; --batch-size must be a multiple of 2" in uneven
         assert "2 processes cannot share 1 images in batches of 16" in few
         assert "VOC/none" in missing
 
@@ -236,7 +236,7 @@ def test_signal_to_torchrun_stops_all_processes_with_a_checkpoint(config, whole,
     last = folder / "signalled" / LAST
     out, errors = run(WORKER, "terminate", *flags(stopped), cwd=folder, fails=True)
     assert time.monotonic() - float(last.with_name("signalled").read_text()) < 10
-    assert out.count("stopped; to resume exactly where it stopped: --resume --run-dir") == 1, errors
+    assert out.count("stopped; resume exactly here with --resume --run-dir") == 1, errors
     assert errors.count("stopped by SIGTERM") == 2
     _, info = contents(last)
     assert (info["epoch"], info["batch"]) == (0, 4)

@@ -15,7 +15,7 @@ from utils.data.cache import ImageCache
 from utils.system.device import synchronize
 from utils.system.distributed import ProcessGroup
 from utils.system.errors import UserError
-from utils.training.run_data import RunData
+from utils.training.run_folder import RunData
 from utils.training.trainer import Batching, Trainer, build_trainer
 from utils.training.training_state import Progress
 
@@ -34,10 +34,7 @@ VALIDATION_COST = 0.5  # of an image, relative to a training step, in the estima
 def resolve_batch_size(
     settings: Any, spec: ModelSpec, cache: ImageCache, device: torch.device, group: ProcessGroup
 ) -> int:
-    """The batch size over all processes, at most the size of the data set; 0 becomes the largest that fits.
-
-    Raises UserError for a batch size that the processes cannot share equally.
-    """
+    """The batch size over all processes; 0 becomes the largest that fits. Raises UserError if it cannot be shared."""
     size = settings.batch_size
     if size == 0:
         if device.type != "cuda":
@@ -45,19 +42,19 @@ def resolve_batch_size(
         eager = replace(settings, compile="off")
         probe = build_trainer(eager, spec, Batching(1, len(cache), 1), Progress(end=1), device, ProcessGroup())
         size = group.size * min(group.all_gather(find_largest_batch(probe, cache, len(cache) // group.size)))
-        group.print_once(f"batch size {size} fits; an epoch has {len(cache) // size} batches, which should be many")
+        group.print_once(f"batch size {size} is the largest that fits, with {len(cache) // size} batches per epoch")
     if size % group.size or len(cache) < group.size:
         raise UserError(
-            f"{group.size} processes cannot share {len(cache)} images in batches of {size}; give a multiple of "
-            f"{group.size} as --batch-size, and at least as many images"
+            f"{group.size} processes cannot share {len(cache)} images in batches of {size}; --batch-size must be a "
+            f"multiple of {group.size}, and there must be at least as many images"
         )
     return min(size, len(cache)) // group.size * group.size
 
 
 def dry_run(trainer: Trainer, settings: Any, data: RunData) -> None:
-    """Try steps on the largest batch, which also compiles the network, and print what they take.
+    """Print the time and memory of some steps, which also compiles the network, and restore the training state.
 
-    The training state is restored. Raises UserError, with a batch size to try, if memory does not suffice.
+    Raises UserError, with a batch size to try, if a step does not fit into memory.
     """
     batch_size, progress = trainer.batching.batch_size, trainer.state.progress
     compile_frozen = trainer.compiled and progress.epoch < settings.freeze_epochs

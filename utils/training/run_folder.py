@@ -1,26 +1,30 @@
-"""The only writer of a run's folder: metrics, checkpoints, TensorBoard events, curves and pictures."""
+"""The folder of a run: its settings, data fingerprints, metrics, checkpoints, TensorBoard events and pictures."""
 
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext, suppress
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from utils.data.cache import ImageCache
 from utils.data.image_io import write_image
 from utils.reports.plots import draw_training
 from utils.system.errors import UserError, make_folder
 from utils.system.files import TEMPORARY, atomic_write, lock
 from utils.weights.checkpoint import BEST, LAST, PREVIOUS, Checkpoint, save_checkpoint
 
-METRICS, LOCK = "metrics.jsonl", "run.lock"
+CONFIG, DATA, METRICS, LOCK = "config.json", "data.json", "metrics.jsonl", "run.lock"
+MAX_SHOWN_CHANGES = 5  # of the data, in a message
+Settings = TypeVar("Settings")  # a dataclass whose fields all have defaults
 
 
 class RunFolder:
@@ -158,3 +162,88 @@ def read_records(path: Path) -> list[dict[str, Any]]:
         return []
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def save_settings(folder: Path, settings: Any) -> None:
+    """Write a dataclass as the run's `config.json`."""
+    with atomic_write(folder / CONFIG) as file:
+        file.write((json.dumps(asdict(settings), indent=2) + "\n").encode())
+
+
+def changed_settings(settings: Any) -> frozenset[str]:
+    """The names of the settings that differ from their defaults."""
+    defaults = type(settings)()
+    return frozenset(name for name, value in vars(settings).items() if value != getattr(defaults, name))
+
+
+def load_settings(
+    folder: Path,
+    settings: Settings,
+    changeable: Collection[str],
+    given: Collection[str] | None = None,
+    hints: Mapping[str, str] | None = None,
+) -> Settings:
+    """The settings of the run in `folder`, updated with the `changeable` ones among those `given` now.
+
+    `given` names the fields of `settings` that the user set; by default those that differ from their defaults.
+    Raises UserError if another given setting differs from the run's, with the hint for it from `hints`.
+    """
+    path = folder / CONFIG
+    given = changed_settings(settings) if given is None else given
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        lists = {name: tuple(value) for name, value in saved.items() if isinstance(value, list)}
+        run_settings = type(settings)(**saved | lists)
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"cannot read the settings of the run in {path} ({error})") from None
+    for name in sorted(set(given) - set(changeable)):
+        value, run_value = getattr(settings, name), getattr(run_settings, name)
+        if value != run_value:
+            hint = (hints or {}).get(name, "leave it out, or choose another folder")
+            raise UserError(f"{name} is {run_value} in {path} and cannot be changed to {value} on resume; {hint}")
+    return replace(run_settings, **{name: getattr(settings, name) for name in given if name in changeable})
+
+
+class RunData(NamedTuple):
+    """The decoded images of a run."""
+
+    train: ImageCache
+    val: ImageCache | None  # None without validation sets
+
+
+def verify_data(folder: Path, data: RunData, resumed: bool) -> None:
+    """Store name, image and objects of every sample in the run folder, or compare them if the run is `resumed`.
+
+    Raises UserError that lists the changes if a resumed run would continue on other data.
+    """
+    path = folder / DATA
+    current = {split: cache.fingerprints() for split, cache in data._asdict().items() if cache}
+    if not (resumed and path.exists()):
+        with atomic_write(path) as file:
+            file.write(json.dumps(current).encode())
+        return
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise UserError(f"{path} is damaged; delete it to resume without checking whether the data changed") from None
+    changes = [change for split in current for change in list_changes(stored.get(split, []), current[split])]
+    if changes:
+        shown = ", ".join(changes[:MAX_SHOWN_CHANGES]) + (", ..." if len(changes) > MAX_SHOWN_CHANGES else "")
+        raise UserError(
+            f"the run cannot be resumed because its data changed: {shown}. Restore the data, or start a new run with "
+            f"--weights {folder / LAST}"
+        )
+
+
+def list_changes(before: Sequence[Sequence], now: Sequence[Sequence]) -> list[str]:
+    """The differences between two lists of (name, image, objects), in words."""
+    old, new = ({name: (image, objects) for name, image, objects in samples} for samples in (before, now))
+    changes = [f"{name} was removed" for name in old if name not in new]
+    changes += [f"{name} is new" for name in new if name not in old]
+    for name in new:
+        if name in old and old[name] != new[name]:
+            parts = [part for part, a, b in zip(("image", "annotation"), old[name], new[name], strict=True) if a != b]
+            changes.append(f"{' and '.join(parts)} of {name} changed")
+    if not changes and list(map(tuple, before)) != list(map(tuple, now)):
+        changes.append("the order in the split files changed, or how often an image is listed")
+    return changes

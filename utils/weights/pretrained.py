@@ -1,5 +1,6 @@
 """Initial weights from our checkpoints, published `.pth` files and Darknet's `.weights`."""
 
+import os
 import pickletools
 import re
 import warnings
@@ -56,7 +57,7 @@ def read_weights(path: str | Path, diagnostics: Diagnostics | None = None) -> di
 
 def read_state_dict(path: Path, diagnostics: Diagnostics) -> dict[str, Tensor]:
     """Read a `.pth` file that contains nothing but tensors by name; raises UserError for any other."""
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(f"there is no weights file {path}")
     check_regular_file(path, MAX_BYTES)
     try:

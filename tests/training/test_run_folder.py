@@ -10,7 +10,7 @@ import pytest
 import train
 from tests.conftest import ROOT, small_run
 from utils.system.errors import UserError
-from utils.training.settings import load_settings, save_settings
+from utils.training.run_folder import load_settings, save_settings
 
 HINTS = {"epochs": "use --extend"}
 
