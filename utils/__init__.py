@@ -1,4 +1,4 @@
-"""Everything that the scripts share, in eight packages. Imports point down only:
+"""Code shared by the scripts, in eight packages. Imports point down only:
 
 training, reports, evaluation, inference, weights, data, detection, system.
 """
