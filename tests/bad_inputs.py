@@ -207,7 +207,7 @@ IMAGES = [
         ERROR,
         ("'a'", "a.jpg, a.png", "keep one"),
     ),
-    Case("missing file", lambda scene: scene.image_path().unlink(), ERROR, ("train.txt", "'a'", "no image")),
+    Case("missing file", lambda scene: scene.image_path().unlink(), ERROR, ("train.txt", "'a'", "found none")),
     Case("folder", partial(replace_path, put=Path.mkdir), ERROR, ("a.jpg", "is a folder")),
     Case(
         "broken link",
@@ -420,7 +420,7 @@ SPLITS = [
     ),
     Case("absolute path", lambda scene: scene.split("/etc/passwd"), ERROR, ("train.txt, line 1", "'/etc/passwd'")),
     Case("backslash path", lambda scene: scene.split(r"..\a"), ERROR, ("train.txt, line 1", "name of an image")),
-    Case("id without an image", lambda scene: scene.split("a\nb\nd"), ERROR, ("train.txt", "'d'", "no image")),
+    Case("id without an image", lambda scene: scene.split("a\nb\nd"), ERROR, ("train.txt", "'d'", "found none")),
     Case(
         "overlap of training and validation",
         lambda scene: scene.split("v\nb", "val"),

@@ -44,20 +44,20 @@ def main(config: Config) -> LabelSet:
     invalid = [name for name in labels.class_names if not fits_on_line(name)]
     if invalid:
         raise UserError(f"{config.source} has a class {invalid[0]!r}, which a class file cannot store; rename it")
-    lost = list(labels.notes)
+    lost, count = list(labels.notes), len(labels.objects)
     if config.to == "voc":
-        labels, thin = drop_thin_objects(labels)
-        lost += [f"{thin} objects less than a pixel wide or high"] if thin else []
-    objects = [item for image in labels.images.values() for item in image.objects]
-    difficult = sum(item.difficult for item in objects)
+        labels = drop_thin_objects(labels)
+        if thin := count - len(labels.objects):
+            lost.append(f"{thin} objects less than a pixel wide or high")
+    difficult = sum(item.difficult for item in labels.objects)
     if config.to == "yolo" and difficult:
         lost.append(f"the difficult flag of {difficult} objects")
-    diagnostics.check_skip_limit(len(labels.images), len(objects))
+    diagnostics.check_skip_limit(len(labels.images), len(labels.objects))
     WRITERS[config.to](out, labels)
     diagnostics.print_summary(config.source, print)
     for what in lost:
         print(f"not converted, since the {config.to.upper()} output cannot store it: {what}")
-    print(f"{out}: {len(labels.images)} images, {len(objects)} objects of {len(labels.class_names)} classes")
+    print(f"{out}: {len(labels.images)} images, {len(labels.objects)} objects of {len(labels.class_names)} classes")
     print("splits: " + (", ".join(f"{name} {len(names)}" for name, names in labels.splits.items()) or "none"))
     return labels
 

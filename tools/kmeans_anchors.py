@@ -63,8 +63,7 @@ def main(config: Config) -> Tensor:
     sides = input_sides(samples, config.input_size, config.letterbox)
     print(f"{len(sides)} objects in {len(samples)} images, for an input of {'x'.join(map(str, config.input_size))}")
     new = find_anchors(sides, len(USED), config.starts, config.seed)
-    unused = len(old) - len(USED)
-    new = torch.cat([new[:1].expand(unused, 2), new])
+    new = torch.cat([new[:1].expand(len(old) - len(USED), 2), new])
     fit = anchor_fit(sides, new[USED])
     make_folder(out.parent)
     draw_shapes(sides.numpy(), new[USED].numpy(), fit.recall, out.with_suffix(".png"))
@@ -72,7 +71,7 @@ def main(config: Config) -> Tensor:
         file.write((",  ".join(f"{width:g},{height:g}" for width, height in new.tolist()) + "\n").encode())
     print(f"{config.anchors}: {anchor_fit(sides, old[USED])}")
     print(f"{out}: {fit}; plotted in {out.with_suffix('.png')}")
-    if unused:
+    if len(old) > len(USED):
         print("the heads do not use the first anchor, which is a copy of the second")
     print(f"train with --anchors {out} and the same sets, input_size and letterbox")
     return new

@@ -16,12 +16,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from utils.data.label_writers import write_lines
 from utils.data.voc import index_images
 from utils.data.voc_xml import read_voc_xml
 from utils.system.cli import run_script
 from utils.system.diagnostics import Diagnostics
 from utils.system.errors import UserError, check_range
-from utils.system.files import atomic_write, read_lines
+from utils.system.files import read_lines
 
 Counts = Mapping[str, Counter[str]]  # image name -> number of objects per class
 
@@ -43,10 +44,8 @@ class Config:
         check_range(self, 0, 1000, "folds")
         if self.folds == 1:
             raise UserError("folds is 1, which leaves no images to train on; use 2 or more, or 0 for a single split")
-        if self.folds and self.test >= 1:
-            raise UserError("test takes all images, which leaves none to train on")
-        if not self.folds and self.val + self.test >= 1:
-            raise UserError(f"val and test take {self.val + self.test:g} of the images, which leaves none to train on")
+        if self.test + (0 if self.folds else self.val) >= 1:
+            raise UserError("test and val take all images, which leaves none to train on")
         try:
             re.compile(self.groups)
         except re.error as error:
@@ -69,10 +68,8 @@ def main(config: Config) -> dict[str, list[str]]:
     existing = [file.name for file in files if file.exists() and any(read_lines(file))]
     if existing:
         raise UserError(f"{target} already has {', '.join(existing)}; remove them to make new splits")
-    target.mkdir(parents=True, exist_ok=True)
     for split, members in splits.items():
-        with atomic_write(target / f"{split}.txt") as file:
-            file.write("".join(f"{name}\n" for name in members).encode())
+        write_lines(target / f"{split}.txt", members)
     print(f"{target}: " + ", ".join(f"{split} {len(members)}" for split, members in splits.items()))
     if len(images) > len(names):
         print(f"left out {len(images) - len(names)} images without an annotation")

@@ -34,7 +34,7 @@ NUM_COLUMNS = FIRST_TILE + NUM_TILES * TILE_COLUMNS
 
 @dataclass(frozen=True)
 class AugmentSettings:
-    """Strengths of the augmentations, as documented at the settings of the same names in train.py; 0 disables one."""
+    """Strengths of the augmentations, 0 to disable one; train.py documents the settings of the same names."""
 
     mosaic: float
     scale: float
@@ -239,10 +239,7 @@ def plan_colours(random: Tensor, settings: AugmentSettings) -> Tensor:
 
 
 def colour_matrices(angle: Tensor, saturation: Tensor, value: Tensor) -> Tensor:
-    """RGB matrices (B, 3, 3) that rotate and scale the chroma plane of NTSC's YIQ, then scale all channels.
-
-    All arguments are (B,); the angle is in radians.
-    """
+    """(B,) each -> RGB matrices (B, 3, 3) that rotate and scale the chroma plane of NTSC's YIQ, then scale it all."""
     to_yiq = torch.tensor([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
     chroma = torch.zeros(len(angle), 3, 3)
     chroma[:, 0, 0] = 1

@@ -10,8 +10,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import sha256
@@ -36,11 +35,11 @@ from utils.system.diagnostics import Diagnostic, Diagnostics
 from utils.system.distributed import ProcessGroup
 from utils.system.errors import UserError, make_folder
 from utils.system.files import CACHE_FOLDER, TEMPORARY, atomic_write, lock
+from utils.system.prefetch import prefetch_map
 
 PLACES = ("auto", "device", "ram", "disk")
 DEVICE_MEMORY_SHARE = 0.4  # maximum share of the GPU's free memory
 RAM_SHARE = 0.5  # maximum share of the free RAM
-CHUNK = 128  # images decoded concurrently, which bounds the memory in use
 UNUSED_DAYS = 7  # cache files unused for longer are deleted
 FORMAT = "images/3"  # version of the cache file's format, part of the fingerprint
 
@@ -126,16 +125,10 @@ def decode_images(
 ) -> Iterator[tuple[np.ndarray | None, ImageRecord]]:
     """Decode the images in order; stops at the first one that `diagnostics` does not accept, but adds nothing to it."""
     policy = replace(diagnostics, found=[])
-    pool = ThreadPoolExecutor(cpu_count())
-    try:
-        with tqdm(total=len(samples), desc="decoding images", disable=None) as progress:
-            for start in range(0, len(samples), CHUNK):
-                for image, record in list(pool.map(partial(load_sample, spec=spec), samples[start : start + CHUNK])):
-                    policy.extend(record.findings)
-                    yield image, record
-                    progress.update()
-    finally:
-        pool.shutdown(cancel_futures=True)
+    with closing(prefetch_map(partial(load_sample, spec=spec), samples, cpu_count())) as decoded:
+        for image, record in tqdm(decoded, "decoding images", len(samples), disable=None):
+            policy.extend(record.findings)
+            yield image, record
 
 
 def load_sample(sample: Sample, spec: ModelSpec) -> tuple[np.ndarray | None, ImageRecord]:

@@ -54,7 +54,6 @@ def load_coco_samples(
     samples = []
     for image in truth["images"]:
         name = image["file_name"]
-        check_within(path, name)
         if not os.path.isfile(folder / name):
             raise UserError(f"{path} lists the image {name}, but it is not in {folder}; give its folder with --images")
         found = [item for item in objects[image["id"]] if min(item["bbox"][2:]) > 0]
@@ -84,11 +83,7 @@ def read_truth(path: Path) -> dict[str, list[Entry]]:
         content = json.loads(read_file(path, MAX_BYTES))
         if not isinstance(content, dict):
             raise ValueError("it must be an object with images, categories and annotations")
-        images = [
-            {"id": item["id"], "file_name": str(item["file_name"])}
-            | {side: parse_side(item, side) for side in ("height", "width")}
-            for item in content["images"]
-        ]
+        images = [parse_image(item) for item in content["images"]]
         categories = [{"id": item["id"], "name": str(item["name"])} for item in content["categories"]]
         annotations = [parse_annotation(i, item) for i, item in enumerate(content.get("annotations") or [], start=1)]
         check_references(images, categories, annotations)
@@ -97,6 +92,18 @@ def read_truth(path: Path) -> dict[str, list[Entry]]:
     except (ValueError, TypeError, OverflowError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is not COCO ground truth: {error}") from None
     return {"images": images, "categories": categories, "annotations": annotations}
+
+
+def parse_image(item: Entry) -> Entry:
+    """The entries of an image that an evaluation needs; raises ValueError, TypeError or KeyError if invalid."""
+    name = str(item["file_name"])
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise ValueError(f"the image {printable(name)} is outside the image folder; use a path relative to it")
+    for key in ("height", "width"):
+        side = item[key]
+        if not (isinstance(side, int | float) and 0 < side < 2**31 and side == int(side)):
+            raise ValueError(f"the {key} of {printable(name)} is {printable(side)}")
+    return {"id": item["id"], "file_name": name, "height": int(item["height"]), "width": int(item["width"])}
 
 
 def parse_annotation(number: int, item: Entry) -> Entry:
@@ -121,17 +128,3 @@ def check_references(images: Sequence[Entry], categories: Sequence[Entry], annot
     for item in annotations:
         if item["image_id"] not in known_images or item["category_id"] not in known_categories:
             raise ValueError(f"annotation {item['id']} refers to an unlisted image or category")
-
-
-def parse_side(image: Entry, name: str) -> int:
-    """An image's height or width in pixels; raises ValueError if it is invalid."""
-    side = image[name]
-    if not (isinstance(side, int | float) and 0 < side < 2**31 and side == int(side)):
-        raise ValueError(f"the {name} of {printable(image['file_name'])} is {printable(side)}")
-    return int(side)
-
-
-def check_within(path: Path, name: str) -> None:
-    """Raise UserError for an image name that points outside the image folder."""
-    if Path(name).is_absolute() or ".." in Path(name).parts:
-        raise UserError(f"{path} lists the image {name}, which is outside the image folder; use a path relative to it")

@@ -169,12 +169,6 @@ def file_size(path: Path, upright: bool = False) -> tuple[int, int]:
     return (width, height) if orientation > 4 else (height, width)
 
 
-def has_hidden_orientation(path: Path) -> bool:
-    """Whether EXIF mirrors or turns an image file without changing its size."""
-    (height, width), orientation = read_header(path)
-    return orientation > 1 and (orientation <= 4 or height == width)
-
-
 def read_header(path: Path, orientation: bool = True) -> tuple[tuple[int, int], int]:
     """Height and width of an image file as stored, and its EXIF orientation, or 1 without `orientation`."""
     try:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from utils.data.coco_json import check_within, read_truth
-from utils.data.image_io import file_size, has_hidden_orientation
-from utils.data.voc import IMAGE_SUFFIXES, load_classes
+from utils.data.coco_json import read_truth
+from utils.data.image_io import file_size, read_header
+from utils.data.voc import IMAGE_SUFFIXES, load_classes, single_image
 from utils.data.voc_xml import LabeledObject, read_voc_xml
 from utils.system.diagnostics import Diagnostics
 from utils.system.errors import FileError, SkippableError, UserError
@@ -22,7 +22,6 @@ YOLO_SPLITS = ("train", "val", "valid", "test")
 EVERYTHING = "all"  # name of the COCO file with the images of no split
 DECIMALS = 8  # of a pixel; rounding removes the noise of floating-point arithmetic
 NOT_WRITABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff\ufffe\uffff]")  # not allowed in a line of text, or in XML
-POLYGON = "is a polygon; its bounding box is used"
 FLAT = "has no width or height"
 
 
@@ -43,6 +42,11 @@ class LabelSet:
     images: Mapping[str, LabeledImage]  # by name, without suffix
     splits: Mapping[str, Sequence[str]]  # names of images
     notes: Sequence[str] = ()  # contents that only the source format can store
+
+    @property
+    def objects(self) -> list[LabeledObject]:
+        """The objects of all images."""
+        return [item for image in self.images.values() for item in image.objects]
 
 
 def read_voc(folder: Path, images: Path | None, classes: Path | None, diagnostics: Diagnostics) -> LabelSet:
@@ -72,7 +76,9 @@ def read_voc(folder: Path, images: Path | None, classes: Path | None, diagnostic
             splits[path.stem] = unique_names(lines, labeled, path)
     used = {item.class_name for image in labeled.values() for item in image.objects}
     names = find_voc_classes(folder, classes) or tuple(sorted(used))
-    check_class_names(used, names, classes or folder)
+    if unknown := sorted(used - set(names)):
+        listed = ", ".join(map(printable, unknown))
+        raise UserError(f"{classes or folder} does not list the classes {listed}, which the labels use")
     notes = [f"VOC's {', '.join(kinds)} of objects"] if kinds else []
     return LabelSet(names, labeled, splits, notes)
 
@@ -139,7 +145,6 @@ def add_coco_image(
 ) -> str:
     """Add an image entry of a COCO file to `labeled`; returns the image's name."""
     name, size = entry["file_name"], (entry["height"], entry["width"])
-    check_within(file, name)
     path = next((path for root in roots if os.path.isfile(path := root / name)), None)
     if path is None:
         raise FileError(file, f"lists the missing image {printable(name)}; give the image folder with --images")
@@ -175,11 +180,12 @@ def read_yolo(folder: Path, images: Path | None, classes: Path | None, diagnosti
 
 
 def refuse_hidden_orientation(image: Path) -> None:
-    """Raise FileError for an image that YOLO programs, which apply EXIF, show differently from VOC and COCO programs.
+    """Raise FileError for an image that EXIF mirrors or turns without changing its size.
 
-    VOC and COCO labels state the image's size, which does not reveal such an orientation.
+    YOLO programs apply this orientation, but VOC and COCO programs cannot infer it from the stated size.
     """
-    if has_hidden_orientation(image):
+    (height, width), orientation = read_header(image)
+    if orientation > 1 and (orientation <= 4 or height == width):
         reason = "is mirrored or turned by EXIF, which YOLO programs apply and others ignore"
         raise FileError(image, f"{reason}; save the image without the EXIF orientation")
 
@@ -211,23 +217,17 @@ def read_yolo_label(
             except ValueError as error:
                 reason = f"must be a class index and four fractions of the image ({error})"
                 raise FileError(path, reason, place) from None
-            box = polygon_to_xyxy(values) if len(values) > 5 else cxcywh_to_xyxy(values)  # a fifth is a confidence
-            if len(values) > 5:
-                diagnostics.record_repair(path, POLYGON, place)
+            if len(values) > 5:  # a fifth number is a confidence
+                diagnostics.record_repair(path, "is a polygon; its bounding box is used", place)
+                box = min(values[::2]), min(values[1::2]), max(values[::2]), max(values[1::2])
+            else:
+                x, y, width, height = values[:4]
+                box = x - width / 2, y - height / 2, x + width / 2, y + height / 2
             box = [round(edge * size[1 - i % 2], DECIMALS) for i, edge in enumerate(box)]
             if box[0] >= box[2] or box[1] >= box[3]:
                 raise SkippableError(path, FLAT, place)
             objects.append(LabeledObject(names[int(index)], box, False))
     return objects
-
-
-def cxcywh_to_xyxy(values: Sequence[float]) -> list[float]:
-    x, y, width, height = values[:4]
-    return [x - width / 2, y - height / 2, x + width / 2, y + height / 2]
-
-
-def polygon_to_xyxy(values: Sequence[float]) -> list[float]:
-    return [min(values[::2]), min(values[1::2]), max(values[::2]), max(values[1::2])]
 
 
 def find_images(folders: Sequence[Path]) -> dict[str, list[Path]]:
@@ -240,14 +240,6 @@ def find_images(folders: Sequence[Path]) -> dict[str, list[Path]]:
         if found:
             return found
     raise UserError(f"there are no images in {' or '.join(map(str, folders))}; give the image folder with --images")
-
-
-def single_image(images: Mapping[str, Sequence[Path]], stem: str, source: Path) -> Path:
-    found = images.get(stem, ())
-    if len(found) != 1:
-        names = " and ".join(path.name for path in found) or "none"
-        raise FileError(source, f"needs exactly one image named {printable(stem)!r}, but found {names}")
-    return found[0]
 
 
 def flat_name(stem: str, taken: Mapping[str, object], source: Path) -> str:
@@ -271,11 +263,3 @@ def unique_names(lines: Sequence[str], images: Mapping[str, object], path: Path)
 def fits_on_line(text: str) -> bool:
     """Whether a name can be written on a line of a text file and read back unchanged."""
     return bool(text) and text == strip(text) and not NOT_WRITABLE.search(text)
-
-
-def check_class_names(used: set[str], names: Sequence[str], source: Path) -> None:
-    unknown = sorted(used - set(names))
-    if unknown:
-        raise UserError(
-            f"{source} does not list the classes {', '.join(map(printable, unknown))}, which the labels use"
-        )

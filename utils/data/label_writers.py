@@ -83,14 +83,13 @@ def write_voc(folder: Path, labels: LabelSet) -> None:
     write_lines(folder / "classes.txt", labels.class_names)
 
 
-def drop_thin_objects(labels: LabelSet) -> tuple[LabelSet, int]:
-    """Drop the objects less than a pixel wide or high, which VOC cannot store; also returns their number."""
+def drop_thin_objects(labels: LabelSet) -> LabelSet:
+    """Drop the objects less than a pixel wide or high, which VOC cannot store."""
     images = {
         name: replace(image, objects=[item for item in image.objects if spans_a_pixel(item.box)])
         for name, image in labels.images.items()
     }
-    before, after = (sum(len(image.objects) for image in part.values()) for part in (labels.images, images))
-    return replace(labels, images=images), before - after
+    return replace(labels, images=images)
 
 
 def spans_a_pixel(box: Sequence[float]) -> bool:

@@ -1,11 +1,8 @@
 """The batches of an epoch, planned and moved to the training device ahead of their use."""
 
-from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import closing
 from dataclasses import dataclass, field
-from itertools import islice
 
 import torch
 from torch import Tensor
@@ -13,8 +10,7 @@ from torch import Tensor
 from utils.data.augment import AugmentSettings, BatchPlan, epoch_order, plan_batch, render_batch
 from utils.data.cache import ImageCache
 from utils.system.distributed import ProcessGroup
-
-AHEAD = 2  # batches prepared while one is in use
+from utils.system.prefetch import prefetch_map
 
 
 @dataclass
@@ -53,32 +49,24 @@ class EpochBatches:
 
         While the device computes, a thread plans the next batches and copies them in a CUDA stream of its own.
         """
-        on_gpu = device.type == "cuda"
-        stream = torch.cuda.Stream(device) if on_gpu else None
+        stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-        def move(number: int) -> tuple[BatchPlan, torch.cuda.Event | None]:
-            with torch.cuda.stream(stream) if on_gpu else nullcontext():
-                batch = self.plan(number)
-                if on_gpu:
-                    batch = BatchPlan(*(value if value.is_cuda else to_gpu(value, device) for value in batch))
-                return batch, stream.record_event() if on_gpu else None
+        def plan_and_copy(number: int) -> tuple[BatchPlan, torch.cuda.Event | None]:
+            if stream is None:
+                return self.plan(number), None
+            torch.cuda.set_device(device)  # for this thread
+            with torch.cuda.stream(stream):
+                batch = BatchPlan(*(value if value.is_cuda else to_gpu(value, device) for value in self.plan(number)))
+                return batch, stream.record_event()
 
-        remaining = iter(numbers)
-        own = {"initializer": torch.cuda.set_device, "initargs": (device,)} if on_gpu else {}
-        pool = ThreadPoolExecutor(1, thread_name_prefix="batches", **own)
-        try:
-            ahead = deque(pool.submit(move, number) for number in islice(remaining, AHEAD))
-            while ahead:
-                batch, copied = ahead.popleft().result()
-                ahead.extend(pool.submit(move, number) for number in islice(remaining, 1))
+        with closing(prefetch_map(plan_and_copy, numbers, workers=1)) as plans:
+            for batch, copied in plans:
                 if copied is not None:
                     current = torch.cuda.current_stream(device)
                     current.wait_event(copied)
                     for value in batch:
                         value.record_stream(current)  # keeps its memory from being reused too early
                 yield render_batch(batch), batch.boxes, batch.labels
-        finally:
-            pool.shutdown(cancel_futures=True)
 
 
 def to_gpu(values: Tensor, device: torch.device) -> Tensor:

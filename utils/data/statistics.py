@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from os import cpu_count
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,8 +25,7 @@ from utils.system.diagnostics import Diagnostic, Diagnostics
 MAX_LISTED = 10  # classes in the one-line description
 
 
-@dataclass(frozen=True)
-class AnchorFit:
+class AnchorFit(NamedTuple):
     """How well anchors fit the shapes of objects."""
 
     recall: float  # best possible recall: the fraction of objects whose best IoU exceeds MIN_ANCHOR_IOU
@@ -47,19 +46,13 @@ def anchor_fit(sides: Tensor, anchors: Tensor) -> AnchorFit | None:
     return AnchorFit((overlap > MIN_ANCHOR_IOU).double().mean().item(), overlap.mean().item())
 
 
-def image_size(sample: Sample) -> tuple[int, int]:
-    """Height and width of an image, as stated in its annotation or else in the header of its file."""
-    if sample.size and min(sample.size):
-        return sample.size
-    return file_size(sample.image)
-
-
 def input_sides(samples: Sequence[Sample], input_size: tuple[int, int], letterbox: bool) -> Tensor:
     """Width and height (N, 2) in input pixels of all objects except difficult ones."""
     sides = [np.zeros((0, 2), np.float32)]
     for sample in samples:
-        boxes, size = sample.boxes[~sample.difficult], image_size(sample)
+        boxes = sample.boxes[~sample.difficult]
         if len(boxes):
+            size = sample.size if sample.size and min(sample.size) else file_size(sample.image)
             fit, _ = fit_to_input(size, input_size, letterbox)
             boxes = fit.to_input(clip_boxes(boxes, size))
             sides.append(boxes[:, 2:] - boxes[:, :2])

@@ -153,7 +153,7 @@ def load_set(
                 diagnostics.record_repair(
                     source, "encodes accents differently from the file's name", printable(image_id)
                 )
-            image = find_image(images, stem, folder, source)
+            image = single_image(images, stem, source)
             path = folder / "Annotations" / f"{xml}.xml"
             annotation = read_voc_xml(path, diagnostics)
             sample = make_sample(image_id, image, path, annotation, indices)
@@ -197,13 +197,12 @@ def match_spelling(name: str, exists: Callable[[str], bool]) -> str:
     return next((form for form in (name, normalize("NFC", name), normalize("NFD", name)) if exists(form)), name)
 
 
-def find_image(images: Mapping[str, list[Path]], stem: str, folder: Path, source: Path) -> Path:
-    found = images.get(stem, [])
-    if not found:
-        raise FileError(source, f"lists {printable(stem)!r}, but {folder / 'JPEGImages'} has no image of that name")
-    if len(found) > 1:
-        names = ", ".join(path.name for path in found)
-        raise FileError(source, f"lists {printable(stem)!r}, which has several images ({names}); keep one")
+def single_image(images: Mapping[str, Sequence[Path]], stem: str, source: Path) -> Path:
+    """The image named `stem`; raises FileError about the file `source` unless there is exactly one."""
+    found = images.get(stem, ())
+    if len(found) != 1:
+        names = f"{', '.join(path.name for path in found)}; keep one" if found else "none"
+        raise FileError(source, f"needs exactly one image named {printable(stem)!r}, but found {names}")
     return found[0]
 
 
