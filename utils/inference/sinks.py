@@ -133,9 +133,14 @@ class JsonLines(Sink):
         self.file = (folder / "detections.jsonl").open("w", encoding="utf-8")
 
     def write(self, frame: Frame, detections: sv.Detections) -> None:
-        common = describe_frame(frame)
-        for item in describe_detections(detections, self.class_names):
-            self.file.write(json.dumps(common | item, ensure_ascii=False) + "\n")
+        columns = zip(detections.xyxy, detections.confidence, detections.class_id, track_ids(detections), strict=True)
+        for box, score, label, track in columns:
+            item = describe_frame(frame) | {"class": self.class_names[label]}
+            item["score"] = round(float(score), SCORE_DECIMALS)
+            item["box"] = [round(float(edge), PIXEL_DECIMALS) for edge in box]
+            if track is not None:
+                item["track"] = track
+            self.file.write(json.dumps(item, ensure_ascii=False) + "\n")
 
     def close(self) -> None:
         self.file.close()
@@ -309,20 +314,6 @@ def describe_frame(frame: Frame) -> dict[str, Any]:
     if frame.video is None:
         return {"image": str(frame.path)}
     return {"image": frame.video.name, "frame": frame.number, "time": round(frame.time, 3)}
-
-
-def describe_detections(detections: sv.Detections, class_names: Sequence[str]) -> list[dict[str, Any]]:
-    """Class, score, box (xyxy pixels) and, if it has one, track of each detection."""
-    columns = zip(detections.xyxy, detections.confidence, detections.class_id, track_ids(detections), strict=True)
-    return [
-        {
-            "class": class_names[label],
-            "score": round(float(score), SCORE_DECIMALS),
-            "box": [round(float(edge), PIXEL_DECIMALS) for edge in box],
-        }
-        | ({} if track is None else {"track": track})
-        for box, score, label, track in columns
-    ]
 
 
 def track_ids(detections: sv.Detections) -> list[int | None]:

@@ -115,7 +115,8 @@ def decode_video(name: str, container: av.container.InputContainer, errors: list
     number, first, previous, end = 0, None, None, 0.0
     try:
         for picture in decode_pictures(container, faults):
-            image = to_upright_image(picture)
+            image = picture.to_ndarray(format="rgb24")
+            image = np.ascontiguousarray(np.rot90(image, picture.rotation // 90)) if picture.rotation else image
             if previous is not None and image.shape != previous.shape:
                 raise SizeChanged(name, number, previous, image)
             previous = image
@@ -148,12 +149,6 @@ def decode_pictures(container: av.container.InputContainer, faults: Counter[str]
         for picture in pictures:
             faults["frames"] += picture.is_corrupt
             yield picture
-
-
-def to_upright_image(picture: av.VideoFrame) -> np.ndarray:
-    """uint8 RGB (H, W, 3), rotated as the file says."""
-    image = picture.to_ndarray(format="rgb24")
-    return np.ascontiguousarray(np.rot90(image, picture.rotation // 90)) if picture.rotation else image
 
 
 class VideoWriter:
