@@ -27,7 +27,7 @@ from utils.weights.checkpoint import Checkpoint, save_checkpoint
 from utils.weights.pretrained import DARKNET, GAIN, load_all_weights, read_weights
 
 HEAD = "yolo_headP5.1.weight"  # its rows give the number of classes
-SCALE_XY = {"darknet": 1.05, "pth": 1.0}  # scale_x_y that published weights were trained with
+DARKNET_SCALE_XY = 1.05  # scale_x_y in Darknet's cfg; published .pth files were trained without it
 CLASS_FILES = {20: "model_data/voc_classes.txt", 80: "model_data/coco_classes.txt"}  # of published weights
 
 
@@ -72,7 +72,7 @@ def infer_spec(config: Config, path: Path, weights: Mapping[str, Tensor]) -> Mod
     if not weights.keys() & parameter_names(0):
         raise UserError(f"{path}: no parameter matches this network; is it YOLOv4-tiny?")
     if any(name.startswith(GAIN) for name in weights):
-        raise UserError(f"{path} was exported from a checkpoint of train.py; use that checkpoint instead")
+        raise UserError(f"{path} was made from a checkpoint of train.py; use that checkpoint instead")
     if HEAD not in weights:
         raise UserError(f"{path} has no heads and cannot be used for prediction; use it with train.py --weights")
     rows = weights[HEAD].shape[0] if weights[HEAD].ndim else 1
@@ -92,18 +92,17 @@ def infer_spec(config: Config, path: Path, weights: Mapping[str, Tensor]) -> Mod
         phi=find_phi(path, weights),
         identity_start=False,
         input_size=config.input_size,
-        scale_xy=SCALE_XY["darknet" if DARKNET.search(path.name) else "pth"],
-        letterbox=False,
+        scale_xy=DARKNET_SCALE_XY if DARKNET.search(path.name) else 1.0,
     )
 
 
 def find_phi(path: Path, weights: Mapping[str, Tensor]) -> int:
     """The attention block with the parameter names of the weights."""
-    attention = {name for name in weights if "_att." in name}
+    given = {name for name in weights if "_att." in name}
     for phi in ATTENTION:
-        if {name for name in parameter_names(phi) if "_att." in name} == attention:
+        if {name for name in parameter_names(phi) if "_att." in name} == given:
             return phi
-    raise UserError(f"{path} has attention parameters that match no phi, such as {min(attention)}")
+    raise UserError(f"{path} has attention parameters that match no phi, such as {min(given)}")
 
 
 def parameter_names(phi: int) -> set[str]:

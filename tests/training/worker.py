@@ -104,10 +104,10 @@ def compare(plan: str, out: str) -> None:
 
     with patch.object(utils.data.cache, "load_sample", load_sample), join_process_group(torch.device("cpu")) as group:
         train_directly(train.Config(**parts["whole"]), group)
-        with patch.object(eval_script, "join_process_group", lambda _: nullcontext(group)):
-            eval_script.main(eval_script.Config(**parts["evaluation"]))
         losses = {name: train_recorded(train.Config(**own), group) for name, own in parts["runs"].items()}
         count = len(decoded)
+        with patch.object(eval_script, "join_process_group", lambda _: nullcontext(group)):
+            eval_script.main(eval_script.Config(**parts["evaluation"]))
         errors = [find_error(train.Config(**own), group) for own in parts["invalid"]]
         stopped = stop_in_validation(train.Config(**parts["stopped"]), group)
         found = group.all_gather({"decoded": count, "errors": errors, "stopped": stopped})

@@ -125,7 +125,7 @@ def test_conversion_rejects_unsuitable_files(voc_file, pair_file, expect_failure
     torch.save({"yolo_headP5.1.weight": torch.tensor(1.0)}, other)
     expect_failure(convert_weights, ["--weights", other], "other.pth has 1 rows in yolo_headP5.1.weight")
     torch.save(build_model(replace(VOC, phi=3)).state_dict(), other)
-    expect_failure(convert_weights, ["--weights", other], "other.pth was exported from a checkpoint of train.py")
+    expect_failure(convert_weights, ["--weights", other], "other.pth was made from a checkpoint of train.py")
     for script, flags in ((predict, [ROOT / "docs" / "images" / "demo_batch.jpg"]), (eval_script, [])):
         expect_failure(
             script, [*flags, "--weights", pair], f"convert it with tools/convert_weights.py --weights {pair}"
@@ -174,7 +174,7 @@ def test_partial_network_can_only_start_a_training(voc_file, tmp_path):
     line = start_from(model, weights, path)
     assert torch.equal(model.yolo_headP5[0].conv.weight, read_weights(voc_file)["yolo_headP5.0.conv.weight"])
     assert "newly initialised: upsample.upsample.0.bn.bias" in line
-    with pytest.raises(UserError, match="only initial weights"):
+    with pytest.raises(UserError, match=r"only for train\.py --weights"):
         read_darknet(path, model)
     as_weights = path.rename(tmp_path / "start.weights")
     assert read_weights(as_weights).keys() == weights.keys()
@@ -201,7 +201,7 @@ def test_rejects_files_truncated_at_any_convolution(pair_file, tmp_path):
         for size in (begin, begin + 1, end - 4):
             path.write_bytes(content[:size])
             start = size == ends[START - 1]
-            words = "only initial weights" if start else f"ends within convolution {number} of 21"
+            words = "only for train.py --weights" if start else f"ends within convolution {number} of 21"
             with pytest.raises(UserError, match=words):
                 read_darknet(path, model)
             if not start:

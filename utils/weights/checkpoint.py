@@ -66,17 +66,11 @@ def same_form(name: str, *groups: Mapping[str, Tensor]) -> bool:
 
 
 def save_checkpoint(path: str | Path, checkpoint: Checkpoint, previous: str | Path | None = None) -> None:
-    """Write a checkpoint atomically, renaming an existing file to `previous` if given.
-
-    Raises UserError if it cannot be written.
-    """
+    """Write a checkpoint atomically, renaming an existing file to `previous` if given; raises UserError on failure."""
     tensors = dict(checkpoint.weights) | {TRAINING + name: value for name, value in checkpoint.training.items()}
     tensors = {name: value.detach().to("cpu").contiguous() for name, value in tensors.items()}
-    metadata = {
-        "format": FORMAT,
-        "spec": json.dumps(checkpoint.spec.to_dict()),
-        "info": json.dumps(checkpoint.info),
-    }
+    spec, info = json.dumps(checkpoint.spec.to_dict()), json.dumps(checkpoint.info)
+    metadata = {"format": FORMAT, "spec": spec, "info": info}
     metadata["sha256"] = digest(tensors, metadata)
     with atomic_write(path, previous) as file:
         file.write(save(tensors, metadata))
@@ -121,10 +115,7 @@ def remedy(path: Path) -> str:
 
 
 def load_last(folder: Path, say: Callable[[str], None] = print) -> Checkpoint:
-    """The newest intact checkpoint to resume the run in `folder` from.
-
-    A damaged `last` is reported and renamed, so that it does not replace `previous`.
-    """
+    """The newest intact checkpoint of a run; a damaged `last` is reported, and renamed so that `previous` is kept."""
     last, previous = folder / LAST, folder / PREVIOUS
     if not is_resumable(folder):
         raise UserError(f"{folder} has no checkpoint to resume from; leave out --resume to start a new run there")

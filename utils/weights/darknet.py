@@ -97,10 +97,8 @@ def header_size(path: Path, content: bytes) -> int:
     wide = major * 10 + minor >= 2 and major < 1000 and minor < 1000  # the rule of Darknet
     (seen,) = struct.unpack_from("<q" if wide else "<i", content, 12)
     if min(major, minor, revision) < 0 or not 0 <= seen <= MAX_SEEN:
-        raise UserError(
-            f"{path} is damaged or not a Darknet file: its header gives version {major}.{minor}.{revision}, trained on "
-            f"{seen} images"
-        )
+        version = f"{major}.{minor}.{revision}"
+        raise UserError(f"{path} is damaged or not from Darknet: its header gives version {version} and {seen} images")
     return 20 if wide else 16
 
 
@@ -124,20 +122,14 @@ def check_size(path: Path, size: int, header: int, layers: Sequence[Layer]) -> N
     """Raise UserError, with the likely reason, unless a file of `size` bytes contains exactly these convolutions."""
     ends = [header + 4 * floats for floats in accumulate(count_floats([layer]) for layer in layers)]
     if size == ends[START - 1]:
-        raise UserError(
-            f"{path} ends after {START} convolutions: it contains only initial weights, for train.py --weights"
-        )
+        raise UserError(f"{path} ends after {START} convolutions: it is only for train.py --weights")
     if size < ends[-1]:
         inside = sum(end <= size for end in ends) + 1
-        raise UserError(
-            f"{path} is truncated, or made for fewer classes: it has {size:,} of {ends[-1]:,} bytes and ends within "
-            f"convolution {inside} of {len(ends)}"
-        )
+        place = f"convolution {inside} of {len(ends)}"
+        raise UserError(f"{path} is truncated or has fewer classes: it ends within {place}, after {size:,} bytes")
     if size > ends[-1]:
-        raise UserError(
-            f"{path} has {size - ends[-1]:,} bytes more than this network ({ends[-1]:,}); it has extra bytes at "
-            "the end, or was made for more classes"
-        )
+        extra = f"{size - ends[-1]:,} bytes more than this network"
+        raise UserError(f"{path} has {extra}; it has extra bytes at the end, or was made for more classes")
 
 
 def write_darknet(path: str | Path, model: nn.Module) -> None:
