@@ -1,4 +1,4 @@
-"""VOC AP against an independent devkit, COCO's figures against pycocotools' own path."""
+"""VOC metrics, compared with an independent devkit and with values worked out by hand."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ import supervision as sv
 
 from tests.conftest import REFERENCE, needs_shared
 from utils.data.voc import Sample
-from utils.evaluation.metrics import Curve, confusion_matrix, evaluate, voc_curves
+from utils.evaluation.metrics import Curve, compute_curves, confusion_matrix, evaluate
 
 
 def sample(boxes, labels, difficult=None) -> Sample:
@@ -53,43 +53,43 @@ def test_voc_ap_matches_the_devkit():
         for key, per_class in data["expected_ap"].items():
             iou, kind = key.removeprefix("iou").split("_")
             for name, expected in per_class.items():
-                curve = voc_curves(samples, detections, len(names), float(iou))[names.index(name)]
+                curve = compute_curves(samples, detections, len(names), float(iou))[names.index(name)]
                 ap = curve.ap_11point() if kind == "11point" else curve.ap_area()
                 assert ap == pytest.approx(expected, abs=1e-9), (data["seed"], key, name)
                 compared += 1
     assert compared > 48
 
 
-def test_difficult_objects_count_neither_way():
+def test_difficult_objects_are_ignored():
     samples = [sample([[0, 0, 10, 10], [20, 20, 30, 30]], [0, 0], [True, False])]
     detections = [found([[0, 0, 10, 10], [0, 0, 10, 10], [20, 20, 30, 30]], [0, 0, 0], [0.9, 0.8, 0.7])]
     measured = evaluate(samples, detections, [(40, 40)], ["a"])
     metrics, (curve,) = measured.metrics, measured.curves
-    assert curve.positives == 1
+    assert curve.num_objects == 1
     assert curve.precision.tolist() == [1.0]
     assert metrics["voc"]["mAP_area"] == metrics["voc"]["mAP_11point"] == 1.0
     assert metrics["coco"]["AP"] == pytest.approx(1.0)
 
 
-def test_a_second_detection_of_an_object_is_false():
+def test_second_detection_of_an_object_is_false_positive():
     samples = [sample([[0, 0, 10, 10]], [0])]
     detections = [found([[0, 0, 10, 10], [0, 0, 10, 9]], [0, 0], [0.9, 0.8])]
-    (curve,) = voc_curves(samples, detections, 1)
+    (curve,) = compute_curves(samples, detections, 1)
     assert curve.precision.tolist() == [1.0, 0.5]
     assert curve.recall.tolist() == [1.0, 1.0]
 
 
-def test_ap_by_hand():
+def test_ap_equals_hand_computed_values():
     # two objects; hit, miss, hit: precision 1, 1/2, 2/3 at recall 1/2, 1/2, 1
     samples = [sample([[0, 0, 10, 10], [20, 20, 30, 30]], [0, 0])]
     boxes = [[0, 0, 10, 10], [50, 50, 60, 60], [20, 20, 30, 30]]
-    (curve,) = voc_curves(samples, [found(boxes, [0, 0, 0], [0.9, 0.8, 0.7])], 1)
+    (curve,) = compute_curves(samples, [found(boxes, [0, 0, 0], [0.9, 0.8, 0.7])], 1)
     assert curve.ap_area() == pytest.approx(0.5 * 1 + 0.5 * 2 / 3)
     assert curve.ap_11point() == pytest.approx((6 * 1 + 5 * 2 / 3) / 11)
 
 
-def test_coco_ap_by_hand():
-    # one box at IoU 0.81 is right at the seven thresholds 0.5 ... 0.8 of ten
+def test_coco_ap_equals_hand_computed_value():
+    # an IoU of 0.81 is a match at seven of the ten thresholds, 0.5 to 0.8
     samples, detections = [sample([[0, 0, 100, 100]], [0])], [found([[0, 0, 90, 90]], [0], [0.5])]
     metrics = evaluate(samples, detections, [(200, 200)], ["a"]).metrics["coco"]
     assert metrics["AP"] == pytest.approx(0.7)
@@ -97,7 +97,7 @@ def test_coco_ap_by_hand():
     assert metrics["per_class"] == {"a": pytest.approx(0.7)}
 
 
-def test_nothing_found_and_nothing_to_find():
+def test_metrics_without_detections_or_objects():
     metrics = evaluate([sample([[0, 0, 9, 9]], [1])], [sv.Detections.empty()], [(10, 10)], ["a", "b"]).metrics
     assert metrics["coco"]["AP"] == metrics["voc"]["mAP_area"] == 0
     assert metrics["coco"]["per_class"] == {"a": -1, "b": 0}
@@ -106,28 +106,28 @@ def test_nothing_found_and_nothing_to_find():
     assert json.dumps(metrics)
 
 
-def test_the_best_threshold_lies_between_two_scores():
-    # hit, miss, hit, miss: F1 2/3 at 0.9, 4/5 at 0.5
+def test_best_threshold_lies_between_two_scores():
+    # hit, miss, hit, miss: F1 is 2/3 at 0.9 and 4/5 at 0.5
     curve = Curve(np.array([1, 1 / 2, 2 / 3, 1 / 2]), np.array([0.5, 0.5, 1, 1]), np.array([0.9, 0.8, 0.5, 0.3]), 2)
-    best = curve.best()
+    best = curve.find_best_threshold()
     assert best["threshold"] == pytest.approx(0.4)
     assert best["precision"] == pytest.approx(2 / 3)
     assert best["recall"] == 1
     assert best["F1"] == pytest.approx(0.8)
-    # no threshold lies between equal scores
-    tied = Curve(curve.precision, curve.recall, np.array([0.9, 0.5, 0.5, 0.5]), 2).best()
+    # equal scores cannot be separated by a threshold
+    tied = Curve(curve.precision, curve.recall, np.array([0.9, 0.5, 0.5, 0.5]), 2).find_best_threshold()
     assert (tied["threshold"], tied["precision"], tied["recall"]) == pytest.approx((0.7, 1, 0.5))
-    assert Curve(np.empty(0), np.empty(0), np.empty(0), 3).best()["threshold"] == 0.3
-    assert Curve(curve.precision, curve.recall, curve.scores / 10, 2).best()["threshold"] == 0.3  # all are too unsure
+    assert Curve(np.empty(0), np.empty(0), np.empty(0), 3).find_best_threshold()["threshold"] == 0.3
+    assert Curve(curve.precision, curve.recall, curve.scores / 10, 2).find_best_threshold()["threshold"] == 0.3  # all scores are too low
 
 
-def test_confusion_by_hand():
+def test_confusion_matrix_equals_hand_computed_counts():
     samples = [
         sample([[0, 0, 10, 10], [20, 0, 30, 10], [40, 0, 50, 10], [60, 0, 70, 10]], [0, 0, 1, 1], [0, 0, 0, 1]),
         sample([], []),
     ]
     detections = [
-        # right, with the other class on the same place; as another class; too unsure; on a difficult one
+        # correct, a wrong class on the same object, a wrong class, too low a score, on a difficult object
         found(
             [[0, 0, 10, 10], [0, 0, 10, 10], [20, 0, 30, 10], [40, 0, 50, 10], [60, 0, 70, 10]],
             [0, 1, 1, 1, 0],
