@@ -82,7 +82,7 @@ def find_anchors(sides: Tensor, count: int, starts: int, seed: int) -> Tensor:
     shapes = len(sides.unique(dim=0))
     if shapes < count:
         raise UserError(
-            f"{count} anchors need objects of at least {count} shapes, but the sets have {shapes}; add annotations"
+            f"{count} anchors need objects of {count} different shapes, but found {shapes}; add annotations"
         )
     generator = torch.Generator().manual_seed(seed)
     threads = torch.get_num_threads()

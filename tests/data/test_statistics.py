@@ -18,9 +18,9 @@ def make_sample(labels: list[int], difficult: list[bool]) -> Sample:
 def test_description_counts_only_objects_that_are_not_difficult():
     labels = [([0, 0, 2], [False, True, False]), ([], []), ([1], [True]), ([2], [False])]
     samples = [make_sample(*item) for item in labels]
-    text = "4 images (2 without objects), 3 objects: owl 2, cat 1; none of dog"
+    text = "4 images (2 without objects), 3 objects: owl 2, cat 1; no objects of dog"
     assert describe_samples(samples, ("cat", "dog", "owl")) == text
-    assert describe_samples([], ("cat",)) == "0 images (0 without objects), 0 objects; none of cat"
+    assert describe_samples([], ("cat",)) == "0 images (0 without objects), 0 objects; no objects of cat"
 
 
 def test_description_lists_ten_classes():

@@ -47,7 +47,7 @@ def test_skips_broken_frames(tmp_path, capsys):
     weights = save_weights(tmp_path / "a.safetensors", random_weights())
     path = write_video(tmp_path / "a.avi", broken=5)
     predict.main(predict.Config((str(path),), weights=str(weights), out=str(tmp_path / "out"), device="cpu"))
-    assert "1 broken parts of" in capsys.readouterr().err
+    assert "1 corrupt packets of" in capsys.readouterr().err
     assert count_frames(tmp_path / "out" / "a.mp4") == 11
 
 
@@ -64,7 +64,7 @@ def test_ignores_wrong_frame_count_in_header(predict_video, tmp_path, frames):
 def test_stops_where_frame_size_changes(predict_video, tmp_path):
     parts = [write_video(tmp_path / f"{side}.mjpeg", 6, (48, side)).read_bytes() for side in (64, 96)]
     (tmp_path / "both.avi").write_bytes(b"".join(parts))
-    expect(predict_video(tmp_path / "both.avi"), ERROR, ("both.avi changes its size at frame 6", "64x48 to 96x48"))
+    expect(predict_video(tmp_path / "both.avi"), ERROR, ("both.avi changes from 64x48 to 96x48 at frame 6",))
     assert count_frames(tmp_path / "out" / "both.mp4") == 6
 
 

@@ -6,7 +6,6 @@ import time
 import pytest
 import torch
 
-from tests.conftest import run
 from tools import kmeans_anchors
 from utils.data.statistics import anchor_fit
 from utils.detection.anchors import load_anchors
@@ -32,12 +31,12 @@ def test_clusters_100_000_objects_within_10_seconds():
     assert time.process_time() - started < 10
 
 
-def test_writes_anchors_for_training(devkit, expect_failure, tmp_path, capsys):
+def test_writes_anchors_for_training(devkit, expect_failure, call_script, tmp_path):
     out, classes = tmp_path / "anchors.txt", devkit / "Demo" / "classes.txt"
     flags = ["--devkit", devkit, "--sets", "Demo/train", "--classes", classes, "--out", out, "--input-size", 320, 320]
-    result = run("tools/kmeans_anchors.py", *flags)
-    assert result.returncode == 0, result.stderr
-    before, after = re.findall(r"recall [\d.]+, mean IoU ([\d.]+)", result.stdout)
+    outcome = call_script(kmeans_anchors.main, kmeans_anchors.Config, *flags)
+    assert outcome.code == 0, outcome.errors
+    before, after = re.findall(r"recall [\d.]+, mean IoU ([\d.]+)", outcome.output)
     assert float(after) > float(before) + 0.02
     anchors = load_anchors(out)
     assert anchors[0] == anchors[1]  # no head has the first one

@@ -5,7 +5,6 @@ from collections import Counter
 
 import pytest
 
-from tests.conftest import run
 from tools import make_splits
 from utils.system.errors import UserError
 
@@ -35,10 +34,10 @@ def test_splits_are_disjoint_complete_and_reproducible(unsplit):
     assert again != make_splits.split_names([f"image {i}" for i in range(20)], make_splits.Config(seed=1))
 
 
-def test_never_replaces_splits(expect_failure, unsplit):
-    result = run("tools/make_splits.py", "--folder", unsplit)
-    assert result.returncode == 0, result.stderr
-    assert "left out 1 images without an annotation" in result.stdout
+def test_never_replaces_splits(call_script, expect_failure, unsplit):
+    outcome = call_script(make_splits.main, make_splits.Config, "--folder", unsplit)
+    assert outcome.code == 0, outcome.errors
+    assert "left out 1 images without an annotation" in outcome.output
     expect_failure(make_splits, ["--folder", unsplit], "already has train.txt, val.txt, trainval.txt, test.txt")
     (unsplit / "ImageSets" / "Main" / "val.txt").write_bytes("北京\n".encode("gbk"))
     expect_failure(make_splits, ["--folder", unsplit], "val.txt is not UTF-8 text")

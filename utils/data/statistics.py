@@ -107,9 +107,10 @@ def describe_samples(samples: Sequence[Sample], class_names: Sequence[str]) -> s
     listed = [f"{name} {counts[name]}" for name in ordered[:MAX_LISTED] if counts[name]]
     others = sum(counts[name] > 0 for name in ordered[MAX_LISTED:])
     listed += [f"{others} more classes"] if others else []
-    line = f"{len(samples)} images ({empty} without objects), {sum(counts.values())} objects"
     absent = [name for name in class_names if not counts[name]]
-    return line + (f": {', '.join(listed)}" if listed else "") + (f"; none of {', '.join(absent)}" if absent else "")
+    line = f"{len(samples)} images ({empty} without objects), {sum(counts.values())} objects"
+    line += f": {', '.join(listed)}" if listed else ""
+    return line + (f"; no objects of {', '.join(absent)}" if absent else "")
 
 
 def summarize(inspected: Sequence[InspectedSample], class_names: Sequence[str]) -> dict[str, Any]:
