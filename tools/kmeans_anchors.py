@@ -81,9 +81,7 @@ def find_anchors(sides: Tensor, count: int, starts: int, seed: int) -> Tensor:
     """The anchors (count, 2) with the highest mean IoU of several starts, rounded to 0.1 pixel and sorted by area."""
     shapes = len(sides.unique(dim=0))
     if shapes < count:
-        raise UserError(
-            f"{count} anchors need objects of {count} different shapes, but found {shapes}; add annotations"
-        )
+        raise UserError(f"{count} anchors need objects of {count} shapes, but found {shapes}; add annotations")
     generator = torch.Generator().manual_seed(seed)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # faster for tensors this small
