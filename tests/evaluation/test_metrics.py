@@ -118,7 +118,9 @@ def test_best_threshold_lies_between_two_scores():
     tied = Curve(curve.precision, curve.recall, np.array([0.9, 0.5, 0.5, 0.5]), 2).find_best_threshold()
     assert (tied["threshold"], tied["precision"], tied["recall"]) == pytest.approx((0.7, 1, 0.5))
     assert Curve(np.empty(0), np.empty(0), np.empty(0), 3).find_best_threshold()["threshold"] == 0.3
-    assert Curve(curve.precision, curve.recall, curve.scores / 10, 2).find_best_threshold()["threshold"] == 0.3  # all scores are too low
+    assert (
+        Curve(curve.precision, curve.recall, curve.scores / 10, 2).find_best_threshold()["threshold"] == 0.3
+    )  # all scores are too low
 
 
 def test_confusion_matrix_equals_hand_computed_counts():

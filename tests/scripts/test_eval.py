@@ -61,7 +61,7 @@ def test_coco_annotations_give_the_metrics_of_voc_annotations(config, trained_ru
     assert {item["image_id"] for item in results} == {image["id"] for image in truth["images"]}
     eval_script.main(replace(settings, out=str(tmp_path / "coco")))
     assert not (tmp_path / "coco" / "coco_results.json").exists()
-    expect_failure(eval_script, ["--coco", "truth.json"], "coco and images go together")
+    expect_failure(eval_script, ["--coco", "truth.json"], "coco and images must be given together")
 
 
 def test_compares_checkpoints(config, trained_run, tmp_path, capsys):

@@ -63,7 +63,12 @@ def test_continues_an_interrupted_comparison(flags, tmp_path, trained, capsys, e
     assert not torch.equal(first.weights["conv_for_P5.conv.weight"], second.weights["conv_for_P5.conv.weight"])
     compare_attention.main(compare_attention.Config(out=str(out)))
     assert len(trained) == 5  # nothing was left to train
-    expect_failure(compare_attention, [*flags, "--out", out, "--epochs", 2, *TINY], "epochs is 1 there, not 2")
+    expect_failure(
+        compare_attention,
+        [*flags, "--out", out, "--epochs", 2, *TINY],
+        "epochs is 1 in",
+        "cannot be changed to 2 on resume",
+    )
 
 
 def test_rejects_invalid_settings(flags, expect_failure, tmp_path):

@@ -170,12 +170,12 @@ def average_positions(maps: AttentionMaps) -> Tensor:
 
 def draw_boosted(view: View, attention: dict[str, AttentionMaps], part: SubFigure) -> None:
     """The input features of the channels with the largest factors, for each place."""
-    part.suptitle("Input features of the most amplified channels", fontsize="medium")
+    part.suptitle("Input features of the most amplified channels (place, channel and factor)", fontsize="medium")
     panels = iter(part.subplots(1, MAX_CHANNELS * len(attention), squeeze=False)[0])
     for place, maps in attention.items():
         factors = average_positions(maps)
         for channel in factors.topk(MAX_CHANNELS).indices.tolist():
-            title = f"{place}, channel {channel}: factor {factors[channel]:.2f}"
+            title = f"{place} {channel}: x{factors[channel]:.2f}"
             view.draw_map(next(panels), maps.features[0, channel], title)
 
 

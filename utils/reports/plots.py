@@ -183,7 +183,7 @@ def draw_counts(counts: dict[str, dict[str, int]], path: Path) -> None:
         axes.barh(places, [values[name] for name in names], height, label=part)
     axes.set_yticks(range(len(names)), [escape_label(name) for name in names])
     axes.set(title="Objects per class", xlabel="Objects (log scale)", xscale="symlog", ylim=(len(names) - 0.4, -0.6))
-    axes.legend()
+    figure.legend(loc="outside right upper")
     save_figure(figure, path)
 
 
