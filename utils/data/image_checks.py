@@ -30,9 +30,7 @@ def orient(sample: Sample, image: np.ndarray, orientation: int, diagnostics: Dia
     if orientation == 1:
         return image
     if orientation <= 4 or height == width:  # the size is the same either way
-        diagnostics.record_repair(
-            sample.image, "has an EXIF orientation, which is ignored; the annotation may not know about it"
-        )
+        diagnostics.record_repair(sample.image, "has an EXIF orientation, which is ignored")
         return image
     if sample.size == (height, width):
         return image
@@ -75,16 +73,12 @@ def check_size(sample: Sample, size: tuple[int, int], is_clipped: bool, diagnost
     """Compare the size that the annotation states with the image's own."""
     if sample.size == size:
         return
-    if sample.size is None:
-        diagnostics.record_repair(sample.source, "states no <size>; the image's own size is used")
-    elif min(sample.size) == 0:
-        diagnostics.record_repair(sample.source, "states an invalid <size>; the image's own size is used")
-    elif is_clipped:
+    stated = "no <size>" if sample.size is None else "a wrong <size>" if min(sample.size) else "an invalid <size>"
+    if is_clipped and stated == "a wrong <size>":
         (height, width), (true_height, true_width) = sample.size, size
         raise FileError(
             sample.source,
             f"states the <size> {width}x{height}, but {sample.image.name} is {true_width}x{true_height}, and a box "
             "reaches beyond it; the annotation may belong to another image",
         )
-    else:
-        diagnostics.record_repair(sample.source, "states a wrong <size>; the image's own size is used")
+    diagnostics.record_repair(sample.source, f"states {stated}; the image's own size is used")

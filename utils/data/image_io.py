@@ -37,9 +37,6 @@ UNREADABLE = "is not a readable image; it may be truncated, damaged or of anothe
 warnings.filterwarnings("ignore", module="PIL")  # this module reports problems itself
 
 
-# reading and writing
-
-
 def read_image(path: str | Path) -> np.ndarray:
     """Read an image file as uint8 RGB (H, W, 3), turned upright by its EXIF orientation."""
     return decode_image(read_encoded(path), path)
@@ -60,9 +57,6 @@ def encode_image(image: np.ndarray, suffix: str) -> bytes:
     """Encode uint8 RGB (H, W, 3) in the format of a suffix such as .jpg."""
     _, encoded = cv2.imencode(suffix, cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
     return encoded.tobytes()
-
-
-# decoding
 
 
 def decode_image(encoded: bytes, path: str | Path) -> np.ndarray:
@@ -160,9 +154,6 @@ def png_chunks(encoded: bytes, path: str | Path) -> set[bytes]:
     return types
 
 
-# size and EXIF orientation
-
-
 def file_size(path: Path, upright: bool = False) -> tuple[int, int]:
     """Height and width of an image file as stored, or with `upright` as turned by EXIF; reads the header only."""
     (height, width), orientation = read_header(path, upright)
@@ -198,9 +189,6 @@ def turn_upright(image: np.ndarray, orientation: int) -> np.ndarray:
     if orientation in (3, 4, 7, 8):
         image = image[::-1]
     return np.ascontiguousarray(image)
-
-
-# resizing
 
 
 def fit_image(image: np.ndarray, input_size: tuple[int, int], letterbox: bool) -> tuple[np.ndarray, Fit]:

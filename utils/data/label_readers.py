@@ -194,10 +194,7 @@ def load_yolo_classes(folder: Path, classes: Path | None) -> tuple[str, ...]:
     for path in [classes] if classes else [folder / "classes.txt", folder / "obj.names"]:
         if classes or path.is_file():
             return load_classes(path)
-    raise UserError(
-        f"{folder} has no classes.txt; write the class names, as in data.yaml, one per line, and give the file with "
-        "--classes"
-    )
+    raise UserError(f"{folder} has no classes.txt; give a file with one class name per line, in order, with --classes")
 
 
 def read_yolo_label(

@@ -150,9 +150,7 @@ def load_set(
             stem = match_spelling(image_id, images.__contains__)
             xml = match_spelling(image_id, lambda form: os.path.lexists(folder / "Annotations" / f"{form}.xml"))
             if stem != image_id or xml != image_id:
-                diagnostics.record_repair(
-                    source, "encodes accents differently from the file's name", printable(image_id)
-                )
+                diagnostics.record_repair(source, "encodes accents differently than the file", printable(image_id))
             image = single_image(images, stem, source)
             path = folder / "Annotations" / f"{xml}.xml"
             annotation = read_voc_xml(path, diagnostics)
