@@ -2,6 +2,7 @@
 
 import os
 import time
+from zipfile import ZipFile
 
 import pytest
 import torch
@@ -104,12 +105,25 @@ def test_load_all_weights_requires_every_parameter():
     assert "wrong shape: feat1_att.fc.0.weight (8, 256) instead of (16, 256)" in str(error.value)
 
 
-def test_rejects_a_pickle_with_a_long_text_quickly(tmp_path):
+@pytest.mark.parametrize("zipped", [False, True])
+def test_rejects_a_pickle_with_a_long_text_quickly(tmp_path, zipped):
     """torch.load would quote the text in its message and search that in quadratic time."""
-    path = tmp_path / "long.pth"
+    path, long = tmp_path / "long.pth", b"c" + b"a" * 100_000 + b"\n"
     torch.save({"weight": torch.ones(1)}, path, _use_new_zipfile_serialization=False)
-    path.write_bytes(path.read_bytes().replace(b"ctorch._utils\n", b"c" + b"a" * 100_000 + b"\n"))
+    content = path.read_bytes().replace(b"ctorch._utils\n", long)
+    assert long in content
+    if zipped:
+        with ZipFile(path, "w") as archive:
+            archive.writestr("long/data.pkl", long + b"b\n.")
+    else:
+        path.write_bytes(content)
     started = time.process_time()
     with pytest.raises(UserError, match="more than weights"):
         read_weights(path)
     assert time.process_time() - started < 5
+
+
+def test_reads_files_of_old_torch_versions(tmp_path):
+    weights = {"a": torch.rand(3), "b": torch.arange(4)}
+    torch.save(weights, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    torch.testing.assert_close(read_weights(tmp_path / "old.pth"), weights)
