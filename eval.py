@@ -9,7 +9,6 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
-import supervision as sv
 import torch
 
 from utils.data.cache import PLACES, ImageCache, build_cache
@@ -18,7 +17,7 @@ from utils.data.voc import Sample, check_unique, load_classes, load_samples
 from utils.detection.nms import Thresholds
 from utils.evaluation.coco import RESULTS, write_results
 from utils.evaluation.label_errors import MISSED_CONFIDENCE
-from utils.evaluation.metrics import Evaluation, evaluate
+from utils.evaluation.metrics import evaluate
 from utils.inference.detector import Detector
 from utils.reports.evaluation_report import PAGE, EvaluationReport, format_metrics, write_checkpoint_comparison
 from utils.system.cli import run_script
@@ -56,16 +55,10 @@ class Config:
         if bool(self.coco) != bool(self.images):
             raise UserError("coco and images must be given together: the JSON file and the folder of its images")
 
-
-@dataclass(frozen=True)
-class Split:
-    """The images to evaluate on."""
-
-    source: str  # folder of the datasets, or of the COCO images
-    sets: list[str]  # names of the sets, or the COCO file
-    samples: list[Sample]
-    dataset: CocoDataset | None  # ground truth of the COCO file
-    diagnostics: Diagnostics
+    @property
+    def source_sets(self) -> list[str]:
+        """The COCO file, or the sets."""
+        return [self.coco] if self.coco else list(self.sets)
 
 
 def main(config: Config) -> dict[str, Any]:
@@ -73,26 +66,38 @@ def main(config: Config) -> dict[str, Any]:
 
     Under torchrun, the processes divide the images among themselves.
     """
-    device = choose_device(config.device)
+    device, sets = choose_device(config.device), ", ".join(config.source_sets)
     if device.type == "cpu":
         keep_freed_memory()
     with join_process_group(device) as group:
         paths = [find_checkpoint(name) for name in config.weights or [""]]
         detectors = load_detectors(config, paths, device)
-        split = load_split(config, detectors[0].spec.class_names)
-        if len(paths) > 1 and all(sample.difficult.all() for sample in split.samples):
-            raise UserError(f"{', '.join(split.sets)} contains no objects, so checkpoints cannot be compared on it")
-        folders = make_folders(config, split, paths) if group.is_main else paths
-        caches = build_caches(config, split, detectors, device, group)
+        diagnostics = Diagnostics(skips=False)  # skipping images would raise AP
+        samples, dataset = load_split(config, detectors[0].spec.class_names, diagnostics)
+        if len(paths) > 1 and all(sample.difficult.all() for sample in samples):
+            raise UserError(f"{sets} contains no objects, so checkpoints cannot be compared on it")
+        folders = make_folders(config, paths) if group.is_main else paths
+        caches = build_caches(config, samples, detectors, group, diagnostics)
+        diagnostics.print_summary(sets, group.print_once)
         evaluations = []
         for path, detector, cache, folder in zip(paths, detectors, caches, folders, strict=True):
             detections = detector.detect_cached(cache, config.batch_size, group)
-            if group.is_main:
-                evaluations.append(write_evaluation(folder, path, split, detector, cache, detections))
+            if not group.is_main:
+                continue
+            write_results(folder, dataset, detections)
+            if dataset and not dataset.truth["annotations"]:
+                print(f"{sets} has no annotations, so there are no metrics; the detections are in {folder / RESULTS}")
+                continue
+            evaluation = evaluate(cache.samples, detections, cache.sizes, detector.spec.class_names, dataset)
+            source = config.images or config.devkit
+            EvaluationReport(path, source, config.source_sets, detector, cache, detections, evaluation).write(folder)
+            print(f"{path} on {sets}, {len(cache)} images\n\n{format_metrics(evaluation.metrics)}\n")
+            print(f"report: {folder / PAGE}\n")
+            evaluations.append(evaluation)
         if group.is_main and len(paths) > 1:
             out = folders[0].parent
             print(f"{write_checkpoint_comparison(out, paths, evaluations)}\n\nwritten to {out}")
-        return group.broadcast(evaluations[0].metrics if evaluations and evaluations[0] else {})
+        return group.broadcast(evaluations[0].metrics if evaluations else {})
 
 
 def load_detectors(config: Config, paths: Sequence[Path], device: torch.device) -> list[Detector]:
@@ -113,23 +118,22 @@ def load_detectors(config: Config, paths: Sequence[Path], device: torch.device) 
     return detectors
 
 
-def load_split(config: Config, class_names: tuple[str, ...]) -> Split:
-    """Load the annotations; raises UserError for invalid ones, since skipping images would raise AP."""
-    diagnostics = Diagnostics(skips=False)
+def load_split(
+    config: Config, class_names: tuple[str, ...], diagnostics: Diagnostics
+) -> tuple[list[Sample], CocoDataset | None]:
+    """The samples to evaluate on, and the ground truth of a COCO file."""
     if config.coco:
         samples, dataset = load_coco_samples(config.coco, config.images, class_names)
-        split = Split(config.images, [config.coco], samples, dataset, diagnostics)
     else:
-        samples = load_samples(config.devkit, config.sets, class_names, diagnostics)
-        split = Split(config.devkit, list(config.sets), samples, None, diagnostics)
-    check_unique(samples, split.sets, diagnostics)
-    return split
+        samples, dataset = load_samples(config.devkit, config.sets, class_names, diagnostics), None
+    check_unique(samples, config.source_sets, diagnostics)
+    return samples, dataset
 
 
-def make_folders(config: Config, split: Split, paths: Sequence[Path]) -> list[Path]:
+def make_folders(config: Config, paths: Sequence[Path]) -> list[Path]:
     """Make an output folder for each checkpoint; for several, they are subfolders of a common one."""
-    name = "_".join(Path(name).stem if name.endswith(".json") else name.replace("/", "_") for name in split.sets)
-    out = Path(config.out or paths[0].parent / ("compare" if len(paths) > 1 else "eval") / name)
+    sets = [Path(name).stem if name.endswith(".json") else name.replace("/", "_") for name in config.source_sets]
+    out = Path(config.out or paths[0].parent / ("compare" if len(paths) > 1 else "eval") / "_".join(sets))
     names = [f"{i}_{path.parent.name}_{path.stem}" for i, path in enumerate(paths, start=1)]
     folders = [out / name for name in names] if len(paths) > 1 else [out]
     for folder in folders:
@@ -138,32 +142,17 @@ def make_folders(config: Config, split: Split, paths: Sequence[Path]) -> list[Pa
 
 
 def build_caches(
-    config: Config, split: Split, detectors: Sequence[Detector], device: torch.device, group: ProcessGroup
+    config: Config, samples: list[Sample], detectors: Sequence[Detector], group: ProcessGroup, diagnostics: Diagnostics
 ) -> list[ImageCache]:
     """Decode the images for each detector; detectors with the same input size and letterboxing share a cache."""
     caches: dict[tuple[object, ...], ImageCache] = {}
-    for spec in (detector.spec for detector in detectors):
+    for detector in detectors:
+        spec, device = detector.spec, detector.network.device
         if (spec.input_size, spec.letterbox) not in caches:
-            diagnostics = Diagnostics(skips=False) if caches else split.diagnostics  # report each problem once
-            cache = build_cache(split.samples, spec, device, config.cache, group, diagnostics)
+            cache = build_cache(samples, spec, device, config.cache, group, diagnostics)
             caches[spec.input_size, spec.letterbox] = cache
-    split.diagnostics.print_summary(", ".join(split.sets), group.print_once)
+            diagnostics = Diagnostics(skips=False)  # report each problem once
     return [caches[detector.spec.input_size, detector.spec.letterbox] for detector in detectors]
-
-
-def write_evaluation(
-    folder: Path, path: Path, split: Split, detector: Detector, cache: ImageCache, detections: Sequence[sv.Detections]
-) -> Evaluation | None:
-    """Compute the metrics, write the report and print the table; without annotations, write the COCO results only."""
-    write_results(folder, split.dataset, detections)
-    if split.dataset and not split.dataset.truth["annotations"]:
-        print(f"{split.sets[0]} has no annotations, so there are no metrics; the detections are in {folder / RESULTS}")
-        return None
-    evaluation = evaluate(cache.samples, detections, cache.sizes, detector.spec.class_names, split.dataset)
-    EvaluationReport(path, split.source, split.sets, detector, cache, detections, evaluation).write(folder)
-    print(f"{path} on {', '.join(split.sets)}, {len(cache)} images\n\n{format_metrics(evaluation.metrics)}\n")
-    print(f"report: {folder / PAGE}\n")
-    return evaluation
 
 
 if __name__ == "__main__":

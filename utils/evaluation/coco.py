@@ -66,7 +66,10 @@ def write_results(folder: Path, dataset: CocoDataset | None, detections: Sequenc
 
 @dataclass(frozen=True)
 class ClassMatches:
-    """Detections of one class in N images, by descending score, matched at T IoU thresholds."""
+    """Detections of one class in N images, by descending score, matched at T IoU thresholds.
+
+    Metrics can weight the images; an image of weight 2 counts as if it occurred twice.
+    """
 
     images: Tensor  # (D,) index of the image
     true_positives: Tensor  # (T, D) bool
@@ -74,10 +77,7 @@ class ClassMatches:
     num_objects: Tensor  # (N,) float64, objects of the class in each image
 
     def curves(self, weights: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """For each IoU threshold, recall and interpolated precision (S, D) under S image weightings (S, N).
-
-        An image of weight 2 counts as if it occurred twice.
-        """
+        """Recall and interpolated precision (S, D) at each IoU threshold, with S weights per image (S, N)."""
         num_objects = (weights * self.num_objects).sum(dim=1, keepdim=True)  # (S, 1)
         per_detection = weights[:, self.images]  # (S, D)
         for true, false in zip(self.true_positives, self.false_positives, strict=True):
@@ -86,7 +86,7 @@ class ClassMatches:
             yield hits / num_objects, precision.flip(1).cummax(dim=1).values.flip(1)
 
     def average_precision(self, weights: Tensor) -> Tensor:
-        """COCO's AP (S,) of the class under S image weightings (S, N); NaN where no object has weight."""
+        """COCO's AP (S,) of the class, with S weights per image (S, N); NaN where no object has weight."""
         total, count = weights.new_zeros(len(weights)), len(weights)
         for recall, envelope in self.curves(weights):
             index = torch.searchsorted(recall, RECALLS.repeat(count, 1))  # first detection to reach each recall
@@ -205,10 +205,7 @@ def collect_matches(scorer: COCOeval, images: Sequence[int]) -> list[ClassMatche
 
 
 def average_precision(matches: Sequence[ClassMatches], weights: Tensor) -> Tensor:
-    """COCO's AP (S,) under S image weightings (S, N), float64: the mean over the classes with objects of any weight.
-
-    Weights of 1 give pycocotools' AP; it is NaN where no object has weight.
-    """
+    """COCO's AP (S,), with S float64 weights per image (S, N); NaN where no object has weight."""
     scores = []
     for of_class in matches:
         rows = max(1, MAX_WEIGHTED // max(1, len(of_class.images)))
@@ -217,10 +214,7 @@ def average_precision(matches: Sequence[ClassMatches], weights: Tensor) -> Tenso
 
 
 def estimate_influence(matches: Sequence[ClassMatches], num_images: int) -> np.ndarray:
-    """The first-order change of AP if each image (N,) were removed (the infinitesimal jackknife).
-
-    It is minus the derivative of the mean area under the curves with respect to the image's weight.
-    """
+    """How much AP would rise without each image (N,), to first order in its weight (infinitesimal jackknife)."""
     weights = torch.ones(1, num_images, dtype=torch.float64, requires_grad=True)
     for of_class in matches:
         areas = [

@@ -82,10 +82,7 @@ def evaluate(
     class_names: Sequence[str],
     dataset: CocoDataset | None = None,
 ) -> Evaluation:
-    """Compute all metrics of a split whose images have the given sizes (height, width).
-
-    `dataset` is the ground truth of a COCO file, if the samples come from one.
-    """
+    """Compute all metrics; `sizes` are (height, width), `dataset` is the ground truth of a COCO file, if any."""
     curves = compute_curves(samples, detections, len(class_names), crowds=dataset is not None)
     coco = evaluate_coco(dataset or build_dataset(samples, sizes, class_names), detections, class_names)
     best = {name: curve.find_best_threshold() for name, curve in zip(class_names, curves, strict=True)}
@@ -162,10 +159,7 @@ def filter_confident(found: sv.Detections, thresholds: Sequence[float]) -> sv.De
 
 
 def pair_boxes(sample: Sample, found: sv.Detections, iou_threshold: float = MATCH_IOU) -> Iterator[tuple[int, int]]:
-    """Match detections and objects one to one: those of the same class first, then by descending IoU.
-
-    Yields the indices of a detection and its object.
-    """
+    """Match detections and objects one to one, same class first, then by descending IoU; yields pairs of indices."""
     if not (len(found) and len(sample.labels)):
         return
     iou = iou_matrix(found.xyxy, sample.boxes)

@@ -67,10 +67,7 @@ def estimate_seeds_needed(differences: Sequence[float], comparisons: int = 1) ->
 
 
 def bootstrap_ap(detectors: Sequence[Sequence[ClassMatches]], seed: int = 0) -> np.ndarray:
-    """AP (K, NUM_RESAMPLES) of K detectors on resamples of the same images.
-
-    All detectors get the same resamples, so the difference of two rows is a paired bootstrap.
-    """
+    """AP (K, NUM_RESAMPLES) of K detectors on the same resamples of the images (paired bootstrap)."""
     num_images = len(detectors[0][0].num_objects)
     counts = np.random.default_rng(seed).multinomial(num_images, np.full(num_images, 1 / num_images), NUM_RESAMPLES)
     weights = torch.from_numpy(counts).double()

@@ -131,10 +131,7 @@ def describe_row(row: Row, comparisons: int) -> str:
 
 
 def write_attention_report(folder: Path, rows: Sequence[Row], about: Sequence[str]) -> str:
-    """Write `comparison.txt`, `.json`, `.png` and `.html`, and return the text.
-
-    `about` describes in sentences how the results were obtained.
-    """
+    """Write `comparison.txt`, `.json`, `.png` and `.html`; `about` explains the methods. Returns the text."""
     conclusions = conclude(rows)
     cells = [COLUMNS, *(row.format_cells() for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]

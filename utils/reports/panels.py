@@ -76,19 +76,14 @@ class View:
         bar = axes.figure.colorbar(drawn, ax=axes, shrink=0.85, pad=0.02)
         bar.ax.tick_params(labelsize="x-small")
         bar.solids.set_alpha(1)
-        set_title(axes, title)
+        axes.set_title(title, fontsize="small")
+        axes.set(xticks=[], yticks=[])
 
     def draw_box(self, axes: Axes, box: np.ndarray) -> None:
         """A box (4,) of the image, with a contrast that is visible on any map."""
         x1, y1, x2, y2 = box / self.shrink
         for color, thickness in (("black", 3), ("white", 1.2)):
             axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, color=color, linewidth=thickness))
-
-
-def set_title(axes: Axes, title: str) -> None:
-    axes.set_title(title, fontsize="small")
-    axes.set_xticks([])
-    axes.set_yticks([])
 
 
 def draw_panel(
@@ -124,7 +119,8 @@ def draw_found(
     part.suptitle("Detections, and the objectness predicted by each head", fontsize="medium")
     first, *others = part.subplots(1, 1 + len(HEADS))
     first.imshow(draw_detections(view.picture, replace(detections, xyxy=detections.xyxy / view.shrink), class_names))
-    set_title(first, f"Detections: {len(detections)}")
+    first.set_title(f"Detections: {len(detections)}", fontsize="small")
+    first.set(xticks=[], yticks=[])
     for axes, (head, cells) in zip(others, explanation.objectness.items(), strict=True):
         view.draw_map(axes, cells, f"Objectness at {head}, {cells.shape[0]}x{cells.shape[1]} cells", (0, 1))
 

@@ -149,10 +149,7 @@ def draw_confusion(counts: np.ndarray, class_names: Sequence[str], path: Path) -
 
 
 def draw_shapes(sides: np.ndarray, anchors: np.ndarray, recall: float | None, path: Path) -> None:
-    """Histograms of object sizes and aspect ratios, with the anchors as lines.
-
-    `sides` (N, 2) and `anchors` (A, 2) are width and height in input pixels, `recall` the best possible recall.
-    """
+    """Histograms of the size and aspect ratio of objects (N, 2), with anchors (A, 2) as lines, all in input pixels."""
     figure, panels = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained")
     size, aspect = np.sqrt(sides.prod(axis=1)), sides[:, 0] / sides[:, 1]
     for axes, values, of_anchors, title in (
