@@ -51,7 +51,7 @@ SUBSTITUTIONS = (
 NOT_TESTED = re.compile(r"<!-- not tested: (.*?) -->")
 REASONS = {
     "needs a camera", "needs a GPU", "needs a fresh environment", "needs the network", "needs other software",
-    "runs until it is stopped", "see tests/reports/test_attention_report.py",
+    "runs until it is stopped", "see tests/tools/test_compare_attention.py",
     "part of a file", "see tests/inference/test_exporters.py", "see tests/nets/test_attention.py",
 }  # fmt: skip
 FENCE = re.compile(r"^```(\w*)$")
