@@ -30,6 +30,7 @@ def findings(scene):
     return found
 
 
+@pytest.mark.filterwarnings("ignore")  # from Pillow
 @pytest.mark.parametrize("case", DATA, ids=lambda case: case.name)
 def test_finds_what_training_finds(case, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
