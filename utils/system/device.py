@@ -21,7 +21,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 def choose_device(name: str) -> torch.device:
     """ "auto", "cpu" or "cuda" -> the device; raises UserError if it is not available."""
     if name not in ("auto", "cpu", "cuda"):
-        raise UserError(f"device is {name!r}, but must be one of auto, cpu, cuda")
+        raise UserError(f"device is {name!r}, but must be auto, cpu or cuda")
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("device is cuda, but torch finds no CUDA GPU; use --device cpu or auto")
     if name == "cpu" or not torch.cuda.is_available():
