@@ -59,7 +59,8 @@ def make_checkpoint(path: Path, devkit: Path, **changes) -> Path:
 
 @pytest.fixture(scope="module")
 def pictures(devkit):
-    return str(devkit / "Demo" / "JPEGImages")
+    """A glob for 15 images."""
+    return str(devkit / "Demo" / "JPEGImages" / "*_000[0-4].jpg")
 
 
 @pytest.fixture(scope="module")
@@ -124,14 +125,13 @@ def test_detector_runs_exported_network(exported, pictures, name):
 @pytest.mark.parametrize("name", ["best.onnx", "best.xml"])
 def test_benchmarks_run_exported_network(exported, name, capsys):
     path, folder, _ = exported
-    for config, key in (
-        (
-            benchmark_inference.NetworkTimes(str(path), (str(folder / name),), rounds=1, compile=False, device="cpu"),
-            name,
-        ),
-        (benchmark_inference.Memory(str(folder / name), frames=20, device="cpu"), "frames"),
-        (benchmark_inference.Video(str(folder / name), frames=3, device="cpu"), "frames"),
+    network = {"exported": (str(folder / name),), "rounds": 1, "compile": False}
+    for benchmark, weights, settings, key in (
+        ("network", path, network, name),
+        ("memory", folder / name, {"frames": 20}, "frames"),
+        ("video", folder / name, {"frames": 3}, "frames"),
     ):
+        config = benchmark_inference.Config(benchmark, str(weights), device="cpu", **settings)
         benchmark_inference.main(config)
         assert json.loads(capsys.readouterr().out)[key] > 0
 
@@ -161,14 +161,14 @@ def test_programs_in_the_documentation_run(request, pictures, tmp_path, program,
     found = sorted(
         (name, float(score), *map(float, box)) for name, score, *box in map(str.split, result.stdout.splitlines())
     )
-    scores = [float(f"{score:.4f}") for score in expected.confidence]  # of which some are equal then
+    scores = [float(f"{score:.4f}") for score in expected.confidence]  # as printed
     wanted = sorted(zip(expected.data["class_name"], scores, *expected.xyxy.T, strict=True))
     assert len(found) > 2
     assert [row[0] for row in found] == [row[0] for row in wanted]
     np.testing.assert_allclose([row[1:] for row in found], [row[1:] for row in wanted], atol=0.06)
 
 
-@pytest.mark.skipif(int(cv2.__version__.partition(".")[0]) < 5, reason="OpenCV 4 reads no ONNX with open sizes")
+@pytest.mark.skipif(int(cv2.__version__.partition(".")[0]) < 5, reason="OpenCV 4 does not support dynamic sizes")
 def test_opencv_runs_onnx(exported):
     path, folder, _ = exported
     network = cv2.dnn.readNetFromONNX(str(folder / "best.onnx"))
@@ -290,7 +290,9 @@ def test_explains_errors(plain, devkit, pictures, tmp_path, monkeypatch, expect_
     expect_failure(export, ["--weights", plain, *formats], "images is empty")
     expect_failure(export, ["--weights", plain, "--images", tmp_path / "none", *formats], "there is no image", "none")
     (tmp_path / "bad.jpg").write_text("hello")
-    expect_failure(export, ["--weights", plain, "--images", tmp_path / "bad.jpg", *formats], "bad.jpg is not a readable image")
+    expect_failure(
+        export, ["--weights", plain, "--images", tmp_path / "bad.jpg", *formats], "bad.jpg is not a readable image"
+    )
     expect_failure(export, ["--weights", plain, "--images", pictures, "--nms-iou", 2, *formats], "nms_iou is 2")
     (tmp_path / "x.weights").write_text("hello")
     expect_failure(export, ["--weights", tmp_path / "x.weights", "--images", pictures, *formats], "not a checkpoint")
@@ -311,7 +313,7 @@ def test_refuses_checkpoint_that_detects_nothing(plain, pictures, tmp_path):
         checkpoint.weights[f"{head}.1.bias"].fill_(-20)
         checkpoint.weights[f"{head}.1.weight"].zero_()
     save_checkpoint(tmp_path / "blind.safetensors", checkpoint)
-    with pytest.raises(UserError, match="detects nothing in these 36 images"):
+    with pytest.raises(UserError, match="detects nothing in these 15 images"):
         export.main(export.Config(str(tmp_path / "blind.safetensors"), ("darknet",), images=(pictures,)))
 
 
