@@ -12,13 +12,13 @@ from utils.data.augment import (
     FILL,
     AugmentSettings,
     colour_matrices,
-    epoch_order,
     plan_batch,
     render_batch,
     render_image,
     render_tiles,
 )
 from utils.data.cache import ImageCache
+from utils.data.loader import epoch_order
 from utils.detection.letterbox import Fit
 
 OFF = AugmentSettings(mosaic=0, scale=0, aspect=0, translate=0, flip=0, hue=0, saturation=0, value=0)
@@ -111,17 +111,6 @@ def test_drops_hidden_and_tiny_boxes():
     _, _, moved, labels = batch(cache, OFF)
     assert labels[0].tolist() == [0, -1, -1, -1]  # the second is one pixel wide
     torch.testing.assert_close(moved[0, 0], boxes[0, 0])
-
-
-def test_epoch_order_depends_on_seed_and_epoch_only():
-    order, numbers = epoch_order(3, 5, 50)
-    again, same = epoch_order(3, 5, 50)
-    assert torch.equal(order, again)
-    assert torch.equal(numbers, same)
-    assert sorted(order.tolist()) == list(range(50))
-    for other in (epoch_order(3, 6, 50), epoch_order(4, 5, 50)):
-        assert not torch.equal(order, other[0])
-        assert not torch.equal(numbers, other[1])
 
 
 def test_sample_does_not_depend_on_its_batch(cache):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from utils.data.augment import AugmentSettings, render_batch
-from utils.data.loader import EpochBatches
+from utils.data.loader import EpochBatches, epoch_order
 from utils.system.distributed import ProcessGroup
 
 CPU = torch.device("cpu")
@@ -47,3 +47,14 @@ def test_raises_error_of_loading_thread(cache):
     broken = EpochBatches(replace(cache, boxes=cache.boxes[:3]), 4, 0, 0, SETTINGS, ProcessGroup())
     with pytest.raises(IndexError):
         list(broken.load(range(6), CPU))
+
+
+def test_epoch_order_depends_on_seed_and_epoch_only():
+    order, numbers = epoch_order(3, 5, 50)
+    again, same = epoch_order(3, 5, 50)
+    assert torch.equal(order, again)
+    assert torch.equal(numbers, same)
+    assert sorted(order.tolist()) == list(range(50))
+    for other in (epoch_order(3, 6, 50), epoch_order(4, 5, 50)):
+        assert not torch.equal(order, other[0])
+        assert not torch.equal(numbers, other[1])

@@ -46,13 +46,6 @@ class AugmentSettings:
     value: float
 
 
-def epoch_order(seed: int, epoch: int, num_samples: int) -> tuple[Tensor, Tensor]:
-    """The order of an epoch (N,), and its random numbers in [0, 1) (N, NUM_COLUMNS) with a row per position."""
-    state = int(np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)[0] >> 1)
-    generator = torch.Generator().manual_seed(state)
-    return torch.randperm(num_samples, generator=generator), torch.rand(num_samples, NUM_COLUMNS, generator=generator)
-
-
 class BatchPlan(NamedTuple):
     """A batch of B samples made of T tiles: everything that rendering and training need."""
 

@@ -4,13 +4,21 @@ from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from utils.data.augment import AugmentSettings, BatchPlan, epoch_order, plan_batch, render_batch
+from utils.data.augment import NUM_COLUMNS, AugmentSettings, BatchPlan, plan_batch, render_batch
 from utils.data.cache import ImageCache
 from utils.system.distributed import ProcessGroup
 from utils.system.prefetch import prefetch_map
+
+
+def epoch_order(seed: int, epoch: int, num_samples: int) -> tuple[Tensor, Tensor]:
+    """The order of an epoch (N,), and its random numbers in [0, 1) (N, NUM_COLUMNS) with a row per position."""
+    state = int(np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)[0] >> 1)
+    generator = torch.Generator().manual_seed(state)
+    return torch.randperm(num_samples, generator=generator), torch.rand(num_samples, NUM_COLUMNS, generator=generator)
 
 
 @dataclass
