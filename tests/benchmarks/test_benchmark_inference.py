@@ -18,16 +18,15 @@ from utils.system.cli import run_script
         (["memory", "--frames", 700], {"mb_per_10000_frames", "mb"}),
     ],
 )
-def test_prints_figures(arguments, expected, weights, devkit, tmp_path, monkeypatch, capsys):
+def test_prints_figures(arguments, expected, weights, devkit, monkeypatch, capsys):
     if arguments[0] == "folder":
         arguments = [*arguments, "--source", devkit / "Demo" / "JPEGImages" / "test_*.jpg"]
     if arguments[0] == "memory" and sys.platform != "linux":
         pytest.skip("memory is read from /proc")
-    arguments = [*arguments, "--weights", weights, "--device", "cpu", "--json", tmp_path / "figures"]
+    arguments = [*arguments, "--weights", weights, "--device", "cpu"]
     monkeypatch.setattr(sys, "argv", ["benchmark_inference.py", *map(str, arguments)])
     run_script(benchmark_inference.main, benchmark_inference.Config)
-    figures = json.loads((tmp_path / "figures").read_text())
-    assert json.loads(capsys.readouterr().out) == figures
+    figures = json.loads(capsys.readouterr().out)
     assert expected <= figures.keys()
     if arguments[0] == "video":
         assert figures["frames"] == 3 and 0 < figures["share"] < 1
@@ -40,9 +39,9 @@ def test_prints_figures(arguments, expected, weights, devkit, tmp_path, monkeypa
     [
         (["network", "--rounds", 0], ["rounds is 0"]),
         (["network", "--batch-size", 0], ["batch_size is 0"]),
-        (["network", "--no-compile", "--exported", "a.safetensors"], ["a.safetensors is not among", "--weights"]),
+        (["network", "--no-compile", "--exported", "a.safetensors"], ["a.safetensors does not end with", "--weights"]),
         (["network", "--no-compile", "--exported", "none.onnx"], ["none.onnx does not exist"]),
-        (["network", "--weights", "none.onnx"], ["none.onnx is no", "--exported"]),
+        (["network", "--weights", "none.onnx"], ["none.onnx is not a checkpoint", "--exported"]),
         (["memory", "--frames", 0], ["frames is 0"]),
         (["video", "--precision", "fp16", "--device", "cpu"], ["fp16 needs a GPU"]),
     ],

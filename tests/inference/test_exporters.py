@@ -122,18 +122,17 @@ def test_detector_runs_exported_network(exported, pictures, name):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
-@pytest.mark.parametrize("name", ["best.onnx", "best.xml"])
-def test_benchmarks_run_exported_network(exported, name, capsys):
+def test_benchmarks_run_exported_networks(exported, capsys):
     path, folder, _ = exported
-    network = {"exported": (str(folder / name),), "rounds": 1, "compile": False}
-    for benchmark, weights, settings, key in (
-        ("network", path, network, name),
-        ("memory", folder / name, {"frames": 20}, "frames"),
-        ("video", folder / name, {"frames": 3}, "frames"),
+    onnx, xml = str(folder / "best.onnx"), str(folder / "best.xml")
+    for config, keys in (
+        (benchmark_inference.NetworkTimes(str(path), (onnx, xml), 0, 1, 1, False, "cpu"), ("best.onnx", "best.xml")),
+        (benchmark_inference.Memory(onnx, frames=20, device="cpu"), ("frames",)),
+        (benchmark_inference.Video(xml, frames=3, device="cpu"), ("frames",)),
     ):
-        config = benchmark_inference.Config(benchmark, str(weights), device="cpu", **settings)
         benchmark_inference.main(config)
-        assert json.loads(capsys.readouterr().out)[key] > 0
+        figures = json.loads(capsys.readouterr().out)
+        assert all(figures[key] > 0 for key in keys)
 
 
 def test_evaluation_accepts_exported_network(exported, devkit, tmp_path):

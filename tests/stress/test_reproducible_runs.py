@@ -98,8 +98,8 @@ def test_changed_data_is_not_resumed(workspace, tmp_path):
     cases: list[tuple[Path, bytes, str]] = [
         (image, (demo / "JPEGImages" / f"{names[5]}.jpg").read_bytes(), f"image of {names[3]} changed"),
         (annotation, difficult.encode(), f"annotation of {names[4]} changed"),
-        (split, "\n".join(names[1:]).encode(), names[0]),
-        (split, "\n".join([*names, "test_0000"]).encode(), "test_0000"),
+        (split, "\n".join(names[1:]).encode(), f"{names[0]} was removed"),
+        (split, "\n".join([*names, "test_0000"]).encode(), "test_0000 is new"),
         (split, "\n".join(names[::-1]).encode(), "the order"),
     ]
     for path, content, words in cases:
