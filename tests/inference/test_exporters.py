@@ -125,12 +125,13 @@ def test_detector_runs_exported_network(exported, pictures, name):
 def test_benchmarks_run_exported_networks(exported, capsys):
     path, folder, _ = exported
     onnx, xml = str(folder / "best.onnx"), str(folder / "best.xml")
-    for config, keys in (
-        (benchmark_inference.NetworkTimes(str(path), (onnx, xml), 0, 1, 1, False, "cpu"), ("best.onnx", "best.xml")),
-        (benchmark_inference.Memory(onnx, frames=20, device="cpu"), ("frames",)),
-        (benchmark_inference.Video(xml, frames=3, device="cpu"), ("frames",)),
+    network = {"exported": (onnx, xml), "rounds": 1, "compile": False}
+    for benchmark, weights, settings, keys in (
+        ("network", str(path), network, ("best.onnx", "best.xml")),
+        ("memory", onnx, {"frames": 20}, ("frames",)),
+        ("video", xml, {"frames": 3}, ("frames",)),
     ):
-        benchmark_inference.main(config)
+        benchmark_inference.main(benchmark_inference.Config(benchmark, weights, device="cpu", **settings))
         figures = json.loads(capsys.readouterr().out)
         assert all(figures[key] > 0 for key in keys)
 

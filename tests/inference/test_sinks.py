@@ -25,8 +25,9 @@ def test_label_files_contain_the_detections(config, devkit):
     names = (out / "yolo" / "classes.txt").read_text().split()
     for image in coco.imgs.values():
         stem = Path(image["file_name"]).stem
-        _, objects = read_voc_xml(out / "voc" / "Annotations" / f"{stem}.xml")
-        pairs = [(item[1], box) for item, box in zip(objects, boxes[stem], strict=True) if item]  # None: a duplicate
+        xml = out / "voc" / "Annotations" / f"{stem}.xml"
+        assert xml.read_text(encoding="utf-8").count("<object>") == len(boxes[stem])
+        pairs = [(item.box, boxes[stem][number - 1]) for number, item in read_voc_xml(xml).objects.items()]
         np.testing.assert_allclose(*zip(*pairs, strict=True), atol=0.01)
         yolo = [line.split() for line in (out / "yolo" / "labels" / f"{stem}.txt").read_text().splitlines()]
         assert {names[int(row[0])] for row in yolo} <= {"disc", "square"}

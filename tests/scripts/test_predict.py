@@ -144,7 +144,8 @@ def test_closed_output_pipe_is_not_a_bug(config, video):
         assert (process.returncode, errors) == (141, "stopped: the output pipe was closed\n")
 
 
-def test_benchmark_prints_a_row_per_batch_size(config, video, capsys):
+def test_benchmark_prints_a_row_per_batch_size(config, video, capsys, monkeypatch):
+    monkeypatch.setattr(predict, "TIMED_CALLS", 10)
     predict.main(replace(config, source=(str(video),), benchmark=(1, 3)))
     rows = [line.split() for line in capsys.readouterr().out.splitlines()[-2:]]
     assert [row[0] for row in rows] == ["1", "3"]
