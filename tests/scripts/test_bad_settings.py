@@ -45,7 +45,7 @@ def test_prediction_refuses_to_overwrite_its_input(tmp_path, call_script):
     (tmp_path / "a.jpg").write_bytes(JPEG)
     path = save_weights(tmp_path / "a.safetensors", random_weights())
     outcome = call_script(predict.main, predict.Config, tmp_path / "a.jpg", "--weights", path, "--out", tmp_path)
-    expect(outcome, ERROR, (f"out is {tmp_path}", "replace their inputs"))
+    expect(outcome, ERROR, (f"out is {tmp_path}", "overwrite the input"))
     assert (tmp_path / "a.jpg").read_bytes() == JPEG
 
 

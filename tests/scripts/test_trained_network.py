@@ -77,7 +77,7 @@ def test_prediction_writes_pictures_lines_and_crops(devkit, trained_run, tmp_pat
         weights=str(trained_run / "last.safetensors"),
         out=str(out),
         confidence=0.01,
-        write=("pictures", "jsonl", "crops", "counts"),
+        save=("pictures", "jsonl", "crops", "counts"),
         device="cpu",
     )
     found = predict.main(settings)
@@ -91,8 +91,8 @@ def test_prediction_writes_pictures_lines_and_crops(devkit, trained_run, tmp_pat
     assert read_image(out / "tiny.jpg").shape == (9, 7, 3)
     assert list((out / "crops").glob("*/one_*.png"))
     said = capsys.readouterr()
-    assert "in all: " in said.out
-    assert said.err.startswith("1 problem: ") and "broken.jpg" in said.err
+    assert "total: " in said.out
+    assert said.err.startswith("warning: ") and "broken.jpg" in said.err
     assert "broken.jpg" in said.err
     single = predict.main(replace(settings, source=(str(images / "one.png"),), out=str(tmp_path / "b")))
     matched = predict.main(replace(settings, source=(str(images / "o*.png"),), out=str(tmp_path / "c")))
@@ -117,12 +117,12 @@ def test_prediction_explains_invalid_arguments(expect_failure, trained_run, devk
     expect_failure(predict, [image, *weights, "--out", tmp_path / "bad.jpg"], "cannot write to", "bad.jpg")
     expect_failure(predict, [], "no source")
     expect_failure(predict, [image, "--weights", tmp_path / "a.pth"], "a.pth", "tools/convert_weights.py --weights")
-    expect_failure(predict, [devkit / "Demo", *weights], "has no image")
+    expect_failure(predict, [devkit / "Demo", *weights], "contains no images")
     expect_failure(predict, [image, *weights, *classes], "6 classes", "20")
-    expect_failure(predict, [image, "--weights", ROOT / "README.md"], "README.md", "no checkpoint")
+    expect_failure(predict, [image, "--weights", ROOT / "README.md"], "README.md", "not a checkpoint")
     expect_failure(predict, ["no such.jpg", *weights], "no such.jpg")
     expect_failure(predict, [image, *weights, "--confidence", 2], "confidence is 2")
-    expect_failure(predict, [image, *weights, "--out", image.parent], "replace their inputs")
+    expect_failure(predict, [image, *weights, "--out", image.parent], "overwrite the input")
     expect_failure(predict, [tmp_path / "bad.jpg", *weights, "--out", tmp_path / "out"], "bad.jpg")
 
 
