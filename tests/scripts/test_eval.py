@@ -93,7 +93,7 @@ def test_evaluation_explains_invalid_arguments(expect_failure, trained_run, devk
     (tmp_path / "bad.jpg").write_text("not an image")
     expect_failure(eval_script, [*weights, *classes], "6 classes", "20")
     expect_failure(eval_script, [*weights, *split, "--out", tmp_path / "bad.jpg"], "cannot write to", "bad.jpg")
-    expect_failure(eval_script, [*weights, "--sets", "Demo/none"], "no data set Demo/none")
+    expect_failure(eval_script, [*weights, "--sets", "Demo/none"], "the set Demo/none does not exist")
     expect_failure(eval_script, [*weights, *split, "Demo//val"], "Demo/val, Demo//val list 6 images more than once")
     expect_failure(eval_script, [*weights, *split, "--confidence", 0.5], "confidence is 0.5, but must be between 0 and")
     expect_failure(eval_script, [*weights, "--sets", "VOC2007/test", "--devkit", tmp_path], "VOC2007/test", "make demo")
