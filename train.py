@@ -18,7 +18,7 @@ from torch import Tensor
 
 from nets.attention import parse_phi
 from nets.spec import ModelSpec, check_input_size
-from nets.yolo import build_model, summary
+from nets.yolo import build_model, count_cost
 from utils.data.augment import AugmentSettings
 from utils.data.cache import PLACES, build_cache
 from utils.data.statistics import describe_samples
@@ -50,7 +50,7 @@ class Config:
     """Train YOLOv4-tiny on data in VOC layout."""
 
     # data
-    devkit: str = "VOCdevkit"  # folder with the data sets
+    devkit: str = "VOCdevkit"  # folder with the datasets
     train_sets: tuple[str, ...] = ("VOC2007/train",)  # sets to train on, as folder/split
     val_sets: tuple[str, ...] = ("VOC2007/val",)  # sets that select the best checkpoint; may be empty
     classes: str = "model_data/voc_classes.txt"  # file with one class name per line
@@ -72,7 +72,7 @@ class Config:
     resume: bool = False  # continue the run in run_dir, or the newest one, with the settings of that run
     extend: int = 0  # with resume: epochs to add to a finished run
     epochs: int = 100  # passes over the training sets
-    freeze_epochs: int = 0  # number of first epochs with a frozen backbone
+    freeze_epochs: int = 0  # epochs with a frozen backbone at the start of the run
     batch_size: int = 8  # images per batch over all GPUs; 0: the largest that fits into memory
     nominal_batch: int = 8  # images per optimizer step; gradients of smaller batches are accumulated
     eval_every: int = 5  # epochs between validations; the last epoch is always validated
@@ -88,22 +88,21 @@ class Config:
     # optimisation
     lr: float = 0.014  # peak learning rate of Muon, with cosine decay; AdamW uses a fixed share of it
     weight_decay: float = 0.1  # not applied to norms and biases
-    warmup: float = 0.1  # share of the run in which the learning rate rises
-    ema: float = 0.05  # horizon of the moving average of the weights, as a share of the run
+    warmup: float = 0.1  # fraction of the run during which the learning rate rises
+    ema: float = 0.05  # horizon of the moving average of the weights, as a fraction of the run
 
     # augmentation
     mosaic: float = 1.0  # probability of combining four images
-    mosaic_until: float = 0.5  # share of the run after which mosaics stop
+    mosaic_until: float = 0.5  # fraction of the run after which mosaics stop
     scale: float = 0.3  # resize by a factor of 1 - scale to 1 + scale
     aspect: float = 0.1  # change width / height by a factor of 1 / (1 + aspect) to 1 + aspect
-    translate: float = 0.1  # largest shift, as a share of the side
+    translate: float = 0.1  # maximum shift, as a fraction of the side
     flip: float = 0.5  # probability of a horizontal flip
-    hue: float = 0.015  # largest hue rotation, as a share of the colour circle
+    hue: float = 0.015  # maximum hue rotation, as a fraction of the colour circle
     saturation: float = 0.5  # scale saturation by a factor of 1 - saturation to 1 + saturation
     value: float = 0.3  # scale brightness by a factor of 1 - value to 1 + value
 
     def __post_init__(self) -> None:
-        """Raise UserError for an invalid value."""
         with as_user_error():
             parse_phi(str(self.phi))
             check_input_size(self.input_size)
@@ -121,17 +120,14 @@ class Config:
         if self.extend and not self.resume:
             raise UserError("--extend adds epochs to a finished run and needs --resume")
 
-    def augment_settings(self, share: float) -> AugmentSettings:
-        """The augmentation after a share of the run."""
+    def augment_settings(self, fraction: float) -> AugmentSettings:
+        """The augmentation after a fraction of the run."""
         settings = AugmentSettings(**{item.name: getattr(self, item.name) for item in fields(AugmentSettings)})
-        return settings if share < self.mosaic_until else replace(settings, mosaic=0.0)
+        return settings if fraction < self.mosaic_until else replace(settings, mosaic=0.0)
 
 
 def main(config: Config, given: Collection[str] | None = None) -> Path:
-    """Train, and return the run's folder; processes started by torchrun train together.
-
-    `given` names the settings that a resumed run must not ignore; by default those that differ from their defaults.
-    """
+    """Train, and return the run's folder; `given` names the settings that the user set, by default all changed ones."""
     with StopSignals() as stop, join_process_group(choose_device(config.device)) as group:
         return train(config, changed_settings(config) if given is None else given, stop, group)
 
@@ -157,7 +153,7 @@ def train(config: Config, given: Collection[str], stop: StopSignals, group: Proc
             raise
     if trainer.state.progress.epoch < trainer.state.progress.end:
         group.print_once(f"stopped early after {settings.patience} validations without improvement")
-    best_on = f"best on {', '.join(settings.val_sets)}" if settings.val_sets else "the same, without validation"
+    best_on = f"best on {', '.join(settings.val_sets)}" if settings.val_sets else "identical, without validation"
     group.print_once(f"done: {run.path / LAST} (last epoch) and {BEST} ({best_on})")
     if group.any_rank(stop.requested):
         stop.raise_stopped()
@@ -168,7 +164,7 @@ def train(config: Config, given: Collection[str], stop: StopSignals, group: Proc
 
 
 def open_run(config: Config, group: ProcessGroup) -> RunFolder:
-    """Lock the folder of the run; raises UserError if it holds a run that is not to be resumed."""
+    """Lock the folder of the run; raises UserError if it contains another run."""
     if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) and not config.run_dir:
         raise UserError("torchrun --max-restarts needs --run-dir, so that a restarted run finds its folder")
     new = f"logs/{time.strftime('%Y-%m-%d_%H-%M-%S')}"
@@ -209,7 +205,8 @@ def prepare(
     batch_size = resolve_batch_size(settings, spec, data.train, device, group)
     batching = Batching.plan(len(data.train), batch_size, settings.nominal_batch)
     trainer = build_trainer(settings, spec, batching, progress, device, group)
-    group.print_once(f"YOLOv4-tiny phi {spec.phi}: {summary(trainer.state.model, spec.input_size)}")
+    parameters, gflop = count_cost(trainer.state.model, spec.input_size)
+    group.print_once(f"YOLOv4-tiny phi {spec.phi}: {parameters:,} parameters, {gflop:.2f} GFLOP per image")
     images = f"{len(data.train)} images {CACHE_PLACES[data.train.place]}, batches of {batch_size}"
     processes = f", {group.size} processes" if group.size > 1 else ""
     group.print_once(f"{images}, {device}, {trainer.dtype}{processes}; run folder {run.path}")
@@ -224,7 +221,8 @@ def prepare(
     if progress.epoch == progress.batch == 0:
         batches = epoch_batches(trainer, settings, data)
         for number in range(min(2, len(batches))):
-            run.save_picture(f"batch_{number}", partial(draw_batch, batches, number, spec.class_names), 0)
+            draw = partial(draw_batch, batches, number, spec.class_names)
+            run.attempt(run.write_picture, f"batch_{number}", draw, 0)
     return trainer, data
 
 
@@ -249,11 +247,8 @@ def new_spec(config: Config, weights: dict[str, Tensor], diagnostics: Diagnostic
 def load_data(
     config: Config, spec: ModelSpec, device: torch.device, group: ProcessGroup, diagnostics: Diagnostics
 ) -> RunData:
-    """Read the annotations and decode the images.
-
-    Unusable training images may be skipped, but not validation images, since that would change what is measured.
-    """
-    val_diagnostics = Diagnostics(config.strict, skips=False)
+    """Read the annotations and decode the images."""
+    val_diagnostics = Diagnostics(config.strict, skips=False)  # skipping would change what is measured
     samples = load_samples(config.devkit, config.train_sets, spec.class_names, diagnostics)
     val_samples: list[Sample] = []
     if config.val_sets:

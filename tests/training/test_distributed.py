@@ -310,4 +310,4 @@ def test_synchronised_batch_norm_keeps_all_names_in_a_checkpoint(config):
     assert learning == {id(parameter) for parameter in own.state.model.parameters()}
     assert own.snapshot.weights.keys() == plain.snapshot.weights.keys()
     assert own.snapshot.training.keys() == plain.snapshot.training.keys()
-    own.detector()(torch.zeros(64, 64, 3, dtype=torch.uint8).numpy())
+    own.build_detector()(torch.zeros(64, 64, 3, dtype=torch.uint8).numpy())

@@ -52,10 +52,7 @@ def resolve_batch_size(
 
 
 def dry_run(trainer: Trainer, settings: Any, data: RunData) -> None:
-    """Print the time and memory of some steps, which also compiles the network, and restore the training state.
-
-    Raises UserError, with a batch size to try, if a step does not fit into memory.
-    """
+    """Run some steps, which also compiles the network; print their time and memory, and restore the training state."""
     batch_size, progress = trainer.batching.batch_size, trainer.state.progress
     compile_frozen = trainer.compiled and progress.epoch < settings.freeze_epochs
     trials = []
@@ -75,10 +72,7 @@ def dry_run(trainer: Trainer, settings: Any, data: RunData) -> None:
 
 
 def format_duration(seconds: float) -> str:
-    """
-    >>> [format_duration(seconds) for seconds in (29.4, 150, 4321)]
-    ['29 s', '2 min 30 s', '1 h 12 min']
-    """
+    """A duration such as "29 s", "2 min 30 s" or "1 h 12 min"."""
     minutes, seconds = divmod(round(seconds), 60)
     if minutes == 0:
         return f"{seconds} s"
@@ -86,10 +80,7 @@ def format_duration(seconds: float) -> str:
 
 
 def try_steps(trainer: Trainer, images: int, cache: ImageCache) -> tuple[float, int]:
-    """Run steps on blank images; returns the seconds per step and the peak memory in bytes.
-
-    Raises torch.OutOfMemoryError or RuntimeError if memory runs out.
-    """
+    """Run steps on blank images; returns the seconds per step and the peak memory in bytes."""
     device, objects = trainer.device, 2 * cache.labels.shape[1]  # the most that an augmented image can have
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -104,7 +95,7 @@ def try_steps(trainer: Trainer, images: int, cache: ImageCache) -> tuple[float, 
 
 
 def peak_memory(device: torch.device) -> int:
-    """Peak bytes reserved on the GPU, or resident in the process; 0 where the system does not tell."""
+    """Peak bytes reserved on the GPU, or resident in the process; 0 on Windows."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device)
     if resource is None:
@@ -114,7 +105,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def find_largest_batch(trainer: Trainer, cache: ImageCache, max_size: int) -> int:
-    """The most images, up to `max_size`, whose step fits into the GPU; changes the trainer's state."""
+    """The largest batch size, up to `max_size`, whose steps fit into the GPU; changes the trainer's state."""
     total = torch.cuda.get_device_properties(trainer.device).total_memory
     trainer.set_mode(frozen=False)
 
@@ -130,10 +121,7 @@ def find_largest_batch(trainer: Trainer, cache: ImageCache, max_size: int) -> in
 
 
 def search_largest(fits: Callable[[int], bool], max_size: int) -> int:
-    """The largest size up to `max_size` that fits, by doubling, then bisection; above 8 only multiples of 8.
-
-    Raises UserError if not even 1 fits.
-    """
+    """The largest size up to `max_size` that fits, found by doubling and bisection; above 8, a multiple of 8."""
     good, size = 0, 1
     while size <= max_size and fits(size):
         good, size = size, 2 * size
@@ -149,7 +137,6 @@ def search_largest(fits: Callable[[int], bool], max_size: int) -> int:
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether an error of torch means that the device or the machine is out of memory."""
     return any(text in str(error) for text in OUT_OF_MEMORY)
 
 

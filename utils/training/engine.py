@@ -40,7 +40,7 @@ PRINTED = ("train/loss", "val/loss", "val/AP", "val/AP50", "train/images_per_sec
 
 
 def train_epochs(trainer: Trainer, settings: Any, data: RunData, run: RunFolder, stop: StopSignals) -> None:
-    """Train to the last epoch, or until validations bring no improvement; raises Stopped after a signal."""
+    """Train to the last epoch, or until early stopping; raises Stopped after a signal."""
     with explain_out_of_memory(trainer.batching.batch_size, trainer.spec.input_size), stop.defer():
         while not trainer.state.progress.is_finished(settings.patience):
             run_epoch(trainer, settings, data, run, stop)
@@ -89,10 +89,9 @@ def train_and_measure(
 
 
 def epoch_batches(trainer: Trainer, settings: Any, data: RunData) -> EpochBatches:
-    """The batches of the current epoch."""
     progress = trainer.state.progress
-    share = (progress.epoch - progress.start) / (progress.end - progress.start)
-    augment, batch_size = settings.augment_settings(share), trainer.batching.batch_size
+    fraction = (progress.epoch - progress.start) / (progress.end - progress.start)
+    augment, batch_size = settings.augment_settings(fraction), trainer.batching.batch_size
     return EpochBatches(data.train, batch_size, settings.seed, progress.epoch, augment, trainer.group)
 
 
@@ -130,7 +129,7 @@ def train_one_epoch(trainer: Trainer, batches: EpochBatches, settings: Any, run:
 def check_and_save(
     trainer: Trainer, batches: EpochBatches, done: int, settings: Any, run: RunFolder, stop: StopSignals
 ) -> bool:
-    """After a step: check, save and stop if it is time to; returns False after a rollback."""
+    """Check, save and stop when these are due after a step; returns False after a rollback."""
     stopping = trainer.group.any_rank(stop.requested)
     steps, interval = ceil(done / trainer.batching.accumulate), settings.checkpoint_every
     saving = interval > 0 and steps % interval == 0
@@ -162,7 +161,7 @@ def validate(
     """Validate the averaged weights; returns the values to log and all metrics. Raises Stopped after a signal."""
     group, spec = trainer.group, trainer.spec
     group.broadcast_module(trainer.state.ema.module)
-    detector = trainer.detector()
+    detector = trainer.build_detector()
     loss = YoloLoss(spec, trainer.loss.settings, trainer.device)  # over the images of this process
     batches: dict[int, tuple[Tensor, list[sv.Detections]]] = {}
     with tqdm(total=len(cache), desc="validating", leave=False, disable=run.read_only or None) as bar:
@@ -183,7 +182,7 @@ def validate(
     evaluation = evaluate(cache.samples, detections, cache.sizes, spec.class_names)
     metrics = evaluation.metrics
     draw = partial(draw_examples, detections, evaluation.thresholds, cache, spec.class_names)
-    run.save_picture("val_examples", draw, trainer.state.progress.epoch + 1)
+    run.attempt(run.write_picture, "val_examples", draw, trainer.state.progress.epoch + 1)
     losses = sum(losses for losses, _ in gathered).tolist()
     values = {f"val/{name}": value for name, value in zip(TERMS, losses, strict=True)}
     values |= {f"val/{name}": metrics["coco"][name] for name in ("AP", "AP50", "AP75")}
@@ -207,9 +206,9 @@ def log_gates(trainer: Trainer, cache: ImageCache, run: RunFolder) -> None:
     """Log the distribution of the attention gates of the averaged network on a few images to TensorBoard."""
     if trainer.spec.phi and not run.read_only:
         pixels = cache.images[:GATE_IMAGES].to(trainer.device).float() / 255
-        attention = compute_attention(trainer.detector().network.model, pixels)
+        attention = compute_attention(trainer.build_detector().network.model, pixels)
         gates = {f"gate/{place}": attended.gate.cpu().numpy() for place, attended in attention.items()}
-        run.log_histograms(gates, trainer.state.progress.epoch + 1)
+        run.attempt(run.write_histograms, gates, trainer.state.progress.epoch + 1)
 
 
 def write_report(

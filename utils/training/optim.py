@@ -102,7 +102,6 @@ def orthogonalize(matrix: Tensor) -> Tensor:
 
 
 def build_optimizer(model: nn.Module, lr: float, weight_decay: float) -> Muon:
-    """Muon with AdamW for a `YoloBody`."""
     return Muon(parameter_groups(model, lr, weight_decay))
 
 
@@ -140,9 +139,9 @@ class WeightAverage:
         self.updates += 1
 
 
-def build_ema(model: nn.Module, total_steps: int, share: float) -> WeightAverage:
-    """A weight average whose horizon is a share of the total steps."""
-    return WeightAverage(model, decay=1 - 1 / max(2, ceil(total_steps * share)))
+def build_ema(model: nn.Module, total_steps: int, fraction: float) -> WeightAverage:
+    """A weight average whose horizon is a fraction of the total steps."""
+    return WeightAverage(model, decay=1 - 1 / max(2, ceil(total_steps * fraction)))
 
 
 def freeze_backbone(model: YoloBody, frozen: bool) -> None:

@@ -19,7 +19,7 @@ from utils.data.cache import ImageCache
 from utils.data.image_io import write_image
 from utils.reports.plots import draw_training
 from utils.system.errors import UserError, make_folder
-from utils.system.files import TEMPORARY, atomic_write, lock
+from utils.system.files import TEMPORARY, lock, write_text
 from utils.weights.checkpoint import BEST, LAST, PREVIOUS, Checkpoint, save_checkpoint
 
 CONFIG, DATA, METRICS, LOCK = "config.json", "data.json", "metrics.jsonl", "run.lock"
@@ -30,8 +30,7 @@ Settings = TypeVar("Settings")  # a dataclass whose fields all have defaults
 class RunFolder:
     """The locked folder of a run; with `read_only`, as in all processes but the first, nothing is written.
 
-    Checkpoints are written in a thread while training continues. Raises UserError if metrics or checkpoints cannot be
-    written; failures of TensorBoard and pictures are only reported, once.
+    Checkpoints are written in a thread. Raises UserError if metrics or checkpoints cannot be written.
     """
 
     def __init__(self, path: Path, read_only: bool = False) -> None:
@@ -55,8 +54,7 @@ class RunFolder:
             return
         path = self.path / METRICS
         self.records = [record for record in read_records(path) if record["epoch"] <= epoch]
-        with atomic_write(path) as file:
-            file.write("".join(json.dumps(record) + "\n" for record in self.records).encode())
+        write_text(path, "".join(json.dumps(record) + "\n" for record in self.records))
         self.attempt(self.open_board, epoch)
 
     def open_board(self, epoch: int) -> None:
@@ -78,25 +76,18 @@ class RunFolder:
             self.board.add_scalar(name, value, epoch)
         self.board.flush()
 
-    def log_histograms(self, values: dict[str, np.ndarray], epoch: int) -> None:
-        """Log distributions to TensorBoard."""
-        self.attempt(self.write_histograms, values, epoch)
-
     def write_histograms(self, values: dict[str, np.ndarray], epoch: int) -> None:
         for name, numbers in values.items():
             self.board.add_histogram(name, numbers, epoch)
 
-    def save_picture(self, name: str, draw: Callable[[], np.ndarray], epoch: int) -> None:
-        """Save an RGB picture (H, W, 3) as a file and in TensorBoard."""
-        self.attempt(self.write_picture, name, draw, epoch)
-
     def write_picture(self, name: str, draw: Callable[[], np.ndarray], epoch: int) -> None:
+        """Draw an RGB picture (H, W, 3), and save it as a file and in TensorBoard."""
         image = draw()
         write_image(self.path / f"{name}.jpg", image)
         self.board.add_image(name, image, epoch, dataformats="HWC")
 
     def attempt(self, write: Callable[..., None], *arguments: Any) -> None:
-        """Write something that training can do without; only the first failure is reported."""
+        """Call a method that writes something optional; only the first failure is reported."""
         try:
             if not self.read_only:
                 write(*arguments)
@@ -134,10 +125,10 @@ class RunFolder:
             self.finish_saving()
         finally:
             self.writer.shutdown()
+            if self.board is not None:
+                self.attempt(draw_training, self.records, self.path / "curves.png")
+                self.attempt(self.board.close)
             if not self.read_only:
-                if self.board is not None:
-                    self.attempt(draw_training, self.records, self.path / "curves.png")
-                    self.attempt(self.board.close)
                 self.lock.close()
                 with suppress(OSError):
                     if [path.name for path in self.path.iterdir()] == [LOCK]:
@@ -146,7 +137,6 @@ class RunFolder:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Append a line to a file and flush it to disk."""
     try:
         with open(path, "a", encoding="utf-8") as file:
             file.write(line + "\n")
@@ -165,9 +155,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 
 def save_settings(folder: Path, settings: Any) -> None:
-    """Write a dataclass as the run's `config.json`."""
-    with atomic_write(folder / CONFIG) as file:
-        file.write((json.dumps(asdict(settings), indent=2) + "\n").encode())
+    write_text(folder / CONFIG, json.dumps(asdict(settings), indent=2) + "\n")
 
 
 def changed_settings(settings: Any) -> frozenset[str]:
@@ -183,9 +171,8 @@ def load_settings(
     given: Collection[str] | None = None,
     hints: Mapping[str, str] | None = None,
 ) -> Settings:
-    """The settings of the run in `folder`, updated with the `changeable` ones among those `given` now.
+    """The settings of the run in `folder`, updated with those `given` (by default all changed ones) and `changeable`.
 
-    `given` names the fields of `settings` that the user set; by default those that differ from their defaults.
     Raises UserError if another given setting differs from the run's, with the hint for it from `hints`.
     """
     path = folder / CONFIG
@@ -205,22 +192,16 @@ def load_settings(
 
 
 class RunData(NamedTuple):
-    """The decoded images of a run."""
-
     train: ImageCache
     val: ImageCache | None  # None without validation sets
 
 
 def verify_data(folder: Path, data: RunData, resumed: bool) -> None:
-    """Store name, image and objects of every sample in the run folder, or compare them if the run is `resumed`.
-
-    Raises UserError that lists the changes if a resumed run would continue on other data.
-    """
+    """Store fingerprints of the data in the run folder; if the run is `resumed`, raise UserError if they changed."""
     path = folder / DATA
     current = {split: cache.fingerprints() for split, cache in data._asdict().items() if cache}
     if not (resumed and path.exists()):
-        with atomic_write(path) as file:
-            file.write(json.dumps(current).encode())
+        write_text(path, json.dumps(current))
         return
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
@@ -236,7 +217,7 @@ def verify_data(folder: Path, data: RunData, resumed: bool) -> None:
 
 
 def list_changes(before: Sequence[Sequence], now: Sequence[Sequence]) -> list[str]:
-    """The differences between two lists of (name, image, objects), in words."""
+    """Describe the differences between two lists of (name, image, objects)."""
     old, new = ({name: (image, objects) for name, image, objects in samples} for samples in (before, now))
     changes = [f"{name} was removed" for name in old if name not in new]
     changes += [f"{name} is new" for name in new if name not in old]

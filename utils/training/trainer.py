@@ -62,13 +62,12 @@ class Trainer:
     frozen: bool | None = None  # whether the backbone is frozen; None before the first `set_mode`
     started: float = field(default_factory=time.perf_counter)
 
-    def detector(self) -> Detector:
-        """A detector with the averaged weights, as validation and prediction use them."""
+    def build_detector(self) -> Detector:
+        """A detector with the averaged weights."""
         network = TorchNetwork(self.state.ema.module, self.spec, self.device)
         return Detector(network, self.spec, EVALUATION_THRESHOLDS)
 
     def set_mode(self, frozen: bool) -> None:
-        """Switch to training mode, with the backbone frozen or not."""
         freeze_backbone(self.state.model.train(), frozen)
         if self.group.size > 1 and frozen != self.frozen:  # it reads `requires_grad` only when it is created
             devices = [self.device] if self.device.type == "cuda" else None
@@ -102,7 +101,7 @@ class Trainer:
         return bool(get_total_norm(values).isfinite())
 
     def take_snapshot(self) -> None:
-        """Remember the current state, to save it or to roll back to it."""
+        """Keep the current state, to save it or to roll back to it."""
         self.snapshot = self.state.take_snapshot(self.spec)
 
     def update_snapshot(self, **info: object) -> None:
@@ -110,7 +109,6 @@ class Trainer:
         self.snapshot = replace(self.snapshot, info=self.snapshot.info | asdict(self.state.progress) | info)
 
     def roll_back(self) -> None:
-        """Return to the snapshot."""
         self.state.restore(self.snapshot)
 
     def resume(self, checkpoint: Checkpoint) -> None:
@@ -123,10 +121,9 @@ class Trainer:
         self.take_snapshot()
 
     def check_batches(self, batches: EpochBatches, done: int) -> bool:
-        """Check the losses and weights after `done` batches of an epoch, and take a snapshot if they are finite.
+        """Take a snapshot after `done` batches if losses and weights are finite; otherwise roll back, return False.
 
-        Otherwise rolls back, marks the first bad batch as skipped and returns False. Raises UserError when too many
-        batches have been skipped, or when the weights are not finite although the losses are.
+        The first bad batch is then skipped. Raises UserError for too many of them, or for non-finite weights.
         """
         first, skipped = self.state.progress.batch, self.state.progress.skipped_batches(batches.epoch)
         losses = self.group.all_reduce(self.state.losses[first:done].clone())  # also waits for the device
@@ -166,12 +163,7 @@ class Trainer:
 
 
 def build_trainer(
-    settings: Any,
-    spec: ModelSpec,
-    batching: Batching,
-    progress: Progress,
-    device: torch.device,
-    group: ProcessGroup,
+    settings: Any, spec: ModelSpec, batching: Batching, progress: Progress, device: torch.device, group: ProcessGroup
 ) -> Trainer:
     """A freshly initialised network with its optimizer, schedule, weight average and loss."""
     steps = math.ceil(batching.batches / batching.accumulate) * (progress.end - progress.start)

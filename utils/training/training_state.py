@@ -18,7 +18,7 @@ from utils.weights.checkpoint import LAST, Checkpoint
 
 @dataclass
 class Progress:
-    """How far a run has come; stored in its checkpoints under these names."""
+    """The progress of a run; checkpoints store it under these names."""
 
     end: int  # epoch at which the schedule ends
     start: int = 0  # epoch at which the schedule started; above 0 if the run was extended
@@ -34,7 +34,6 @@ class Progress:
         return self.epoch >= self.end or 0 < patience <= self.stale
 
     def skipped_batches(self, epoch: int) -> set[int]:
-        """The batches of an epoch that are left out."""
         return {batch for skipped_epoch, batch in self.skipped if skipped_epoch == epoch}
 
     def record_validation(self, ap: float, thresholds: list[float]) -> bool:
@@ -46,13 +45,12 @@ class Progress:
 
 
 def read_progress(checkpoint: Checkpoint) -> Progress:
-    """The progress of the run that wrote a resumable checkpoint."""
     values = {item.name: checkpoint.info[item.name] for item in fields(Progress) if item.name in checkpoint.info}
     return Progress(**values | {"skipped": [tuple(pair) for pair in values["skipped"]]})
 
 
 def find_progress(checkpoint: Checkpoint, extend: int, patience: int, group: ProcessGroup) -> Progress:
-    """The progress to resume from; raises UserError if a run is to be extended that has not finished."""
+    """The progress to resume from; raises UserError if an unfinished run should be extended."""
     progress = read_progress(checkpoint)
     if progress.is_finished(patience):
         end = progress.epoch + extend
