@@ -1,9 +1,7 @@
-"""Batched augmentation as pure functions of cached images, targets and a table of random numbers.
+"""Batched augmentation: `plan_batch` plans a batch on the CPU, `render_batch` renders it on the training device.
 
-`plan_batch` plans a batch on the CPU, `render_batch` renders its images on the training device.
-
-Each image is placed in a rectangle of the output by an axis-aligned map, output = input * scale + offset. An ordinary
-sample is one tile that fills the output; a mosaic consists of four tiles.
+Each image is placed in a rectangle of the output, its tile, by output = input * scale + offset in each axis. An
+ordinary sample is one tile that fills the output; a mosaic consists of four.
 """
 
 from dataclasses import dataclass
@@ -59,23 +57,13 @@ class BatchPlan(NamedTuple):
 
 
 def plan_batch(cache: ImageCache, indices: Tensor, random: Tensor, settings: AugmentSettings) -> BatchPlan:
-    """Plan a batch of the samples `indices` (B,) with random numbers (B, NUM_COLUMNS).
-
-    The images stay on the device of the cache; everything else is on the CPU. Mosaics with more than 2M objects lose
-    the excess ones.
-    """
+    """Plan a batch of the samples `indices` (B,) with random numbers (B, NUM_COLUMNS), on the CPU except for images."""
     tiles = plan_tiles(indices, random, settings, cache)
     boxes, labels = transform_boxes(cache, tiles, len(indices))
     height, width = cache.images.shape[2:]
-    return BatchPlan(
-        gather_images(cache.images, tiles.sources),
-        source_coordinates(tiles, 0, width),
-        source_coordinates(tiles, 1, height),
-        tiles.rows,
-        plan_colours(random, settings),
-        boxes,
-        labels,
-    )
+    x, y = source_coordinates(tiles, 0, width), source_coordinates(tiles, 1, height)
+    images, colours = gather_images(cache.images, tiles.sources), plan_colours(random, settings)
+    return BatchPlan(images, x, y, tiles.rows, colours, boxes, labels)
 
 
 def gather_images(images: Tensor, sources: Tensor) -> Tensor:
@@ -88,16 +76,13 @@ def gather_images(images: Tensor, sources: Tensor) -> Tensor:
 
 
 def render_batch(batch: BatchPlan) -> Tensor:
-    """Render the images (B, 3, H, W), float in 0..1 and channels-last, on the device of the plan.
-
-    A GPU renders all tiles at once, each at the full output size; the CPU renders one at a time, only where it is seen.
-    """
+    """Render the images (B, 3, H, W), float in 0..1 and channels-last, on the device of the plan."""
     count, width, height = len(batch.colours), batch.x.shape[1], batch.y.shape[1]
     fill = FILL / 255 * batch.colours.sum(dim=2, keepdim=True)  # (B, 3, 1)
     colours = batch.colours / 255
     form = {"device": batch.x.device, "memory_format": torch.channels_last}
     images = torch.empty(count, 3, height, width, **form)
-    if batch.images.is_cuda:
+    if batch.images.is_cuda:  # renders all tiles at once, each at the full output size
         drawn = render_tiles(batch)
         return images.copy_(torch.baddbmm(fill, colours, drawn.flatten(2)).clamp_(0, 1).view_as(drawn))
     ends = torch.searchsorted(batch.rows, torch.arange(count + 1)).tolist()
@@ -158,15 +143,8 @@ def plan_tiles(indices: Tensor, random: Tensor, settings: AugmentSettings, cache
     split[~mosaic] = torch.tensor([width, height], dtype=split.dtype)  # the first tile fills the output
     x, y = split.unbind(1)
     zero, right, bottom = torch.zeros(batch), torch.full((batch,), float(width)), torch.full((batch,), float(height))
-    rects = torch.stack(
-        [
-            torch.stack([zero, zero, x, y], dim=1),
-            torch.stack([x, zero, right, y], dim=1),
-            torch.stack([zero, y, x, bottom], dim=1),
-            torch.stack([x, y, right, bottom], dim=1),
-        ],
-        dim=1,
-    )  # (B, NUM_TILES, 4)
+    edges = [zero, zero, x, y], [x, zero, right, y], [zero, y, x, bottom], [x, y, right, bottom]  # xyxy of each tile
+    rects = torch.stack([torch.stack(tile, dim=1) for tile in edges], dim=1)  # (B, NUM_TILES, 4)
     used = torch.stack([torch.ones_like(mosaic), mosaic, mosaic, mosaic], dim=1)
     rows, slots = used.nonzero(as_tuple=True)
     scales, offsets = place_tiles(numbers[used], rects[used], (height, width), settings)
@@ -211,24 +189,20 @@ def transform_boxes(cache: ImageCache, tiles: Tiles, batch: int) -> tuple[Tensor
     keep = (sides >= MIN_SIDE).all(dim=-1) & (box_area(boxes) >= MIN_VISIBLE * box_area(moved))
     labels = torch.where(keep, cache.labels[tiles.sources], -1)
 
-    most = boxes.shape[1]
-    all_boxes = boxes.new_zeros(batch, NUM_TILES, most, 4)
-    all_labels = labels.new_full((batch, NUM_TILES, most), -1)
+    max_objects = boxes.shape[1]
+    all_boxes = boxes.new_zeros(batch, NUM_TILES, max_objects, 4)
+    all_labels = labels.new_full((batch, NUM_TILES, max_objects), -1)
     all_boxes[tiles.rows, tiles.slots] = boxes
     all_labels[tiles.rows, tiles.slots] = labels
     all_boxes, all_labels = all_boxes.flatten(1, 2), all_labels.flatten(1)
-    order = (all_labels < 0).int().argsort(dim=1, stable=True)[:, : 2 * most]  # padding last
+    order = (all_labels < 0).int().argsort(dim=1, stable=True)[:, : 2 * max_objects]  # padding last
     return all_boxes.gather(1, order[..., None].expand(-1, -1, 4)), all_labels.gather(1, order)
 
 
 def plan_colours(random: Tensor, settings: AugmentSettings) -> Tensor:
     """A colour matrix per image (B, 3, 3) that shifts the hue and scales saturation and value."""
-    symmetric = 2 * random[:, [HUE, SATURATION, VALUE]] - 1  # (B, 3)
-    return colour_matrices(
-        symmetric[:, 0] * settings.hue * tau,
-        1 + symmetric[:, 1] * settings.saturation,
-        1 + symmetric[:, 2] * settings.value,
-    )
+    hue, saturation, value = (2 * random[:, [HUE, SATURATION, VALUE]] - 1).unbind(1)
+    return colour_matrices(hue * settings.hue * tau, 1 + saturation * settings.saturation, 1 + value * settings.value)
 
 
 def colour_matrices(angle: Tensor, saturation: Tensor, value: Tensor) -> Tensor:

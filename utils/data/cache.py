@@ -1,8 +1,7 @@
 """Decode each image once: a dataset as one uint8 array at the network's input size, with its padded targets.
 
 The array is kept on the GPU if it fits, otherwise in RAM, otherwise in a memory-mapped file under `logs/cache`, which
-the processes of one machine share. The file is named after a fingerprint of the images, so later runs reuse it as long
-as the images do not change. It also stores what was found wrong with the images.
+the processes of one machine share. Later runs reuse the file as long as the images do not change.
 """
 
 import json
@@ -68,8 +67,6 @@ class ImageCache:
 
 
 class ImageRecord(NamedTuple):
-    """What decoding found out about an image file."""
-
     usable: bool  # only usable images are in the array
     size: tuple[int, int]  # height, width
     checksum: int  # CRC-32 of the file
@@ -84,10 +81,9 @@ def build_cache(
     group: ProcessGroup | None = None,
     diagnostics: Diagnostics | None = None,
 ) -> ImageCache:
-    """Decode all images in threads and store them in `place` (auto, device, ram or disk).
+    """Decode all images, once per machine, and store them in `place` (auto, device, ram or disk).
 
-    Objects marked difficult are not targets. With several processes on a machine, one of them decodes. Raises
-    UserError if there is not enough space, or for an unusable image or object that `diagnostics` does not skip.
+    Raises UserError if space runs out, or for an unusable image or object that `diagnostics` does not skip.
     """
     group, diagnostics = group or ProcessGroup(), diagnostics or Diagnostics(skips=False)
     place = choose_place(place, len(samples) * prod((3, *spec.input_size)), device)
@@ -159,10 +155,7 @@ def decode_to_memory(
 def decode_to_disk(
     samples: Sequence[Sample], spec: ModelSpec, group: ProcessGroup, diagnostics: Diagnostics
 ) -> tuple[Tensor, list[ImageRecord]]:
-    """Write the cache file unless it exists, and map it into memory; the other processes wait for the one that writes.
-
-    Returns the usable images (N, 3, H, W) and the records of all.
-    """
+    """As `decode_to_memory`, but into a cache file, unless it exists; one process writes it, the others wait."""
     path = CACHE_FOLDER / f"{fingerprint(samples, spec)}.images"
     if group.local_rank == 0 and map_images(path, len(samples), spec) is None:
         make_folder(CACHE_FOLDER)
@@ -232,9 +225,9 @@ def fingerprint(samples: Sequence[Sample], spec: ModelSpec) -> str:
 
 def pad_targets(samples: Sequence[Sample], fits: Sequence[Fit]) -> tuple[Tensor, Tensor]:
     """Boxes (N, M, 4) in input pixels and labels (N, M), padded with -1; difficult objects are left out."""
-    most = max([1, *(int((~sample.difficult).sum()) for sample in samples)])
-    boxes = np.zeros((len(samples), most, 4), dtype=np.float32)
-    labels = np.full((len(samples), most), -1, dtype=np.int64)
+    max_objects = max([1, *(int((~sample.difficult).sum()) for sample in samples)])
+    boxes = np.zeros((len(samples), max_objects, 4), dtype=np.float32)
+    labels = np.full((len(samples), max_objects), -1, dtype=np.int64)
     for i, (sample, fit) in enumerate(zip(samples, fits, strict=True)):
         kept = ~sample.difficult
         boxes[i, : kept.sum()] = fit.to_input(sample.boxes[kept])

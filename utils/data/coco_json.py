@@ -23,7 +23,7 @@ Entry = dict[str, Any]
 
 @dataclass(frozen=True)
 class CocoDataset:
-    """Ground truth in COCO's terms, for samples in the same order."""
+    """Ground truth in COCO's format, for samples in the same order."""
 
     truth: dict[str, list[Entry]]  # images, categories and annotations, as in the JSON
     images: list[int]  # the image id of each sample
@@ -33,10 +33,9 @@ class CocoDataset:
 def load_coco_samples(
     path: str | Path, images: str | Path, class_names: Sequence[str]
 ) -> tuple[list[Sample], CocoDataset]:
-    """Read the ground truth in a COCO JSON file, whose images are in the folder `images`; crowds count as difficult.
+    """Read a COCO JSON file, whose images are in the folder `images`; crowds count as difficult.
 
-    The samples leave out objects without width or height, which only COCO's own scoring uses. Raises UserError for an
-    invalid file, a missing image, and objects of unknown classes.
+    The samples leave out objects without width or height. Raises UserError for missing images and unknown classes.
     """
     path, folder = Path(path), Path(images)
     truth = read_truth(path)
@@ -59,26 +58,17 @@ def load_coco_samples(
         found = [item for item in objects[image["id"]] if min(item["bbox"][2:]) > 0]
         boxes = np.array([item["bbox"] for item in found], dtype=np.float64).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
-        samples.append(
-            Sample(
-                str(Path(name).with_suffix("")),
-                folder / name,
-                (image["height"], image["width"]),
-                boxes.astype(np.float32),
-                np.array([labels[names[item["category_id"]]] for item in found], dtype=np.int64),
-                np.array([item["iscrowd"] for item in found], dtype=bool),
-            )
-        )
+        indices = np.array([labels[names[item["category_id"]]] for item in found], dtype=np.int64)
+        crowds = np.array([item["iscrowd"] for item in found], dtype=bool)
+        stem, size = str(Path(name).with_suffix("")), (image["height"], image["width"])
+        samples.append(Sample(stem, folder / name, size, boxes.astype(np.float32), indices, crowds))
     category_ids = {name: category for category, name in names.items()}
     categories = [category_ids.get(name) for name in class_names]
     return samples, CocoDataset(truth, [item["id"] for item in truth["images"]], categories)
 
 
 def read_truth(path: Path) -> dict[str, list[Entry]]:
-    """The checked images, categories and annotations of a COCO JSON file; annotation ids are renumbered from 1.
-
-    Test sets have no annotations.
-    """
+    """The checked images, categories and annotations of a COCO JSON file; annotation ids are renumbered from 1."""
     try:
         content = json.loads(read_file(path, MAX_BYTES))
         if not isinstance(content, dict):

@@ -12,15 +12,11 @@ ROWS = 1024  # images compared with all others at a time
 
 
 class ImageHash(NamedTuple):
-    """A compact description of an image."""
-
     bits: int  # 64 bits
     gray: np.ndarray  # (SIDE, SIDE + 1) uint8
 
 
 class Pair(NamedTuple):
-    """Two near-duplicates."""
-
     first: int  # index in the first list
     second: int  # index in the second list
     bits: int  # differing bits of their hashes

@@ -38,8 +38,8 @@ def orient(sample: Sample, image: np.ndarray, orientation: int, diagnostics: Dia
         return turn_upright(image, orientation)
     raise FileError(
         sample.source,
-        f"states a <size> that {sample.image.name} has neither as stored, {width}x{height}, nor as turned by EXIF, "
-        f"{height}x{width}; state the one that the boxes refer to",
+        f"states a <size> that differs from {sample.image.name}, both as stored ({width}x{height}) and as turned by "
+        f"EXIF ({height}x{width}); state the one that the boxes refer to",
     )
 
 

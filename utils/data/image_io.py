@@ -43,7 +43,6 @@ def read_image(path: str | Path) -> np.ndarray:
 
 
 def read_encoded(path: str | Path) -> bytes:
-    """The bytes of an image file."""
     return read_file(path, MAX_BYTES)
 
 
@@ -65,10 +64,7 @@ def decode_image(encoded: bytes, path: str | Path) -> np.ndarray:
 
 
 def decode_stored(encoded: bytes, path: str | Path, diagnostics: Diagnostics) -> tuple[np.ndarray, int]:
-    """Decode the contents of the image file `path`: uint8 RGB (H, W, 3) as stored, and the EXIF orientation, 1 to 8.
-
-    Raises SkippableError if pixels are missing, and FileError for pixels that cannot be converted to 8 bits.
-    """
+    """Decode an image file: uint8 RGB (H, W, 3) as stored, and the EXIF orientation, 1 to 8; raises FileError."""
     if not encoded:
         raise SkippableError(path, "is empty")
     try:
@@ -123,11 +119,8 @@ def decode_with_pillow(encoded: bytes, picture: Image.Image, path: str | Path, d
 
 
 def load_unterminated_jpeg(encoded: bytes, path: str | Path) -> Image.Image:
-    """Load a JPEG file without an end marker; raises SkippableError if pixels are missing too.
-
-    All pixels are there if they do not depend on what follows the end of the file.
-    """
-    checksums = set()
+    """Load a JPEG file without an end marker; raises SkippableError if pixels are missing too."""
+    checksums = set()  # all pixels are there if they do not depend on what follows the end of the file
     for tail in TAILS:
         picture = Image.open(BytesIO(encoded + tail + END_OF_JPEG), formats=FORMATS)
         picture.load()
@@ -138,10 +131,7 @@ def load_unterminated_jpeg(encoded: bytes, path: str | Path) -> Image.Image:
 
 
 def png_chunks(encoded: bytes, path: str | Path) -> set[bytes]:
-    """The types of the complete chunks in a PNG file; raises SkippableError for a wrong checksum.
-
-    Decoders do not verify the checksums of pixel data.
-    """
+    """The types of the complete chunks in a PNG file; raises SkippableError for a wrong checksum, unlike decoders."""
     view, types, start = memoryview(encoded), set(), 8
     while start + 12 <= len(view) and b"IEND" not in types:
         end = start + 12 + int.from_bytes(view[start : start + 4])
@@ -154,17 +144,17 @@ def png_chunks(encoded: bytes, path: str | Path) -> set[bytes]:
     return types
 
 
-def file_size(path: Path, upright: bool = False) -> tuple[int, int]:
-    """Height and width of an image file as stored, or with `upright` as turned by EXIF; reads the header only."""
-    (height, width), orientation = read_header(path, upright)
+def upright_size(path: Path) -> tuple[int, int]:
+    """Height and width of an image file as turned by EXIF."""
+    (height, width), orientation = read_header(path)
     return (width, height) if orientation > 4 else (height, width)
 
 
-def read_header(path: Path, orientation: bool = True) -> tuple[tuple[int, int], int]:
-    """Height and width of an image file as stored, and its EXIF orientation, or 1 without `orientation`."""
+def read_header(path: Path) -> tuple[tuple[int, int], int]:
+    """Height and width of an image file as stored, and its EXIF orientation."""
     try:
         with Image.open(path, formats=FORMATS) as picture:
-            return (picture.height, picture.width), read_orientation(picture, {b"eXIf"}) if orientation else 1
+            return (picture.height, picture.width), read_orientation(picture, {b"eXIf"})
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         raise FileError(path, "is not a readable image") from None
 

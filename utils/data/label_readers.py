@@ -1,4 +1,4 @@
-"""Labels in the formats of VOC, COCO and YOLO, read as people and labelling programs leave them."""
+"""Labels in the formats of VOC, COCO and YOLO, read as common labelling programs write them."""
 
 import os
 import re
@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from utils.data.coco_json import read_truth
-from utils.data.image_io import file_size, read_header
+from utils.data.image_io import read_header, upright_size
 from utils.data.voc import IMAGE_SUFFIXES, load_classes, single_image
 from utils.data.voc_xml import LabeledObject, read_voc_xml
 from utils.system.diagnostics import Diagnostics
@@ -22,13 +22,12 @@ YOLO_SPLITS = ("train", "val", "valid", "test")
 EVERYTHING = "all"  # name of the COCO file with the images of no split
 DECIMALS = 8  # of a pixel; rounding removes the noise of floating-point arithmetic
 NOT_WRITABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff\ufffe\uffff]")  # not allowed in a line of text, or in XML
+VOC_EXTRAS = re.compile(rb"<(truncated|occluded)>\s*(?:1|True|true)\s*<|<(part|attribute)>")
 FLAT = "has no width or height"
 
 
 @dataclass(frozen=True)
 class LabeledImage:
-    """An image file and its objects."""
-
     path: Path
     size: tuple[int, int]  # height, width
     objects: Sequence[LabeledObject]
@@ -45,15 +44,13 @@ class LabelSet:
 
     @property
     def objects(self) -> list[LabeledObject]:
-        """The objects of all images."""
         return [item for image in self.images.values() for item in image.objects]
 
 
 def read_voc(folder: Path, images: Path | None, classes: Path | None, diagnostics: Diagnostics) -> LabelSet:
-    """Read VOC data, including the VOC exports of LabelImg, CVAT and Label Studio.
+    """Read VOC data; the XML files are in Annotations/ or beside the images, with or without subfolders.
 
-    The XML files are in Annotations/ or beside the images, with or without subfolders. The order of the classes is
-    that of `classes`, or of classes.txt or labelmap.txt in the folder, or alphabetical.
+    The order of the classes is that of `classes`, or of classes.txt or labelmap.txt in the folder, or alphabetical.
     """
     source = folder / "Annotations" if (folder / "Annotations").is_dir() else folder
     files = find_images([images] if images else [folder / name for name in IMAGE_FOLDERS])
@@ -65,9 +62,7 @@ def read_voc(folder: Path, images: Path | None, classes: Path | None, diagnostic
             image = single_image(files, stem, xml)
             size = check_stated_size(xml, image, size, diagnostics)
             labeled[flat_name(stem, labeled, xml)] = LabeledImage(image, size, list(objects.values()))
-            marks |= set(
-                re.findall(rb"<(truncated|occluded)>\s*(?:1|True|true)\s*<|<(part|attribute)>", xml.read_bytes())
-            )
+            marks |= set(VOC_EXTRAS.findall(xml.read_bytes()))
     kinds = sorted({word.decode() for pair in marks for word in pair if word})
     splits = {}
     for path in sorted((folder / "ImageSets" / "Main").glob("*.txt")):
@@ -87,8 +82,8 @@ def check_stated_size(
     xml: Path, image: Path, stated: tuple[int, int] | None, diagnostics: Diagnostics
 ) -> tuple[int, int]:
     """The height and width that boxes refer to: the image's own, as stored or as turned by EXIF."""
-    stored = file_size(image)
-    if stated in (stored, file_size(image, upright=True)):
+    stored, _ = read_header(image)
+    if stated in (stored, upright_size(image)):
         return stated
     diagnostics.record_repair(xml, "does not state the <size> of its image; the image's own size is used")
     return stored
@@ -156,10 +151,7 @@ def add_coco_image(
 
 
 def read_yolo(folder: Path, images: Path | None, classes: Path | None, diagnostics: Diagnostics) -> LabelSet:
-    """Read YOLO's images/ and labels/, flat or with a subfolder per split, and image lists such as train.txt.
-
-    An image without a label file has no objects. Class names are in `classes`, classes.txt or obj.names.
-    """
+    """Read YOLO's images/ and labels/, flat or with a subfolder per split, and image lists such as train.txt."""
     names = load_yolo_classes(folder, classes)
     root = images or folder / "images"
     labeled, splits = {}, defaultdict(list)
@@ -167,7 +159,7 @@ def read_yolo(folder: Path, images: Path | None, classes: Path | None, diagnosti
         path = single_image({stem: paths}, stem, root)
         refuse_hidden_orientation(path)
         name, first = flat_name(stem, labeled, root), stem.partition("/")[0]
-        size, label = file_size(path, upright=True), folder / "labels" / f"{stem}.txt"
+        size, label = upright_size(path), folder / "labels" / f"{stem}.txt"
         labeled[name] = LabeledImage(path, size, read_yolo_label(label, size, names, diagnostics))
         if first in YOLO_SPLITS and "/" in stem:
             splits[first].append(name)
@@ -180,10 +172,7 @@ def read_yolo(folder: Path, images: Path | None, classes: Path | None, diagnosti
 
 
 def refuse_hidden_orientation(image: Path) -> None:
-    """Raise FileError for an image that EXIF mirrors or turns without changing its size.
-
-    YOLO programs apply this orientation, but VOC and COCO programs cannot infer it from the stated size.
-    """
+    """Raise FileError if EXIF mirrors or turns an image and keeps its size, which VOC and COCO cannot express."""
     (height, width), orientation = read_header(image)
     if orientation > 1 and (orientation <= 4 or height == width):
         reason = "is mirrored or turned by EXIF, which YOLO programs apply and others ignore"

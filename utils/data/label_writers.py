@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape
 
-from utils.data.image_io import file_size
+from utils.data.image_io import upright_size
 from utils.data.label_readers import DECIMALS, EVERYTHING, LabelSet, refuse_hidden_orientation
 from utils.data.voc_xml import EDGES, LabeledObject
 from utils.system.errors import FileError, make_folder
 from utils.system.files import write_text
 
-FRACTION_DIGITS = 12  # significant digits of YOLO's fractions of the image, which keep DECIMALS of its pixels
+FRACTION_DIGITS = 12  # significant digits of YOLO's fractions of the image, enough for DECIMALS of a pixel
 
 
 def format_voc(file_name: str, size: tuple[int, int], objects: Sequence[LabeledObject]) -> str:
@@ -93,7 +93,6 @@ def drop_thin_objects(labels: LabelSet) -> LabelSet:
 
 
 def spans_a_pixel(box: Sequence[float]) -> bool:
-    """Whether a box is at least a pixel wide and high."""
     x1, y1, x2, y2 = box
     return round(min(x2 - x1, y2 - y1), DECIMALS) >= 1
 
@@ -117,14 +116,10 @@ def write_coco(folder: Path, labels: LabelSet) -> None:
 
 
 def write_yolo(folder: Path, labels: LabelSet) -> None:
-    """Write images/, labels/, a list of images per split, classes.txt, and data.yaml for other programs.
-
-    Raises FileError for an image that YOLO programs, which apply the EXIF orientation, would see in another
-    orientation than its labels.
-    """
+    """Write images/, labels/, a list of images per split, classes.txt, and data.yaml for other programs."""
     for image in labels.images.values():
         refuse_hidden_orientation(image.path)
-        upright = file_size(image.path, upright=True)
+        upright = upright_size(image.path)
         if upright != image.size:
             seen, labeled = (f"{width}x{height}" for height, width in (upright, image.size))
             reason = f"is {seen} when turned by EXIF, as YOLO programs do, but its labels are for {labeled}"

@@ -53,11 +53,8 @@ class EpochBatches:
         return plan_batch(self.cache, self.order[rows], self.random[rows], self.settings)
 
     def load(self, numbers: Iterable[int], device: torch.device) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Load batches to `device`: images (B, 3, H, W) float in 0..1, boxes (B, 2M, 4), labels (B, 2M).
-
-        While the device computes, a thread plans the next batches and copies them in a CUDA stream of its own.
-        """
-        stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        """Load batches to `device` ahead of use: images (B, 3, H, W) in 0..1, boxes (B, 2M, 4), labels (B, 2M)."""
+        stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # lets copies overlap with training
 
         def plan_and_copy(number: int) -> tuple[BatchPlan, torch.cuda.Event | None]:
             if stream is None:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from utils.data.duplicates import ImageHash, hash_image
 from utils.data.image_checks import clip_objects, read_sample
-from utils.data.image_io import file_size
+from utils.data.image_io import read_header
 from utils.data.voc import Sample
 from utils.data.voc_xml import count_truncated
 from utils.detection.anchors import MIN_ANCHOR_IOU
@@ -26,8 +26,6 @@ MAX_LISTED = 10  # classes in the one-line description
 
 
 class AnchorFit(NamedTuple):
-    """How well anchors fit the shapes of objects."""
-
     recall: float  # best possible recall: the fraction of objects whose best IoU exceeds MIN_ANCHOR_IOU
     mean_iou: float  # mean of each object's best IoU
 
@@ -36,10 +34,7 @@ class AnchorFit(NamedTuple):
 
 
 def anchor_fit(sides: Tensor, anchors: Tensor) -> AnchorFit | None:
-    """How well anchors (A, 2) fit objects (N, 2), given as width, height in input pixels; None without objects.
-
-    Training also assigns an anchor to the objects below MIN_ANCHOR_IOU, but one of a very different shape.
-    """
+    """How well anchors (A, 2) fit objects (N, 2), given as width, height in input pixels; None without objects."""
     if not len(sides):
         return None
     overlap = shape_iou(sides, anchors).amax(dim=1).double()
@@ -52,7 +47,7 @@ def input_sides(samples: Sequence[Sample], input_size: tuple[int, int], letterbo
     for sample in samples:
         boxes = sample.boxes[~sample.difficult]
         if len(boxes):
-            size = sample.size if sample.size and min(sample.size) else file_size(sample.image)
+            size = sample.size if sample.size and min(sample.size) else read_header(sample.image)[0]
             fit, _ = fit_to_input(size, input_size, letterbox)
             boxes = fit.to_input(clip_boxes(boxes, size))
             sides.append(boxes[:, 2:] - boxes[:, :2])

@@ -13,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from nets.spec import MAX_CLASSES
-from utils.data.voc_xml import Annotation, read_voc_xml
+from utils.data.voc_xml import read_voc_xml
 from utils.system.diagnostics import Diagnostic, Diagnostics
 from utils.system.errors import FileError, UserError
 from utils.system.files import read_lines, read_text
@@ -109,8 +109,7 @@ def load_samples(
 ) -> list[Sample]:
     """All samples of sets such as ("VOC2007/trainval", "VOC2012/trainval"), in the order of their split files.
 
-    Raises UserError, naming the file, for anything missing or malformed that `diagnostics` does not accept. If it
-    collects errors, objects of unknown classes have the label -1.
+    Raises UserError for any error, unless `diagnostics` collects them; objects of unknown classes then have label -1.
     """
     diagnostics = diagnostics or Diagnostics(skips=False)
     if not sets:
@@ -153,27 +152,15 @@ def load_set(
                 diagnostics.record_repair(source, "encodes accents differently than the file", printable(image_id))
             image = single_image(images, stem, source)
             path = folder / "Annotations" / f"{xml}.xml"
-            annotation = read_voc_xml(path, diagnostics)
-            sample = make_sample(image_id, image, path, annotation, indices)
-            for i in np.flatnonzero(sample.labels < 0):
-                class_name = annotation.objects[sample.numbers[i]].class_name
-                unknown[class_name].append((sample.source, sample.place(i)))
-            samples.append(sample)
+            size, objects = read_voc_xml(path, diagnostics)
+            for number, item in objects.items():
+                if item.class_name not in indices:
+                    unknown[item.class_name].append((path, f"object {number}"))
+            boxes = np.array([item.box for item in objects.values()], dtype=np.float32).reshape(-1, 4)
+            labels = np.array([indices.get(item.class_name, -1) for item in objects.values()], dtype=np.int64)
+            difficult = np.array([item.difficult for item in objects.values()], dtype=bool)
+            samples.append(Sample(image_id, image, size, boxes, labels, difficult, path, tuple(objects)))
     return samples
-
-
-def make_sample(image_id: str, image: Path, xml: Path, annotation: Annotation, indices: Mapping[str, int]) -> Sample:
-    objects = annotation.objects.values()
-    return Sample(
-        image_id,
-        image,
-        annotation.size,
-        np.array([item.box for item in objects], dtype=np.float32).reshape(-1, 4),
-        np.array([indices.get(item.class_name, -1) for item in objects], dtype=np.int64),
-        np.array([item.difficult for item in objects], dtype=bool),
-        xml,
-        tuple(annotation.objects),
-    )
 
 
 def index_images(folder: Path) -> dict[str, list[Path]]:
@@ -191,7 +178,7 @@ def index_images(folder: Path) -> dict[str, list[Path]]:
 
 
 def match_spelling(name: str, exists: Callable[[str], bool]) -> str:
-    """The form of a name that exists, out of the two ways in which Unicode encodes accents; else the name itself."""
+    """The Unicode form of a name, NFC or NFD, that exists; otherwise the name itself."""
     return next((form for form in (name, normalize("NFC", name), normalize("NFD", name)) if exists(form)), name)
 
 

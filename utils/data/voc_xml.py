@@ -37,16 +37,12 @@ TRUNCATED = re.compile(rb"<truncated>\s*1\s*</truncated>")
 
 
 class LabeledObject(NamedTuple):
-    """An object in an image."""
-
     class_name: str
     box: Sequence[float]  # xyxy in pixels of the image
     difficult: bool
 
 
 class Annotation(NamedTuple):
-    """The contents of an annotation file."""
-
     size: tuple[int, int] | None  # height, width as stated; (0, 0) if invalid, None if missing
     objects: dict[int, LabeledObject]  # the usable objects by their position in the file, counted from 1
 
@@ -94,7 +90,6 @@ def decode_text(path: Path, content: bytes) -> str:
 
 
 def parse_xml(path: Path, text: str) -> Element:
-    """The root element of an annotation."""
     try:
         root = fromstring(text, forbid_dtd=True)
     except ParseError as error:
