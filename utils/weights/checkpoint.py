@@ -1,7 +1,6 @@
 """Checkpoints: `.safetensors` files with the weights, the `ModelSpec` and, for resuming, the training state.
 
-Weights are stored under their own names, the tensors of `utils.training.training_state` under `training/`. The metadata
-is JSON and includes a SHA-256 of all tensors. Files are replaced atomically, and a run keeps its previous checkpoint.
+The tensors of the training state are stored under `training/`. The metadata is JSON and includes a SHA-256.
 """
 
 import hashlib
@@ -33,8 +32,6 @@ DAMAGED = "damaged.safetensors"  # a `last` that could not be read
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The content of a checkpoint file."""
-
     spec: ModelSpec
     weights: dict[str, Tensor]
     info: dict[str, Any]  # epoch, metrics, thresholds and, with training state, the progress of the run
@@ -47,7 +44,9 @@ class Checkpoint:
                 expected = build_model(self.spec).state_dict()
         except Exception as error:  # invalid arguments of attention blocks fail in many ways
             raise UserError(f"{path} has an invalid model specification: {printable(error, MAX_SHOWN)}") from None
-        wrong = [name for name in expected.keys() | self.weights.keys() if not same_form(name, expected, self.weights)]
+        parts = expected.items(), self.weights.items()
+        forms = ({(name, value.shape, value.dtype) for name, value in part} for part in parts)
+        wrong = [name for name, *_ in set.symmetric_difference(*forms)]
         if wrong:
             raise UserError(
                 f"{path} does not match its model specification: {printable(min(wrong))} is missing or differs"
@@ -58,11 +57,6 @@ class Checkpoint:
         model = build_model(self.spec)
         model.load_state_dict(self.weights)
         return model
-
-
-def same_form(name: str, *groups: Mapping[str, Tensor]) -> bool:
-    """Whether all groups have this tensor, with the same shape and dtype."""
-    return len({(group[name].shape, group[name].dtype) if name in group else None for group in groups}) == 1
 
 
 def save_checkpoint(path: str | Path, checkpoint: Checkpoint, previous: str | Path | None = None) -> None:
@@ -106,7 +100,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def remedy(path: Path) -> str:
-    """What to do about a file that is not a checkpoint, judged by its name."""
+    """A hint at what to do with a file that is not a checkpoint, based on its name."""
     if ".conv." in path.name:
         return f"; {path.name} contains only initial weights, for train.py --weights"
     if path.suffix in (".pth", ".pt", ".weights"):
@@ -119,22 +113,19 @@ def load_last(folder: Path, say: Callable[[str], None] = print) -> Checkpoint:
     last, previous = folder / LAST, folder / PREVIOUS
     if not is_resumable(folder):
         raise UserError(f"{folder} has no checkpoint to resume from; leave out --resume to start a new run there")
-    if last.exists() or not previous.exists():
-        try:
-            return load_checkpoint(last)
-        except UserError as error:
-            if not previous.exists():
-                raise
-            say(f"{error}; resuming from {previous}, and keeping the damaged file as {DAMAGED}")
-            checkpoint = load_checkpoint(previous)
-            with suppress(OSError):  # another process of this run has renamed it
-                last.replace(folder / DAMAGED)
-            return checkpoint
-    return load_checkpoint(previous)
+    if not (last.exists() and previous.exists()):
+        return load_checkpoint(last if last.exists() else previous)
+    try:
+        return load_checkpoint(last)
+    except UserError as error:
+        say(f"{error}; resuming from {previous}, and keeping the damaged file as {DAMAGED}")
+        checkpoint = load_checkpoint(previous)
+        with suppress(OSError):  # another process of this run has renamed it
+            last.replace(folder / DAMAGED)
+        return checkpoint
 
 
 def is_resumable(folder: Path) -> bool:
-    """Whether `folder` contains a checkpoint to resume from."""
     return (folder / LAST).exists() or (folder / PREVIOUS).exists()
 
 

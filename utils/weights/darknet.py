@@ -9,7 +9,6 @@ import os
 import struct
 from collections.abc import Sequence
 from functools import cache
-from itertools import accumulate
 from math import prod
 from pathlib import Path
 
@@ -28,7 +27,6 @@ MAX_SEEN = 10**12  # images; more means that the header is damaged
 PARTS = ("backbone", "conv_for_P5", "yolo_headP5", "upsample", "yolo_headP4")  # in the order of the file
 START = 17  # convolutions in yolov4-tiny.conv.29, the first 29 layers of the cfg
 ANCHORS_PER_HEAD = 3
-COCO_CLASSES = 80
 
 Layer = dict[str, torch.Size]  # names and shapes of one convolution's tensors, in the order of the file
 
@@ -57,15 +55,13 @@ def standard_layers(num_classes: int) -> list[Layer]:
 
 
 def count_floats(layers: Sequence[Layer]) -> int:
-    """The number of floats that these convolutions take in a file."""
     return sum(prod(shape) for layer in layers for shape in layer.values())
 
 
 def read_darknet(path: str | Path, model: nn.Module | None = None) -> dict[str, Tensor]:
-    """Read parameters by our names from a `.weights` file, which must contain exactly those of `model`.
+    """Read parameters, named as in `YoloBody`, from a `.weights` file; raises UserError unless it fits `model`.
 
-    Without a model, the number of classes is derived from the file size, and the file may be a partial network such as
-    `yolov4-tiny.conv.29`. Raises UserError for any other size, before reading on, and for other kinds of files.
+    Without a model, the file's size determines the number of classes, or shows that it is a partial network.
     """
     path = Path(path)
     if not os.path.isfile(path):
@@ -75,8 +71,8 @@ def read_darknet(path: str | Path, model: nn.Module | None = None) -> dict[str, 
             header = header_size(path, file.read(20))
         size = path.stat().st_size
         layers = infer_layers(path, size, header) if model is None else list_layers(model)
-        if model is not None:
-            check_size(path, size, header, layers)
+        if size != (expected := header + 4 * count_floats(layers)):
+            raise UserError(f"{path} has {size:,} bytes, but this network takes {expected:,}")
         values = torch.from_numpy(np.fromfile(path, "<f4", count_floats(layers), offset=header).astype(np.float32))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
@@ -103,33 +99,15 @@ def header_size(path: Path, content: bytes) -> int:
 
 
 def infer_layers(path: Path, size: int, header: int) -> list[Layer]:
-    """The convolutions in a file of `size` bytes: a partial network, or a whole one for some number of classes."""
+    """The convolutions in a file of `size` bytes: a partial network, or a complete one for some number of classes."""
     start, none, one = standard_layers(1)[:START], count_floats(standard_layers(0)), count_floats(standard_layers(1))
     if size == header + 4 * count_floats(start):
         return start
     classes, rest = divmod(size - header - 4 * none, 4 * (one - none))
     if rest or not 1 <= classes <= MAX_CLASSES:
-        coco = header + 4 * count_floats(standard_layers(COCO_CLASSES))
-        raise UserError(
-            f"{path} has {size:,} bytes, but YOLOv4-tiny has {coco:,} with {COCO_CLASSES} classes, "
-            f"{4 * (one - none):,} per class more or less, and {header + 4 * count_floats(start):,} as a partial "
-            f"network of {START} convolutions; it is truncated, has extra bytes, or contains another network"
-        )
+        reason = "is truncated, has extra bytes, or contains another network"
+        raise UserError(f"{path} {reason}: {size:,} bytes fit no number of classes of YOLOv4-tiny")
     return standard_layers(classes)
-
-
-def check_size(path: Path, size: int, header: int, layers: Sequence[Layer]) -> None:
-    """Raise UserError, with the likely reason, unless a file of `size` bytes contains exactly these convolutions."""
-    ends = [header + 4 * floats for floats in accumulate(count_floats([layer]) for layer in layers)]
-    if size == ends[START - 1]:
-        raise UserError(f"{path} ends after {START} convolutions: it is only for train.py --weights")
-    if size < ends[-1]:
-        inside = sum(end <= size for end in ends) + 1
-        place = f"convolution {inside} of {len(ends)}"
-        raise UserError(f"{path} is truncated or has fewer classes: it ends within {place}, after {size:,} bytes")
-    if size > ends[-1]:
-        extra = f"{size - ends[-1]:,} bytes more than this network"
-        raise UserError(f"{path} has {extra}; it has extra bytes at the end, or was made for more classes")
 
 
 def write_darknet(path: str | Path, model: nn.Module) -> None:

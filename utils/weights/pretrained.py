@@ -35,10 +35,7 @@ RENAMED = (  # published CBAM weights use either of two namings; the second of e
 
 
 def read_weights(path: str | Path, diagnostics: Diagnostics | None = None) -> dict[str, Tensor]:
-    """Read parameters by name from a `.safetensors`, `.pth`, `.weights` or `.conv.29` file, without executing code.
-
-    Raises UserError if the content does not match the suffix, or is not finite.
-    """
+    """Read parameters from a `.safetensors`, `.pth`, `.weights` or `.conv.29` file; raises UserError if invalid."""
     path = Path(path)
     if path.suffix == ".safetensors":
         weights = load_checkpoint(path).weights
@@ -81,10 +78,9 @@ def read_state_dict(path: Path, diagnostics: Diagnostics) -> dict[str, Tensor]:
 
 
 def check_pickles(path: Path) -> None:
-    """Reject files that torch.load would need very long to refuse: zip bombs, and pickles with long texts.
+    """Reject zip bombs, and pickles with long texts, which torch.load's error message would search in quadratic time.
 
-    torch.load searches its error message with regular expressions in quadratic time, and the message can quote any
-    text of the pickle. Raises UserError for a zip bomb, and ValueError for other files.
+    Raises UserError for a zip bomb, and ValueError for a long text.
     """
     with ExitStack() as stack:
         if is_zipfile(path):
@@ -109,7 +105,7 @@ def is_plain(value: Tensor) -> bool:
 
 
 def standard_name(name: str) -> str:
-    """Our name of a parameter."""
+    """The name of a published parameter in `YoloBody`."""
     name = name.removeprefix(DATA_PARALLEL)
     for theirs, ours in RENAMED:
         name = name.replace(theirs, ours)
@@ -124,13 +120,10 @@ def fits_plain_attention(model: nn.Module, weights: Mapping[str, Tensor]) -> boo
 
 
 def start_from(model: nn.Module, weights: Mapping[str, Tensor], source: str | Path) -> str:
-    """Copy all parameters whose name and shape match; returns a line that lists those left at their initial values.
-
-    The gain of an attention block is copied only together with its block. Raises UserError if nothing matches.
-    """
+    """Copy all parameters whose name and shape match; returns a line that lists those left at their initial values."""
     own = model.state_dict()
     matching = {name: value for name, value in weights.items() if name in own and own[name].shape == value.shape}
-    for name in [name for name in matching if name.startswith(GAIN)]:
+    for name in [name for name in matching if name.startswith(GAIN)]:  # without its block, a gain is meaningless
         block = f"{name.removeprefix(GAIN)}_att."
         if any(other.startswith(block) and other not in matching for other in own):
             del matching[name]
@@ -143,10 +136,7 @@ def start_from(model: nn.Module, weights: Mapping[str, Tensor], source: str | Pa
 
 
 def load_all_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str | Path) -> list[str]:
-    """Load every parameter of the model; returns lines that report what was loaded and what was left over.
-
-    Raises UserError if a parameter is missing or has another shape; the model must not be used then.
-    """
+    """Load every parameter of the model; returns a report. Raises UserError if one is missing or differs in shape."""
     own, given = (
         {name: tuple(value.shape) for name, value in tensors.items() if not name.endswith(COUNTER)}
         for tensors in (model.state_dict(), weights)
