@@ -36,10 +36,7 @@ def reshape_head(head: Tensor, num_anchors: int) -> Tensor:
 
 
 def decode_boxes(raw: Tensor, cells: Tensor, anchors: Tensor, stride: int, scale_xy: float) -> Tensor:
-    """Raw predictions (..., 4), cells (..., 2) x, y and anchors (..., 2) -> xyxy (..., 4) in input pixels.
-
-    Darknet's formula: centre = sigmoid(t) * scale_xy - (scale_xy - 1) / 2 + cell, size = anchor * exp(t).
-    """
+    """Raw predictions (..., 4), cells (..., 2) x, y and anchors (..., 2) -> xyxy (..., 4) in input pixels."""
     centre = (raw[..., :2].sigmoid() * scale_xy - (scale_xy - 1) / 2 + cells) * stride
     half = anchors * raw[..., 2:4].clamp(-MAX_LOG_SIZE, MAX_LOG_SIZE).exp() / 2
     return torch.cat([centre - half, centre + half], dim=-1)
@@ -65,7 +62,6 @@ def decode_heads(heads: Sequence[Tensor], levels: Sequence[Level], scale_xy: flo
 
 def load_anchors(path: str | Path) -> tuple[tuple[float, float], ...]:
     """Read six anchors from a text file of comma-separated widths and heights in input pixels; raises FileError."""
-    path = Path(path)
     words = " ".join(read_lines(path)).replace(",", " ").split()
     try:
         numbers = [parse_number(word) for word in words]

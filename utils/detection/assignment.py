@@ -23,8 +23,7 @@ class Assignment(NamedTuple):
 def match_anchors(boxes: Tensor, levels: Sequence[Level], min_iou: float) -> tuple[Tensor, ...]:
     """Match objects (B, M, 4) xyxy in pixels with anchors by shape: a mask (B, M, A) for each head.
 
-    An anchor matches if the IoU of the two shapes exceeds `min_iou` or is the highest among all anchors, so that every
-    object has at least one match.
+    An anchor matches if the IoU of the two shapes exceeds `min_iou` or is the highest among all anchors.
     """
     sides = (boxes[..., 2:] - boxes[..., :2]).clamp(min=1e-3)
     overlap = shape_iou(sides, torch.cat([level.anchors for level in levels]))  # (B, M, all anchors)
@@ -33,10 +32,9 @@ def match_anchors(boxes: Tensor, levels: Sequence[Level], min_iou: float) -> tup
 
 
 def assign_targets(boxes: Tensor, labels: Tensor, matches: Tensor, level: Level, grid: tuple[int, int]) -> Assignment:
-    """Assign objects (B, M, 4) xyxy in pixels, with labels (B, M) or -1 for padding, to the predictions of one head.
+    """Assign objects (B, M, 4) xyxy in pixels, with labels (B, M) or -1, to the predictions of a head of size (H, W).
 
-    Each anchor in `matches` (B, M, A) is used in the cell that contains the object's centre and in its nearest
-    horizontal and vertical neighbours. `grid` is (H, W).
+    The anchors in `matches` (B, M, A) predict in the cell of the object's centre and in its two nearest neighbours.
     """
     height, width = grid
     batch, max_objects = labels.shape

@@ -14,10 +14,7 @@ EPSILON = 1e-7  # avoids division by zero; the value of torchvision
 
 
 def project_to_image(cells: Tensor, fit: Fit, input_size: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
-    """Resample feature maps (K, H, W) bilinearly to the original image of `size` -> (K, *size), without the padding.
-
-    The cells of a map divide the network's input of `input_size` evenly. Sizes are (height, width).
-    """
+    """Resample feature maps (K, H, W) of the network's input to the original image of (height, width): (K, *size)."""
     (height, width), (input_height, input_width) = size, input_size
     y = ((torch.arange(height) + 0.5) * fit.scale_y + fit.offset_y) / input_height  # centres of the pixels, in 0..1
     x = ((torch.arange(width) + 0.5) * fit.scale_x + fit.offset_x) / input_width
@@ -29,7 +26,7 @@ def project_to_image(cells: Tensor, fit: Fit, input_size: tuple[int, int], size:
 def ciou(boxes: Tensor, others: Tensor) -> Tensor:
     """Complete IoU (arXiv 1911.08287) of pairs: (..., 4) and (..., 4) xyxy -> (...), at most 1.
 
-    The values of torchvision's version, which selects overlapping pairs by index and so synchronises with the GPU.
+    Unlike torchvision's version, it does not synchronise with the GPU.
     """
     sides, other_sides = boxes[..., 2:] - boxes[..., :2], others[..., 2:] - others[..., :2]
     corners = torch.maximum(boxes[..., :2], others[..., :2]), torch.minimum(boxes[..., 2:], others[..., 2:])
@@ -45,7 +42,6 @@ def ciou(boxes: Tensor, others: Tensor) -> Tensor:
 
 
 def box_area(boxes: Tensor) -> Tensor:
-    """Areas: (..., 4) xyxy -> (...)."""
     return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
 
 

@@ -23,10 +23,7 @@ class Fit(NamedTuple):
 
 
 def fit_to_input(size: tuple[int, int], input_size: tuple[int, int], letterbox: bool) -> tuple[Fit, tuple[int, int]]:
-    """The transform of an image of `size` into an input of `input_size` (both height, width), and its size there.
-
-    With `letterbox` the aspect ratio is kept and both sides are padded; otherwise each axis is stretched.
-    """
+    """The transform of an image of `size` into an input of `input_size` (both height, width), and its size there."""
     (height, width), (input_height, input_width) = size, input_size
     if not letterbox:
         return Fit(input_width / width, input_height / height, 0.0, 0.0), input_size

@@ -31,10 +31,9 @@ class LossSettings:
 class YoloLoss:
     """Raw heads and padded targets -> named loss terms, for the whole batch at once and with fixed shapes.
 
-    The terms are CIoU (arXiv 1911.08287) for boxes, binary cross-entropy for objectness, whose target is the CIoU
-    reached, and binary cross-entropy for classes, each averaged per head over the predictions it applies to. With a
-    process group of several, the averages are over the batches of all processes: each computes its share, and the
-    shares add up to the loss of the global batch. `compiled` passes the computation through torch.compile.
+    The terms are CIoU (arXiv 1911.08287) for boxes, and binary cross-entropy for classes and for objectness, whose
+    target is the CIoU. Each is averaged, per head, over the predictions it applies to in the batches of all processes
+    of `group`; a process computes its share of the averages.
     """
 
     def __init__(

@@ -46,8 +46,7 @@ def select_detections(boxes: Tensor, scores: Tensor, confidence: float | Tensor,
     """Boxes (B, N, 4) xyxy and class scores (B, N, C) -> per image boxes (D, 4), scores (D,), labels (D,).
 
     A box is a candidate for each class whose score exceeds `confidence`, a number or one per class (C,), which replaces
-    that of `limits`. The `top_k` candidates of an image enter NMS; at most `max_detections` remain, in descending order
-    of score, and are refined by `average_boxes`, whose result does not depend on `confidence`.
+    that of `limits`. Detections are in descending order of score, with boxes refined by `average_boxes`.
     """
     batch, _, num_classes = scores.shape
     flat = scores.flatten(1)  # (B, N*C)
@@ -79,7 +78,7 @@ def average_boxes(detections: Selection, candidates: Selection) -> Tensor:
     """Replace each box by a weighted mean of the `candidates` of its class; returns (D, 4).
 
     The weight is score * exp(-(1 - IoU)^2 / VOTING_SIGMA), as in variance voting (arXiv 1809.08545) with the score in
-    place of the predicted variance. Boxes that score MIN_CONFIDENCE or less or have no area are returned unchanged.
+    place of the variance. Boxes that score MIN_CONFIDENCE or less are returned unchanged.
     """
     (boxes, scores, labels), (near, near_scores, near_labels) = detections, candidates
     weights = near_scores * torch.exp(-((1 - box_iou(boxes, near)) ** 2) / VOTING_SIGMA)

@@ -23,9 +23,7 @@ T = TypeVar("T")
 def run_script(
     main: Callable[[Config], object], config_type: type[Config], renamed: Mapping[str, str] | None = None
 ) -> None:
-    """Parse the command line into `config_type` and call `main` with it.
-
-    `renamed` maps old flags to new ones, such as {"write": "save"}; using an old one prints a notice.
+    """Parse the command line into `config_type` and call `main` with it; `renamed` maps old flags to new ones.
 
     A `UserError` is printed as one line on stderr and ends the script with exit code 2. Ctrl-C exits with 130, SIGTERM
     with 143, and a closed output pipe with 141. Any other exception is a bug and keeps its traceback.
@@ -48,7 +46,7 @@ def run_script(
 
 
 def replace_old_flags(arguments: Sequence[str], renamed: Mapping[str, str]) -> list[str]:
-    """Replace old flags by their new names, with a notice on stderr for each."""
+    """Replace old flags with their new names, with a notice on stderr for each."""
     replaced = []
     for argument in arguments:
         match = re.match(r"--(no-)?([\w-]+)", argument)
@@ -73,12 +71,7 @@ def given_settings(config_type: type, arguments: Sequence[str] | None = None) ->
 
 
 def flag_parser(parse: Callable[[list[str]], T], metavar: str, nargs: Any = 1) -> PrimitiveConstructorSpec[T]:
-    """For `Annotated` fields whose command-line words are read by `parse`, which raises ValueError if they are invalid.
-
-    >>> @dataclass
-    ... class Config:
-    ...     phi: Annotated[int, flag_parser(lambda words: parse_phi(words[0]), "INT|NAME")] = 0
-    """
+    """For `Annotated` fields whose command-line words `parse` converts, raising ValueError if they are invalid."""
 
     def to_words(value: object) -> list[str]:
         return [str(item) for item in value] if isinstance(value, tuple) else [str(value)]

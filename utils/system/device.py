@@ -3,7 +3,6 @@
 import ctypes
 import os
 import sys
-from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
 from importlib.util import find_spec
 from math import inf
@@ -19,7 +18,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def choose_device(name: str) -> torch.device:
-    """ "auto", "cpu" or "cuda" -> the device; raises UserError if it is not available."""
+    """The device for "auto", "cpu" or "cuda"; raises UserError if it is not available."""
     if name not in ("auto", "cpu", "cuda"):
         raise UserError(f"device is {name!r}, but must be auto, cpu or cuda")
     if name == "cuda" and not torch.cuda.is_available():
@@ -30,7 +29,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_precision(name: str, device: torch.device) -> torch.dtype:
-    """ "auto", "bf16", "fp16" or "fp32" -> the dtype of mixed precision; auto: the best that the hardware supports."""
+    """The dtype of mixed precision for "bf16", "fp16", "fp32" or "auto", the fastest that the hardware supports."""
     if name != "auto":
         if name not in DTYPES:
             raise UserError(f"precision is {name!r}, but must be one of auto, {', '.join(DTYPES)}")
@@ -43,10 +42,7 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
 
 
 def choose_compile(name: str, device: torch.device) -> bool:
-    """ "auto", "on" or "off" -> whether to use torch.compile; raises UserError for "on" without a C compiler.
-
-    auto compiles on a GPU if there is a C compiler and Triton, which supports GPUs from Volta on.
-    """
+    """Whether to use torch.compile, for "auto", "on" or "off"; raises UserError for "on" without a C compiler."""
     compilers = (os.environ.get("CC", "cc"), os.environ.get("CXX", "c++"), "gcc", "g++", "clang", "clang++", "cl")
     has_compiler = any(map(which, compilers))
     if name == "on" and not has_compiler:
@@ -58,10 +54,8 @@ def choose_compile(name: str, device: torch.device) -> bool:
 
 def cpu_has_bf16() -> bool:
     """Whether the CPU has bf16 instructions; without them bf16 is slower than fp32."""
-    checks: list[Callable[[], bool] | None] = [
-        getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    ]
-    return any(check is not None and check() for check in checks)
+    checks = "_is_avx512_bf16_supported", "_is_amx_tile_supported"  # private, so a version of torch may lack them
+    return any(getattr(torch.cpu, name, bool)() for name in checks)
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
@@ -70,10 +64,7 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
 
 
 def keep_freed_memory() -> None:
-    """Make glibc keep freed memory instead of returning it to the operating system.
-
-    A training step on the CPU frees and allocates gigabytes; mapping them again takes a tenth of its time.
-    """
+    """Make glibc keep freed memory for the next training step; mapping it again takes a tenth of a step on the CPU."""
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # missing in other C libraries
         if mallopt is not None:

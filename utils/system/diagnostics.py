@@ -2,13 +2,7 @@
 
 A reader raises `FileError` for an error that must stop the program, `SkippableError` for an image or object that
 training can do without, and calls `Diagnostics.record_repair` for what it corrected. Each image and object is read
-within `diagnostics.capture()`, after which the reader continues with the next one if the settings allow that:
-
->>> diagnostics = Diagnostics()
->>> with diagnostics.capture():
-...     raise SkippableError("a.jpg", "is empty")
->>> diagnostics.found
-[Diagnostic(kind='skip', file='a.jpg', place='', reason='is empty')]
+within `diagnostics.capture()`, after which the reader continues with the next one if the settings allow that.
 """
 
 from collections import Counter, defaultdict
@@ -25,8 +19,6 @@ NUM_EXAMPLES = 3  # file names printed for each reason
 
 
 class Diagnostic(NamedTuple):
-    """Something found in a file."""
-
     kind: str  # error, skip or repair
     file: str
     place: str  # object or line; empty: the whole file
@@ -38,14 +30,11 @@ class Diagnostic(NamedTuple):
 
 @dataclass
 class Diagnostics:
-    """Everything found so far, and the settings that decide what stops the program: errors always do.
-
-    With `collect`, `capture()` raises nothing and errors are recorded like everything else, to check all files at once.
-    """
+    """Everything found so far, and the settings that decide what stops the program."""
 
     strict: bool = False  # treat skips and repairs as errors
     skips: bool = True  # allow skipping; otherwise, as in an evaluation, skips are errors
-    collect: bool = False
+    collect: bool = False  # record errors instead of raising them, to check all files at once
     found: list[Diagnostic] = field(default_factory=list)
 
     @contextmanager
@@ -62,10 +51,10 @@ class Diagnostics:
         self.add(Diagnostic("repair", str(file), place, reason))
 
     def add(self, diagnostic: Diagnostic) -> None:
-        """Record a diagnostic; raises FileError if it must stop the program."""
+        """Record a diagnostic, or raise it as a FileError if it must stop the program."""
         kind, reason = diagnostic.kind, diagnostic.reason
         if kind == "skip" and not self.skips:
-            kind, reason = "error", f"{reason}; fix it, since evaluation skips nothing"
+            kind, reason = "error", f"{reason}; fix it, since an evaluation cannot skip it"
         elif kind != "error" and self.strict:
             kind, reason = "error", f"{reason}; fix it, or run without strict"
         if kind == "error" and not self.collect:
@@ -73,7 +62,6 @@ class Diagnostics:
         self.found.append(diagnostic._replace(kind=kind, reason=reason))
 
     def extend(self, diagnostics: Iterable[Diagnostic]) -> None:
-        """Record what another collection has found."""
         for diagnostic in diagnostics:
             self.add(diagnostic)
 
@@ -82,9 +70,8 @@ class Diagnostics:
         for name, total in (("images", images), ("objects", objects)):
             skipped = [item for item in self.found if item.kind == "skip" and bool(item.place) == (name == "objects")]
             if len(skipped) > max(MAX_SKIPPED, MAX_SKIPPED_SHARE * total):
-                with self.capture():
-                    reason = f"contains {len(skipped)} unusable {name} of {total}; fix them. The first: {skipped[0]}"
-                    raise FileError("the data", reason)
+                reason = f"contains {len(skipped)} unusable {name} of {total}; fix them. The first: {skipped[0]}"
+                self.add(Diagnostic("error", "the data", "", reason))
 
     def summarize(self) -> list[str]:
         """One line per kind and reason: how often it was found, and in which files."""

@@ -1,6 +1,6 @@
 """The processes of a distributed run, started by `torchrun` and connected by torch.distributed.
 
-Objects and flags travel between CPUs (gloo), so that a flag never waits for a GPU; gradients between GPUs (NCCL).
+Objects and flags are exchanged through gloo, so that they never wait for a GPU, and gradients through NCCL.
 """
 
 import os
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from utils.system.errors import UserError
 
-TIMEOUT = timedelta(hours=2)  # for another process, which may be decoding a large data set
+TIMEOUT = timedelta(hours=2)  # for another process, which may be decoding a large dataset
 T = TypeVar("T")
 
 
@@ -42,7 +42,6 @@ class ProcessGroup:
         return values
 
     def print_once(self, text: str) -> None:
-        """Print a text in the main process."""
         if self.is_main:
             print(text, flush=True)
 

@@ -27,8 +27,6 @@ MAX_RETRIES, RETRY_DELAY = 4, 1.0  # in a row without new data; seconds
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file on a web server."""
-
     url: str
     checksum: str = ""  # algorithm and hexadecimal digest, such as md5:0123...
 
@@ -53,10 +51,7 @@ class RemoteFile:
 
 
 def download(remote: RemoteFile, folder: Path, verify: Callable[[Path], object] | None = None) -> Path:
-    """Download a file into `folder`, or check the one that is there; returns its path or raises UserError.
-
-    A file with a checksum resumes where an earlier download broke off. `verify` raises UserError for invalid content.
-    """
+    """Download a file into `folder`, or check the one that is there; `verify` raises UserError for invalid content."""
     path, partial = folder / remote.name, folder / (PARTIAL + remote.name)
     if path.exists():
         try:
@@ -65,7 +60,7 @@ def download(remote: RemoteFile, folder: Path, verify: Callable[[Path], object] 
             raise UserError(f"{error}; delete it and try again") from None
         return path
     make_folder(folder)
-    if not remote.checksum:  # parts of two versions could not be told apart
+    if not remote.checksum:  # the parts of two versions could be mixed
         partial.unlink(missing_ok=True)
     receive_all(remote, partial)
     try:
@@ -91,7 +86,7 @@ def receive_all(remote: RemoteFile, partial: Path) -> None:
             if retries == MAX_RETRIES or 400 <= status < 500:
                 reason = error.reason if type(error) is URLError else error
                 message = f"cannot download {remote.url}: {reason} (after {size:,} bytes)"
-                hint = f"run the same command again to resume, or copy the file to {partial.parent} by other means"
+                hint = f"run the same command again to resume, or copy the file to {partial.parent} yourself"
                 raise UserError(f"{message}; {hint}") from None
             time.sleep(RETRY_DELAY)
 
@@ -107,7 +102,7 @@ def receive(remote: RemoteFile, partial: Path) -> None:
             partial.unlink()
             raise HTTPException("the server returned a range that was not requested")
         if response.length is None:
-            raise UserError(f"{remote.url} has no Content-Length, so a truncated file could not be recognised")
+            raise UserError(f"{remote.url} has no Content-Length, so a truncated file could not be detected")
         total = done + response.length
         bar = tqdm.wrapattr(response, "read", total, initial=done, desc=remote.name, disable=None)
         with bar as content, open(partial, "ab" if done else "wb") as file:
@@ -123,8 +118,7 @@ def size_of(path: Path) -> int:
 def extract_tar(archive: Path, folder: Path, inner: str, last: str) -> None:
     """Extract the files under `inner` in an uncompressed tar archive into `folder`, those under `last` at the end.
 
-    The files under `last` therefore prove that the extraction is complete. Raises UserError, before anything appears in
-    `folder`, for archives with links, devices, sparse files, or paths that lead outside.
+    Raises UserError, before anything is written, for links, devices, sparse files and paths that lead outside.
     """
     make_folder(folder)
     try:

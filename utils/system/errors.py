@@ -12,10 +12,7 @@ class UserError(Exception):
 
 
 class FileError(UserError):
-    """An error in a file, at a place such as "object 3 (cat)" or "line 2", or in the file as a whole.
-
-    Without a place, the reason continues the sentence that the file's name begins: "is empty".
-    """
+    """An error in a file, such as "is empty", or at a place in it, such as "line 2"."""
 
     def __init__(self, file: str | Path, reason: str, place: str = "") -> None:
         self.file, self.reason, self.place = str(file), reason, place
@@ -49,7 +46,6 @@ def check_range(settings: object, low: float, high: float, *names: str) -> None:
 
 
 def check_choice(settings: object, name: str, choices: Sequence[str]) -> None:
-    """Raise UserError unless the named field is one of `choices`."""
     if getattr(settings, name) not in choices:
         raise UserError(f"{name} is {getattr(settings, name)!r}, but must be one of {', '.join(choices)}")
 
@@ -65,6 +61,5 @@ def make_folder(path: Path) -> None:
 
 
 def refuse_overwrite(path: Path) -> None:
-    """Raise UserError if the file exists already."""
     if path.exists():
         raise UserError(f"{path} exists; remove it, or choose another --out")

@@ -38,7 +38,7 @@ def read_file(path: str | Path, max_bytes: int) -> bytes:
     return content
 
 
-def read_text(path: Path) -> str:
+def read_text(path: str | Path) -> str:
     """The content of a UTF-8 text file, including a byte-order mark; raises FileError."""
     content = read_file(path, MAX_TEXT_BYTES)
     try:
@@ -50,7 +50,7 @@ def read_text(path: Path) -> str:
     return text
 
 
-def read_lines(path: Path) -> list[str]:
+def read_lines(path: str | Path) -> list[str]:
     """The stripped lines of a text file without blank lines at its end; raises FileError."""
     lines = [strip(line) for line in re.split("\r\n|\r|\n", read_text(path))]
     while lines and not lines[-1]:
@@ -59,10 +59,7 @@ def read_lines(path: Path) -> list[str]:
 
 
 def check_regular_file(path: str | Path, max_bytes: int) -> None:
-    """Raise FileError unless the path is a regular file of up to `max_bytes`, without opening it.
-
-    Opening or reading a pipe or device could block forever.
-    """
+    """Raise FileError unless the path is a regular file of up to `max_bytes`; opens nothing, as a pipe could block."""
     try:
         state = os.stat(path)
     except FileNotFoundError:
@@ -85,10 +82,9 @@ def too_large(path: str | Path, max_bytes: int) -> FileError:
 
 @contextmanager
 def atomic_write(path: str | Path, previous: str | Path | None = None) -> Iterator[IO[bytes]]:
-    """Yield a file that replaces `path` if the block succeeds and is deleted otherwise.
+    """Yield a file that replaces `path` once it is complete and on disk; raises UserError if writing fails.
 
-    It is flushed to disk and then renamed, so `path` is complete at all times, even if the process or the machine
-    stops. The replaced file is kept as `previous` if that is given. Raises UserError if writing fails.
+    The replaced file is kept as `previous` if that is given.
     """
     path = Path(path)
     temporary = path.with_name(path.name + TEMPORARY)
@@ -104,7 +100,7 @@ def atomic_write(path: str | Path, previous: str | Path | None = None) -> Iterat
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}; any earlier version is unchanged") from None
     finally:
-        with suppress(OSError):  # of the folder, which has been reported already
+        with suppress(OSError):  # the cause has been reported already
             temporary.unlink(missing_ok=True)
 
 
@@ -126,10 +122,7 @@ def fsync_folder(folder: Path) -> None:
 
 
 def lock(path: Path, wait: bool = False) -> IO[bytes] | None:
-    """Open and lock a file until it is closed or the process ends in any way.
-
-    If another process holds the lock, waits for it or returns None. Raises UserError if the file cannot be locked.
-    """
+    """Lock a file until it is closed or the process ends; if another process holds the lock, wait or return None."""
     file = None
     try:
         file = open(path, "a+b")  # noqa: SIM115, closed by the caller

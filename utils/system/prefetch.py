@@ -14,10 +14,7 @@ END = object()  # marks the end of the items
 
 
 def prefetch(items: Iterable[Item], size: int) -> Iterator[Item]:
-    """Iterate over `items` in a thread that keeps up to `size` of them ready; exceptions are raised in order.
-
-    Closing ends the thread and closes `items`.
-    """
+    """Iterate over `items` in a thread that keeps up to `size` of them ready; closing it closes `items`."""
     iterator = iter(items)
     pool = ThreadPoolExecutor(1)
     waiting = deque(pool.submit(next, iterator, END) for _ in range(size))
@@ -32,10 +29,9 @@ def prefetch(items: Iterable[Item], size: int) -> Iterator[Item]:
 
 
 def latest(items: Iterator[Item], on_drop: Callable[[], object]) -> Iterator[Item]:
-    """Iterate over `items` in a thread that never waits, always continuing with the latest item.
+    """Iterate over `items` in a thread that never waits, skipping to the latest item; closing it closes `items`.
 
-    `on_drop` is called for each item that a newer one replaces. Exceptions are raised after the last item. Closing ends
-    the thread as soon as it has the next item, and closes `items`.
+    `on_drop` is called for each skipped item. Exceptions are raised after the last item.
     """
     waiting: Queue[Any] = Queue()  # at most one item, and END
     closed = Event()
@@ -64,7 +60,7 @@ def latest(items: Iterator[Item], on_drop: Callable[[], object]) -> Iterator[Ite
 
 
 def prefetch_map(function: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
-    """`map` in several threads that together are up to 2 * `workers` items ahead; results are in order."""
+    """Like `map`, but in threads that work up to 2 * `workers` items ahead."""
     remaining = iter(items)
     pool = ThreadPoolExecutor(workers)
     waiting: deque[Future[Any]] = deque(pool.submit(function, item) for item in islice(remaining, 2 * workers))

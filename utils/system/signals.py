@@ -19,10 +19,7 @@ class Stopped(KeyboardInterrupt):
 
 
 class StopSignals:
-    """Context manager in which the first SIGINT or SIGTERM raises `Stopped`; further ones are ignored.
-
-    A second Ctrl-C therefore does not interrupt the clean-up after the first one. Does nothing outside the main thread.
-    """
+    """Context manager in which the first SIGINT or SIGTERM raises `Stopped`; others do not interrupt the clean-up."""
 
     def __init__(self) -> None:
         self.signum: signal.Signals | None = None  # the first signal received
@@ -30,7 +27,7 @@ class StopSignals:
         self.handlers: dict[signal.Signals, Any] = {}  # to restore
 
     def __enter__(self) -> Self:
-        if threading.current_thread() is threading.main_thread():
+        if threading.current_thread() is threading.main_thread():  # the only one that may set handlers
             self.handlers = {signum: signal.signal(signum, self.receive) for signum in SIGNALS}
         return self
 
@@ -50,7 +47,7 @@ class StopSignals:
 
     @contextmanager
     def defer(self) -> Iterator[None]:
-        """In the block, signals only set `requested`; which the code checks before it calls `raise_stopped`."""
+        """In the block, signals only set `requested`; the code checks it and calls `raise_stopped`."""
         self.deferred = True
         try:
             yield

@@ -1,4 +1,4 @@
-"""Numbers in text, surrounding white space, and safe display of text."""
+"""Parsing and safe display of text."""
 
 import re
 
@@ -13,7 +13,7 @@ def strip(text: str) -> str:
 
 
 def parse_number(text: str) -> float:
-    """A finite number in ASCII digits; raises ValueError for anything else that float() accepts, such as 1_0 or nan."""
+    """A finite number in ASCII digits; unlike float(), raises ValueError for text such as 1_0 or nan."""
     value = float(text) if NUMBER.fullmatch(text) else float("nan")
     if not abs(value) < float("inf"):
         raise ValueError(f"{printable(text)!r} is not a number")
