@@ -134,10 +134,7 @@ class SimAM(AttentionBlock):
 
 
 class EMAAttention(AttentionBlock):
-    """Efficient Multi-scale Attention, doi 10.1109/ICASSP49357.2023.10096516: a spatial gate for each channel group.
-
-    Two branches, one pooled along rows and columns, one with a 3x3 convolution, weight each other's channels.
-    """
+    """Efficient Multi-scale Attention, doi 10.1109/ICASSP49357.2023.10096516: a spatial gate for each channel group."""
 
     def __init__(self, channels: int, factor: int = 32) -> None:
         super().__init__()
@@ -245,7 +242,6 @@ class TripletAttention(AttentionBlock):
 
 
 def check_odd(name: str, kernel_size: int) -> None:
-    """Raise ValueError unless the kernel size is odd and positive."""
     if kernel_size < 1 or kernel_size % 2 == 0:
         raise ValueError(f"kernel_size of {name} is {kernel_size}, but must be odd")
 
@@ -286,7 +282,6 @@ ATTENTION: dict[int, AttentionOption] = {
 
 
 def describe_phi() -> str:
-    """The valid values of `phi`, for messages: "0 (none), 1 (se), ..."."""
     return ", ".join(f"{phi} ({option.name})" for phi, option in ATTENTION.items())
 
 
@@ -299,10 +294,7 @@ def parse_phi(text: str) -> int:
 
 
 def build_attention(phi: int, channels: int, arguments: dict[str, Any]) -> nn.Module | None:
-    """The attention block selected by `phi`, or None for phi 0.
-
-    Raises ValueError for an unknown phi or an argument that the block does not accept.
-    """
+    """The attention block for `phi`, or None for phi 0; raises ValueError for an invalid phi or argument."""
     if phi not in ATTENTION:
         raise ValueError(f"phi is {phi}, but must be one of {describe_phi()}")
     name, block = ATTENTION[phi]

@@ -64,10 +64,7 @@ class CSPDarkNet(nn.Module):
 
 
 def darknet53_tiny(pretrained: bool = False) -> CSPDarkNet:
-    """The backbone, with the published ImageNet weights if `pretrained`.
-
-    Raises FileNotFoundError if the weights are not in `model_data/`.
-    """
+    """The backbone, with the published ImageNet weights if `pretrained`; raises FileNotFoundError without the file."""
     model = CSPDarkNet()
     if pretrained:
         if not BACKBONE_WEIGHTS.is_file():

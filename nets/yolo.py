@@ -63,7 +63,7 @@ class YoloBody(nn.Module):
         self.upsample = Upsample(256, 128)
         self.yolo_headP4 = yolo_head(384, 256, len(anchors_mask[1]) * (5 + num_classes))
         self.attention_gain = nn.ParameterDict()
-        # created last, so that all other layers are initialised alike for one seed, whatever phi is
+        # created last, so that phi does not change how the other layers are initialised
         for place, channels in ATTENTION_PLACES.items():
             block = build_attention(phi, channels, attention_args or {})
             if block is not None and place in places:
@@ -115,9 +115,3 @@ def count_cost(model: nn.Module, input_size: tuple[int, int]) -> tuple[int, floa
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         copy.deepcopy(model).to("meta").eval()(torch.empty(1, 3, *input_size, device="meta"))
     return sum(parameter.numel() for parameter in model.parameters()), counter.get_total_flops() / 1e9
-
-
-def summary(model: nn.Module, input_size: tuple[int, int]) -> str:
-    """Parameters and GFLOP as text, such as "5,918,006 parameters, 6.85 GFLOP at 416x416"."""
-    parameters, gflop = count_cost(model, input_size)
-    return f"{parameters:,} parameters, {gflop:.2f} GFLOP at {input_size[0]}x{input_size[1]}"
