@@ -90,7 +90,7 @@ def read_parts(config: Config, class_names: Sequence[str]) -> dict[str, Part]:
 
 
 def find_duplicates(parts: dict[str, Part]) -> list[Duplicate]:
-    """Near-duplicates between each two parts."""
+    """Near-duplicates between each pair of parts."""
     found = []
     for first, second in combinations(parts, 2):
         one, other = parts[first].usable, parts[second].usable

@@ -43,7 +43,6 @@ class Config:
     input_size: Annotated[tuple[int, int], INPUT_SIZE] = (416, 416)  # input height and width, multiples of 32
 
     def __post_init__(self) -> None:
-        """Raise UserError for an invalid value."""
         if not all(0 <= index < 6 for index in self.masks):
             raise UserError(f"masks are {self.masks}, but the six anchors are numbered 0 to 5")
         with as_user_error():

@@ -24,7 +24,7 @@ from utils.reports.plots import draw_shapes
 from utils.system.cli import INPUT_SIZE, run_script
 from utils.system.diagnostics import Diagnostics
 from utils.system.errors import UserError, as_user_error, check_range, make_folder, refuse_overwrite
-from utils.system.files import atomic_write
+from utils.system.files import write_text
 
 MAX_ROUNDS = 100  # of k-means
 MAX_SAMPLE = 20_000  # objects to cluster, drawn at random; more do not change the leading digits
@@ -47,7 +47,6 @@ class Config:
     seed: int = 0  # random seed
 
     def __post_init__(self) -> None:
-        """Raise UserError for an invalid value."""
         check_range(self, 1, 1000, "starts")
         with as_user_error():
             check_input_size(self.input_size)
@@ -67,8 +66,7 @@ def main(config: Config) -> Tensor:
     fit = anchor_fit(sides, new[USED])
     make_folder(out.parent)
     draw_shapes(sides.numpy(), new[USED].numpy(), fit.recall, out.with_suffix(".png"))
-    with atomic_write(out) as file:
-        file.write((",  ".join(f"{width:g},{height:g}" for width, height in new.tolist()) + "\n").encode())
+    write_text(out, ",  ".join(f"{width:g},{height:g}" for width, height in new.tolist()) + "\n")
     print(f"{config.anchors}: {anchor_fit(sides, old[USED])}")
     print(f"{out}: {fit}; plotted in {out.with_suffix('.png')}")
     if len(old) > len(USED):

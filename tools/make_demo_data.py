@@ -41,7 +41,6 @@ class Config:
     seed: int = 0  # random seed
 
     def __post_init__(self) -> None:
-        """Raise UserError for an invalid value."""
         check_range(self, 1, 1e6, "train", "val", "test")
 
 

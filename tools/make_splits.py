@@ -39,7 +39,6 @@ class Config:
     seed: int = 0  # random seed
 
     def __post_init__(self) -> None:
-        """Raise UserError for an invalid value."""
         check_range(self, 0, 1, "val", "test")
         check_range(self, 0, 1000, "folds")
         if self.folds == 1:
