@@ -47,7 +47,6 @@ class Config:
     precision: str = "fp32"  # of the network: fp32, bf16, fp16 or auto
 
     def __post_init__(self) -> None:
-        """Raise UserError for an invalid value."""
         check_range(self, 1, inf, "batch_size")
         check_range(self, 0, MISSED_CONFIDENCE, "confidence")  # a higher one would hide thresholds and label errors
         check_range(self, 0, 1, "nms_iou")

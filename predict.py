@@ -77,7 +77,6 @@ class Config:
     benchmark: tuple[int, ...] = ()  # measure the speed with these batch sizes instead of writing anything
 
     def __post_init__(self) -> None:
-        """Raise UserError for an invalid value."""
         check_range(self, 0, 1e9, "reconnect_timeout")
         check_choice(self, "compile", ("auto", "on", "off"))
         unknown = [name for name in self.save if name not in SINKS]

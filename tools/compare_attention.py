@@ -64,7 +64,6 @@ class Config:
     device: str = "auto"  # auto, cpu or cuda
 
     def __post_init__(self) -> None:
-        """Raise UserError for an invalid value."""
         unknown = [phi for phi in self.phis if phi not in ATTENTION]
         if unknown:
             raise UserError(f"phis contains {', '.join(map(str, unknown))}, but each must be one of {describe_phi()}")
