@@ -19,14 +19,14 @@ from utils.detection.boxes import box_area
 
 FILL = 114.0  # gray level, of 255, outside the images
 MIN_SIDE = 2.0  # minimum width and height in pixels; smaller boxes are dropped
-MIN_VISIBLE = 0.25  # minimum visible fraction of a box's area; boxes with less are dropped
+MIN_VISIBLE = 0.25  # minimum visible fraction of a box's area; less visible boxes are dropped
 OUTSIDE = 3.0  # coordinate beyond grid_sample's -1..1, for output pixels outside the tile
 MOSAIC_SPLIT = (0.3, 0.7)  # range of the point where the tiles of a mosaic meet, as a fraction of the side
 
 # Columns of the random table. Each tile has TILE_COLUMNS: image index, scale, aspect, x, y, flip.
 TILE_COLUMNS = 6
 MOSAIC, SPLIT_X, SPLIT_Y, HUE, SATURATION, VALUE, FIRST_TILE = range(7)
-NUM_TILES = 4  # in a mosaic; an ordinary sample uses the first
+NUM_TILES = 4  # tiles of a mosaic; an ordinary sample uses the first
 NUM_COLUMNS = FIRST_TILE + NUM_TILES * TILE_COLUMNS
 
 

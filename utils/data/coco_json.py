@@ -112,7 +112,7 @@ def check_references(images: Sequence[Entry], categories: Sequence[Entry], annot
     for what, items, key in (("image", images, "id"), ("category", categories, "id"), ("category", categories, "name")):
         if not items:
             raise ValueError(f"it lists no {what}")
-        if len(sorted({item[key] for item in items})) < len(items):  # sorting refuses ids of mixed types
+        if len(sorted({item[key] for item in items})) < len(items):  # sorting raises TypeError for ids of mixed types
             raise ValueError(f"it lists two {what} entries with the same {key}")
     known_images, known_categories = ({item["id"] for item in items} for items in (images, categories))
     for item in annotations:

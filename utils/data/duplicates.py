@@ -5,10 +5,10 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-SIDE = 8  # of the hash, which has SIDE * SIDE bits
+SIDE = 8  # side of the hash, which has SIDE * SIDE bits
 MAX_BITS = 6  # maximum differing bits, of 64, between near-duplicates; unrelated images differ in about 32
-MAX_LEVELS = 12.0  # maximum mean difference of their grayscale copies, for images too plain for the hash
-ROWS = 1024  # images compared with all others at a time
+MAX_LEVELS = 12.0  # maximum mean difference of their grayscale copies; tells plain images apart
+ROWS = 1024  # number of images compared at a time
 
 
 class ImageHash(NamedTuple):

@@ -20,7 +20,7 @@ from utils.system.text import parse_number, printable, strip
 IMAGE_FOLDERS = ("JPEGImages", "images", "Images", "data", ".")  # searched in this order
 YOLO_SPLITS = ("train", "val", "valid", "test")
 EVERYTHING = "all"  # name of the COCO file with the images of no split
-DECIMALS = 8  # of a pixel; rounding removes the noise of floating-point arithmetic
+DECIMALS = 8  # decimals of pixel coordinates; rounding removes floating-point noise
 NOT_WRITABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff\ufffe\uffff]")  # not allowed in a line of text, or in XML
 VOC_EXTRAS = re.compile(rb"<(truncated|occluded)>\s*(?:1|True|true)\s*<|<(part|attribute)>")
 FLAT = "has no width or height"

@@ -59,7 +59,7 @@ class EpochBatches:
         def plan_and_copy(number: int) -> tuple[BatchPlan, torch.cuda.Event | None]:
             if stream is None:
                 return self.plan(number), None
-            torch.cuda.set_device(device)  # for this thread
+            torch.cuda.set_device(device)  # sets the device of this thread
             with torch.cuda.stream(stream):
                 batch = BatchPlan(*(value if value.is_cuda else to_gpu(value, device) for value in self.plan(number)))
                 return batch, stream.record_event()

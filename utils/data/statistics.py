@@ -22,7 +22,7 @@ from utils.detection.boxes import shape_iou
 from utils.detection.letterbox import clip_boxes, fit_to_input
 from utils.system.diagnostics import Diagnostic, Diagnostics
 
-MAX_LISTED = 10  # classes in the one-line description
+MAX_LISTED = 10  # maximum number of classes in the one-line description
 
 
 class AnchorFit(NamedTuple):

@@ -20,7 +20,7 @@ from utils.system.files import read_lines, read_text
 from utils.system.text import BOM, printable
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
-MIN_SIMILARITY = 0.8  # of a misspelt class name and the suggested one, from 0 to 1
+MIN_SIMILARITY = 0.8  # minimum similarity, from 0 to 1, of a misspelled class name and the suggested one
 
 UnknownClasses = dict[str, list[tuple[Path, str]]]  # class name -> files and places where it occurs
 

@@ -22,7 +22,7 @@ from utils.system.text import parse_number, printable, strip
 MAX_BYTES = 8_000_000  # size limit of an annotation file; 10,000 objects take about 3 MB
 MAX_DEPTH = 100  # limit of nested elements; VOC's own files have five levels
 ENCODING = re.compile(rb"""<\?xml[^>]*?encoding\s*=\s*["']([\w.:-]+)["']""")
-# Python's text codecs; the others do not produce text, or run forever on hostile input
+# Python's text codecs; the others do not return text, or do not terminate on malicious input
 TEXT_CODECS = re.compile(r"ascii|big5|cp\d|euc|gb|hz|iso|johab|koi8|latin|mac|ptcp|shift|tis|utf")
 # First bytes that identify an encoding without a declaration
 SIGNATURES = {
@@ -132,7 +132,7 @@ def parse_object(element: Element, path: Path, number: int, diagnostics: Diagnos
         raise FileError(path, "has no <name>", place)
     place = f"{place} ({printable(name)})"
     if written != name:
-        diagnostics.record_repair(path, "has blanks around its <name>, which are ignored", place)
+        diagnostics.record_repair(path, "has spaces around its <name>, which are ignored", place)
     if element.find("bndbox") is None:
         raise FileError(path, "has no <bndbox>", place)
     xmin, ymin, xmax, ymax = (parse_edge(element, edge, path, place) for edge in EDGES)

@@ -12,7 +12,7 @@ from utils.system.errors import UserError, check_range
 
 FALLBACK_CONFIDENCE = 0.3  # threshold of a class for which validation has suggested none
 MIN_CONFIDENCE = 0.1  # lowest suggested threshold; lower-scoring boxes do not take part in box averaging
-VOTING_SIGMA = 0.05  # of variance voting: the larger, the more boxes with a low IoU count in the average
+VOTING_SIGMA = 0.05  # parameter of variance voting; larger values give boxes with a low IoU more weight
 
 Selection = tuple[Tensor, Tensor, Tensor]  # boxes (D, 4), scores (D,), labels (D,)
 
@@ -24,10 +24,10 @@ class Thresholds:
     confidence: float | None = None  # minimum score; None: the thresholds that the checkpoint suggests per class
     per_class: Mapping[str, float] = field(default_factory=dict)  # minimum scores that override it for some classes
     class_filter: tuple[str, ...] = ()  # classes to detect; empty: all
-    nms_iou: float = 0.5  # two boxes of a class with a higher IoU count as one object
+    nms_iou: float = 0.5  # boxes of a class with a higher IoU are suppressed
     class_agnostic: bool = False  # suppress overlapping boxes of different classes too
     top_k: int = 3000  # candidates per image that enter NMS
-    max_detections: int = 300  # per image
+    max_detections: int = 300  # maximum number of detections per image
 
     def __post_init__(self) -> None:
         if self.confidence is not None:
@@ -60,9 +60,9 @@ def select_detections(boxes: Tensor, scores: Tensor, confidence: float | Tensor,
     entering = boxes[images, places[images, columns]], scores[images, columns]
     # float64, since batched_nms may offset the boxes of each group by a large number
     kept = batched_nms(*(values.double() for values in entering), groups, limits.nms_iou)
-    kept = kept.sort().values  # by image, then by descending score
+    kept = kept.sort().values  # sorted by image, then by descending score
     images, columns = images[kept], columns[kept]
-    voters = (scores > MIN_CONFIDENCE).sum(dim=1)  # per image, the first of its candidates
+    voters = (scores > MIN_CONFIDENCE).sum(dim=1)  # per image; the voters are its first candidates
     counts, voters = torch.stack([torch.bincount(images, minlength=batch), voters]).tolist()
     found = []
     for image, (own, voting) in enumerate(zip(columns.split(counts), voters, strict=True)):

@@ -41,7 +41,7 @@ def run_script(
         raise SystemExit(128 + signum) from None
     except BrokenPipeError:  # for example `| head`
         print("stopped: the output pipe was closed", file=sys.stderr)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at interpreter exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes stdout at exit
         raise SystemExit(CLOSED_PIPE) from None
 
 

@@ -22,7 +22,7 @@ class Diagnostic(NamedTuple):
     kind: str  # error, skip or repair
     file: str
     place: str  # object or line; empty: the whole file
-    reason: str  # the same text wherever the cause is the same
+    reason: str  # identical for the same cause, so that it can be counted
 
     def __str__(self) -> str:
         return format_error(self.file, self.place, self.reason)

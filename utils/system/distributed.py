@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from utils.system.errors import UserError
 
-TIMEOUT = timedelta(hours=2)  # for another process, which may be decoding a large dataset
+TIMEOUT = timedelta(hours=2)  # maximum wait for another process, which may be decoding a large dataset
 T = TypeVar("T")
 
 
@@ -26,9 +26,9 @@ class ProcessGroup:
 
     rank: int = 0
     size: int = 1
-    local_rank: int = 0  # on this machine
+    local_rank: int = 0  # rank among the processes of this machine
     local_size: int = 1
-    restarted: bool = False  # by torchrun after a failure
+    restarted: bool = False  # whether torchrun restarted the processes after a failure
 
     @property
     def is_main(self) -> bool:
@@ -83,13 +83,9 @@ def join_process_group(device: torch.device) -> Iterator[ProcessGroup]:
     if "TORCHELASTIC_RUN_ID" not in environment and int(environment.get("WORLD_SIZE", 1)) == 1:
         yield ProcessGroup()
         return
-    group = ProcessGroup(
-        int(environment["RANK"]),
-        int(environment["WORLD_SIZE"]),
-        int(environment["LOCAL_RANK"]),
-        int(environment["LOCAL_WORLD_SIZE"]),
-        int(environment.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0,
-    )
+    restarts = int(environment.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    ranks_and_sizes = (int(environment[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+    group = ProcessGroup(*ranks_and_sizes, restarted=restarts > 0)
     if device.type == "cuda":
         if group.local_size > torch.cuda.device_count():
             raise UserError(
@@ -99,7 +95,7 @@ def join_process_group(device: torch.device) -> Iterator[ProcessGroup]:
         torch.cuda.set_device(group.local_rank)
     store, _, _ = next(dist.rendezvous("env://", timeout=TIMEOUT))
     if group.local_size == group.size:  # one machine: after a restart torchrun's store still has the old addresses
-        store = dist.PrefixStore(f"attempt {environment.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        store = dist.PrefixStore(f"attempt {restarts}", store)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=TIMEOUT, store=store, rank=group.rank, world_size=group.size)
     try:

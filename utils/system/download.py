@@ -22,7 +22,7 @@ from utils.system.errors import UserError, make_folder
 PARTIAL = "partial-"  # prefix of incomplete files
 CHUNK = 1 << 18  # bytes read at a time
 TIMEOUT = 30.0  # seconds to wait for the server
-MAX_RETRIES, RETRY_DELAY = 4, 1.0  # in a row without new data; seconds
+MAX_RETRIES, RETRY_DELAY = 4, 1.0  # consecutive retries without new data; seconds between them
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def receive_all(remote: RemoteFile, partial: Path) -> None:
     while True:
         try:
             return receive(remote, partial)
-        except (OSError, HTTPException) as error:  # of the network or the disk
+        except (OSError, HTTPException) as error:  # raised by the network or the disk
             status = error.code if isinstance(error, HTTPError) else 0
             if status == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
                 return None  # there are no more bytes

@@ -19,9 +19,9 @@ except ImportError:  # Windows
 
     fcntl = None
 
-CACHE_FOLDER = Path("logs/cache")  # for data that can be recomputed: decoded images, indexed annotations
-MAX_TEXT_BYTES = 20_000_000  # upper limit for text files, enough for a million names of 20 letters
-LOCKED_BYTE = 1 << 30  # Windows makes locked bytes unreadable, so the lock is far behind the content
+CACHE_FOLDER = Path("logs/cache")  # decoded images and other data that can be recomputed
+MAX_TEXT_BYTES = 20_000_000  # size limit of a text file, enough for a million names of 20 letters
+LOCKED_BYTE = 1 << 30  # Windows makes locked bytes unreadable, so the locked byte is far beyond the content
 TEMPORARY = ".tmp"  # suffix of files that are being written
 
 

@@ -24,7 +24,7 @@ class StopSignals:
     def __init__(self) -> None:
         self.signum: signal.Signals | None = None  # the first signal received
         self.deferred = False
-        self.handlers: dict[signal.Signals, Any] = {}  # to restore
+        self.handlers: dict[signal.Signals, Any] = {}  # previous handlers, to restore
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():  # the only one that may set handlers

@@ -24,11 +24,11 @@ try:
 except ImportError:  # Windows
     resource = None
 
-TRIAL_STEPS = 3  # the first one, which also initialises the device, is not timed
-MEMORY_SHARE = 0.9  # of a GPU; the rest is left for validation and for fragmentation
-SIZE_MULTIPLE = 8  # larger batch sizes that are found are multiples of this
+TRIAL_STEPS = 3  # the first is not timed, since it also initialises the device
+MEMORY_SHARE = 0.9  # usable share of GPU memory; the rest is left for validation and fragmentation
+SIZE_MULTIPLE = 8  # batch sizes found above this are multiples of it
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
-VALIDATION_COST = 0.5  # of an image, relative to a training step, in the estimate of the duration
+VALIDATION_COST = 0.5  # estimated time of validation per image, relative to training
 
 
 def resolve_batch_size(
@@ -81,7 +81,7 @@ def format_duration(seconds: float) -> str:
 
 def try_steps(trainer: Trainer, images: int, cache: ImageCache) -> tuple[float, int]:
     """Run steps on blank images; returns the seconds per step and the peak memory in bytes."""
-    device, objects = trainer.device, 2 * cache.labels.shape[1]  # the most that an augmented image can have
+    device, objects = trainer.device, 2 * cache.labels.shape[1]  # maximum of an augmented image
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)

@@ -162,7 +162,7 @@ def validate(
     group, spec = trainer.group, trainer.spec
     group.broadcast_module(trainer.state.ema.module)
     detector = trainer.build_detector()
-    loss = YoloLoss(spec, trainer.loss.settings, trainer.device)  # over the images of this process
+    loss = YoloLoss(spec, trainer.loss.settings, trainer.device)  # for the images of this process
     batches: dict[int, tuple[Tensor, list[sv.Detections]]] = {}
     with tqdm(total=len(cache), desc="validating", leave=False, disable=run.read_only or None) as bar:
         for part, heads in detector.run_cached(cache, VALIDATION_BATCH, group):

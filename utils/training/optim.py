@@ -87,7 +87,7 @@ def orthogonalize(matrix: Tensor) -> Tensor:
         return orthogonalize(matrix.T).T
     wide = (matrix / (matrix.norm() + 1e-7)).to(choose_precision("auto", matrix.device))
     gram = wide @ wide.T
-    bound = gram.norm() + 1e-7  # of the squared singular values
+    bound = gram.norm() + 1e-7  # upper bound of the squared singular values
     wide, gram = wide * bound.rsqrt(), gram / bound
     (a, b, c), *others = POLAR_EXPRESS
     wide = torch.addmm(wide, torch.addmm(gram, gram, gram, beta=b, alpha=c), wide, beta=a)

@@ -23,7 +23,7 @@ from utils.system.files import TEMPORARY, lock, write_text
 from utils.weights.checkpoint import BEST, LAST, PREVIOUS, Checkpoint, save_checkpoint
 
 CONFIG, DATA, METRICS, LOCK = "config.json", "data.json", "metrics.jsonl", "run.lock"
-MAX_SHOWN_CHANGES = 5  # of the data, in a message
+MAX_SHOWN_CHANGES = 5  # changes of the data listed in a message
 Settings = TypeVar("Settings")  # a dataclass whose fields all have defaults
 
 
@@ -68,7 +68,7 @@ class RunFolder:
         self.records.append(record)
         append_line(self.path / METRICS, json.dumps(record))
         self.attempt(self.write_scalars, epoch, values)
-        if any(name.startswith("val/") for name in values):  # not every epoch, since drawing is slow
+        if any(name.startswith("val/") for name in values):  # drawing is too slow for every epoch
             self.attempt(draw_training, self.records, self.path / "curves.png")
 
     def write_scalars(self, epoch: int, values: dict[str, float]) -> None:
@@ -105,7 +105,7 @@ class RunFolder:
             self.writing = self.writer.submit(self.write_checkpoints, last, best, copied)
 
     def write_checkpoints(self, last: Checkpoint, best: Checkpoint | None, copied: torch.cuda.Event | None) -> None:
-        """Run in the thread; on a GPU in a separate stream, after the copies made before the call."""
+        """Run in the writer thread; on a GPU in a separate stream that waits for the copies of the snapshot."""
         with torch.cuda.stream(torch.cuda.Stream()) if copied else nullcontext():
             if copied:
                 copied.wait()

@@ -27,8 +27,8 @@ from utils.training.optim import build_ema, build_optimizer, freeze_backbone, lr
 from utils.training.training_state import Progress, TrainingState
 from utils.weights.checkpoint import Checkpoint
 
-MAX_SKIPPED = 3  # batches with a non-finite loss or gradient that a run may leave out
-COLUMNS = (*TERMS, "gradient_norm")  # of `TrainingState.losses`
+MAX_SKIPPED = 3  # maximum number of batches with a non-finite loss or gradient
+COLUMNS = (*TERMS, "gradient_norm")  # columns of `TrainingState.losses`
 
 
 class Batching(NamedTuple):
@@ -54,11 +54,11 @@ class Trainer:
     loss: YoloLoss
     batching: Batching
     device: torch.device
-    dtype: torch.dtype  # of mixed precision
+    dtype: torch.dtype  # dtype of mixed precision
     group: ProcessGroup
     compiled: bool
-    network: nn.Module  # the model, in several processes wrapped in DistributedDataParallel
-    snapshot: Checkpoint  # the last state with finite losses and weights; this is what checkpoints are written from
+    network: nn.Module  # the model, wrapped in DistributedDataParallel if there are several processes
+    snapshot: Checkpoint  # the last state with finite losses and weights, which checkpoints contain
     frozen: bool | None = None  # whether the backbone is frozen; None before the first `set_mode`
     started: float = field(default_factory=time.perf_counter)
 
@@ -69,7 +69,7 @@ class Trainer:
 
     def set_mode(self, frozen: bool) -> None:
         freeze_backbone(self.state.model.train(), frozen)
-        if self.group.size > 1 and frozen != self.frozen:  # it reads `requires_grad` only when it is created
+        if self.group.size > 1 and frozen != self.frozen:  # DDP reads `requires_grad` only when created
             devices = [self.device] if self.device.type == "cuda" else None
             self.network = DistributedDataParallel(self.state.model, devices, gradient_as_bucket_view=True)
             self.network.broadcast_buffers = False  # the name of the argument depends on torch's version
@@ -168,7 +168,7 @@ def build_trainer(
     """A freshly initialised network with its optimizer, schedule, weight average and loss."""
     steps = math.ceil(batching.batches / batching.accumulate) * (progress.end - progress.start)
     dtype = choose_precision(settings.precision, device)
-    compiled = choose_compile(settings.compile, device) and not settings.sync_bn  # which breaks the graph
+    compiled = choose_compile(settings.compile, device) and not settings.sync_bn  # syncing breaks the graph
     torch.manual_seed(settings.seed)
     model = build_model(spec)
     if settings.sync_bn and group.size > 1:

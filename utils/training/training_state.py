@@ -93,7 +93,7 @@ class TrainingState:
         training["losses"] = self.losses
         info = asdict(self.progress) | {"averaged": self.ema.updates}
         info |= {"scheduler": self.scheduler.state_dict(), "scaler": self.scaler.state_dict()}
-        copy = partial(torch.clone, memory_format=torch.contiguous_format)  # the layout that files store
+        copy = partial(torch.clone, memory_format=torch.contiguous_format)  # the memory layout of checkpoint files
         weights = {name: copy(value.detach()) for name, value in self.ema.module.state_dict().items()}
         return Checkpoint(spec, weights, info, {name: copy(value.detach()) for name, value in training.items()})
 

@@ -24,9 +24,9 @@ from utils.system.text import printable
 
 FORMAT = "yolov4-tiny/2"
 TRAINING = "training/"
-MAX_SHOWN = 200  # characters of an error in a message
-MAX_BYTES = 500_000_000  # of a weights file; a checkpoint with MAX_CLASSES and training state has 440 million
-LAST, PREVIOUS, BEST = "last.safetensors", "previous.safetensors", "best.safetensors"  # in a run folder
+MAX_SHOWN = 200  # maximum length of an error in a message
+MAX_BYTES = 500_000_000  # size limit of a weights file; a resumable checkpoint with MAX_CLASSES has 440 MB
+LAST, PREVIOUS, BEST = "last.safetensors", "previous.safetensors", "best.safetensors"  # checkpoints of a run folder
 DAMAGED = "damaged.safetensors"  # a `last` that could not be read
 
 
@@ -40,7 +40,7 @@ class Checkpoint:
     def build_model(self, path: str | Path) -> YoloBody:
         """The network with its weights; raises UserError if they do not match the specification or are not finite."""
         try:
-            with torch.device("meta"):  # takes no memory, whatever sizes the file contains
+            with torch.device("meta"):  # allocates no memory, whatever sizes the file states
                 expected = build_model(self.spec).state_dict()
         except Exception as error:  # invalid arguments of attention blocks fail in many ways
             raise UserError(f"{path} has an invalid model specification: {printable(error, MAX_SHOWN)}") from None

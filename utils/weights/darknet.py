@@ -23,8 +23,8 @@ from utils.system.errors import UserError
 from utils.system.files import atomic_write
 
 VERSION = (0, 2, 5)  # written by current versions of Darknet
-MAX_SEEN = 10**12  # images; more means that the header is damaged
-PARTS = ("backbone", "conv_for_P5", "yolo_headP5", "upsample", "yolo_headP4")  # in the order of the file
+MAX_SEEN = 10**12  # images; a larger number means that the header is damaged
+PARTS = ("backbone", "conv_for_P5", "yolo_headP5", "upsample", "yolo_headP4")  # modules in the order of the file
 START = 17  # convolutions in yolov4-tiny.conv.29, the first 29 layers of the cfg
 ANCHORS_PER_HEAD = 3
 
@@ -90,7 +90,7 @@ def header_size(path: Path, content: bytes) -> int:
     if len(content) < 20:
         raise UserError(f"{path} is truncated within its header, or is not a Darknet file")
     major, minor, revision = struct.unpack_from("<3i", content)
-    wide = major * 10 + minor >= 2 and major < 1000 and minor < 1000  # the rule of Darknet
+    wide = major * 10 + minor >= 2 and major < 1000 and minor < 1000  # Darknet's rule for a 64-bit `seen`
     (seen,) = struct.unpack_from("<q" if wide else "<i", content, 12)
     if min(major, minor, revision) < 0 or not 0 <= seen <= MAX_SEEN:
         version = f"{major}.{minor}.{revision}"
@@ -141,7 +141,7 @@ def make_cfg(spec: ModelSpec) -> str:
         ]
     sections += [convolution(512, 3), convolution(256, 1), convolution(512, 3), *head(spec, 0)]
     sections += [section("route", layers=-4), convolution(128, 1), section("upsample", stride=2)]
-    feat1 = 23  # number of the layer
+    feat1 = 23  # index of the layer in the cfg
     sections += [section("route", layers=f"-1,{feat1}"), convolution(256, 3), *head(spec, 1)]
     return "\n".join(sections)
 

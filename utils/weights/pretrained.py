@@ -20,14 +20,14 @@ from utils.weights.checkpoint import MAX_BYTES, load_checkpoint
 from utils.weights.darknet import read_darknet
 
 GAIN = "attention_gain."  # prefix of the gains that `identity_start` adds
-MAX_NAMES = 8  # in a message
-MAX_TEXT = 1000  # characters of a text in a pickle; parameter names have fewer than 100
-LEGACY_PICKLES = 5  # in a file of torch before 1.6: magic number, version, system, object, storage keys
-COUNTER = "num_batches_tracked"  # of batch norms; not used
+MAX_NAMES = 8  # maximum number of names in a message
+MAX_TEXT = 1000  # maximum length of a text in a pickle; parameter names have fewer than 100 characters
+LEGACY_PICKLES = 5  # pickles in a file of torch before 1.6: magic number, version, system, object, storage keys
+COUNTER = "num_batches_tracked"  # counter of batch norms, which is not used
 DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int32, torch.int64}
 DATA_PARALLEL = "module."  # prefix of parameter names from DataParallel
 DARKNET = re.compile(r"\.(weights|conv\.\d+)$")  # file names used by Darknet
-RENAMED = (  # published CBAM weights use either of two namings; the second of each pair is ours
+RENAMED = (  # two namings of published CBAM weights; the second is that of `YoloBody`
     (".channelattention.fc.0.", ".channelattention.fc1."),
     (".channelattention.fc.2.", ".channelattention.fc2."),
     (".spatialattention.conv.", ".spatialattention.conv1."),
@@ -59,7 +59,7 @@ def read_state_dict(path: Path, diagnostics: Diagnostics) -> dict[str, Tensor]:
     check_regular_file(path, MAX_BYTES)
     try:
         check_pickles(path)
-        with warnings.catch_warnings(action="ignore"):  # about the content of damaged files
+        with warnings.catch_warnings(action="ignore"):  # damaged files cause warnings
             loaded = torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise
