@@ -19,8 +19,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
-from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -30,6 +30,7 @@ import utils.system.files
 import utils.training.batch_size
 import utils.training.engine
 import utils.training.run_folder
+from tests.narrow_network import use_narrow_network
 from utils.data.loader import EpochBatches
 from utils.system.cli import run_script
 from utils.system.signals import Stopped
@@ -75,8 +76,7 @@ class FaultInjector:
             RunFolder.attempt = lambda *_: None
         if not fault.full_size:
             train.write_report = lambda run, *_: run.path
-            divide_channels(nn.Conv2d)
-            divide_channels(nn.BatchNorm2d)
+            use_narrow_network(pytest.MonkeyPatch())
         self.patch_files()
         self.patch_phases()
         self.patch_batches()
@@ -215,16 +215,6 @@ class WatchedFile:
         self.injector.reach(f"{self.name}: half written")
         self.file.write(data[middle:])
         self.injector.reach(f"{self.name}: written")
-
-
-def divide_channels(layer: type[nn.Module]) -> None:
-    """Give new layers an eighth of the channels; the multiples of 32 among the arguments are numbers of channels."""
-    initialize = layer.__init__
-
-    def narrow(module: nn.Module, *arguments: int, **keywords: Any) -> None:
-        initialize(module, *(number if number % 32 else number // 8 for number in arguments), **keywords)
-
-    layer.__init__ = narrow
 
 
 def file_name(path: str | Path) -> str:

@@ -19,6 +19,7 @@ from torch import nn
 import eval as eval_script
 import train
 from tests.conftest import ROOT, small_run
+from tests.narrow_network import use_narrow_network
 from tests.training import worker
 from utils.detection.loss import TERMS
 from utils.system.diagnostics import Diagnostics
@@ -58,6 +59,14 @@ def run(*arguments: object, cwd: Path, fails: bool = False) -> tuple[str, str]:
         out, errors = process.communicate(timeout=TIMEOUT)
     assert (process.returncode != 0) == fails, errors
     return out, errors
+
+
+@pytest.fixture(scope="module", autouse=True)
+def narrow_network() -> Iterator[None]:
+    """The small network that the worker processes use."""
+    with pytest.MonkeyPatch.context() as patch:
+        use_narrow_network(patch)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -241,7 +250,7 @@ def test_signal_to_torchrun_stops_all_processes_with_a_checkpoint(config, whole,
     _, info = contents(last)
     assert (info["epoch"], info["batch"]) == (0, 4)
     shutil.copytree(last.parent, folder / "alone")
-    out, errors = run(ROOT / "train.py", "--resume", "--run-dir", last.parent, cwd=folder)
+    out, errors = run(WORKER, "train", "--resume", "--run-dir", last.parent, cwd=folder)
     starts = [
         "resuming after epoch 0, batch 4 of the next",
         "training: 96 images",

@@ -8,9 +8,11 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -20,6 +22,7 @@ import eval as eval_script
 import train
 import utils.data.cache
 import utils.training.trainer
+from tests.narrow_network import use_narrow_network
 from utils.system.cli import run_script
 from utils.system.distributed import ProcessGroup, join_process_group
 from utils.system.errors import UserError
@@ -181,5 +184,12 @@ def terminate() -> None:
 
 
 if __name__ == "__main__":
-    task = {"compare": compare, "die": die, "terminate": terminate}[sys.argv.pop(1)]
+    use_narrow_network(pytest.MonkeyPatch())
+    tasks = {
+        "compare": compare,
+        "die": die,
+        "terminate": terminate,
+        "train": partial(run_script, train.main, train.Config),
+    }
+    task = tasks[sys.argv.pop(1)]
     task(*sys.argv[1:]) if task is compare else task()
