@@ -1,6 +1,6 @@
 """Evaluate checkpoints on a split: python eval.py --weights logs/RUN/best.safetensors --sets VOC2007/test
 
-Edit the constants of `Config`, or pass them as flags. Several checkpoints are compared with each other.
+Change the defaults in `Config`, or override them on the command line. Several checkpoints are also compared.
 """
 
 from collections.abc import Sequence
@@ -32,23 +32,23 @@ from utils.weights.checkpoint import find_checkpoint
 class Config:
     """Evaluate checkpoints on a split."""
 
-    weights: tuple[str, ...] = ()  # checkpoints of train.py, or run folders; empty: the newest run under logs/
+    weights: tuple[str, ...] = ()  # checkpoints or run folders; empty: the newest run in logs/
     devkit: str = "VOCdevkit"  # folder of the datasets
-    sets: tuple[str, ...] = ("VOC2007/test",)  # sets to evaluate on, each folder/split
+    sets: tuple[str, ...] = ("VOC2007/test",)  # sets to evaluate on, as folder/split
     coco: str = ""  # COCO JSON file to evaluate on instead of sets, such as annotations/instances_val2017.json
-    images: str = ""  # folder of the images of the COCO file
+    images: str = ""  # image folder of the COCO file
     out: str = ""  # output folder; empty: a folder in eval/ or compare/ beside the (first) checkpoint
-    classes: str = ""  # class file that the checkpoints must match; empty: do not check
-    confidence: float = 0.001  # minimum confidence of a detection; low, to obtain the whole precision-recall curve
-    nms_iou: float = 0.5  # NMS removes boxes of the same class that overlap more than this
+    classes: str = ""  # class file that must match the classes of the checkpoints; empty: no check
+    confidence: float = 0.001  # minimum score; low, to cover the whole precision-recall curve
+    nms_iou: float = 0.5  # NMS removes boxes that overlap a better one of their class by more than this IoU
     batch_size: int = 16  # images per batch
     cache: str = "auto"  # where to keep decoded images: auto, device, ram or disk
     device: str = "auto"  # auto, cpu or cuda
-    precision: str = "fp32"  # of the network: fp32, bf16, fp16 or auto
+    precision: str = "fp32"  # precision of the network: auto, bf16, fp16 or fp32
 
     def __post_init__(self) -> None:
         check_range(self, 1, inf, "batch_size")
-        check_range(self, 0, MISSED_CONFIDENCE, "confidence")  # a higher one would hide thresholds and label errors
+        check_range(self, 0, MISSED_CONFIDENCE, "confidence")  # higher ones would hide best thresholds and label errors
         check_range(self, 0, 1, "nms_iou")
         check_choice(self, "cache", PLACES)
         if bool(self.coco) != bool(self.images):
@@ -56,22 +56,18 @@ class Config:
 
     @property
     def source_sets(self) -> list[str]:
-        """The COCO file, or the sets."""
         return [self.coco] if self.coco else list(self.sets)
 
 
 def main(config: Config) -> dict[str, Any]:
-    """Evaluate the checkpoints, write reports and print the metrics; returns those of the first checkpoint.
-
-    Under torchrun, the processes divide the images among themselves.
-    """
+    """Evaluate the checkpoints, write reports and print the metrics; returns those of the first checkpoint."""
     device, sets = choose_device(config.device), ", ".join(config.source_sets)
     if device.type == "cpu":
         keep_freed_memory()
     with join_process_group(device) as group:
         paths = [find_checkpoint(name) for name in config.weights or [""]]
         detectors = load_detectors(config, paths, device)
-        diagnostics = Diagnostics(skips=False)  # skipping images would raise AP
+        diagnostics = Diagnostics(skips=False)  # skipping images would change AP
         samples, dataset = load_split(config, detectors[0].spec.class_names, diagnostics)
         if len(paths) > 1 and all(sample.difficult.all() for sample in samples):
             raise UserError(f"{sets} contains no objects, so checkpoints cannot be compared on it")
@@ -120,7 +116,7 @@ def load_detectors(config: Config, paths: Sequence[Path], device: torch.device) 
 def load_split(
     config: Config, class_names: tuple[str, ...], diagnostics: Diagnostics
 ) -> tuple[list[Sample], CocoDataset | None]:
-    """The samples to evaluate on, and the ground truth of a COCO file."""
+    """The samples to evaluate on, and the COCO dataset, if any."""
     if config.coco:
         samples, dataset = load_coco_samples(config.coco, config.images, class_names)
     else:
@@ -130,7 +126,7 @@ def load_split(
 
 
 def make_folders(config: Config, paths: Sequence[Path]) -> list[Path]:
-    """Make an output folder for each checkpoint; for several, they are subfolders of a common one."""
+    """Create an output folder for each checkpoint; those of several are subfolders of a common one."""
     sets = [Path(name).stem if name.endswith(".json") else name.replace("/", "_") for name in config.source_sets]
     out = Path(config.out or paths[0].parent / ("compare" if len(paths) > 1 else "eval") / "_".join(sets))
     names = [f"{i}_{path.parent.name}_{path.stem}" for i, path in enumerate(paths, start=1)]
@@ -143,15 +139,15 @@ def make_folders(config: Config, paths: Sequence[Path]) -> list[Path]:
 def build_caches(
     config: Config, samples: list[Sample], detectors: Sequence[Detector], group: ProcessGroup, diagnostics: Diagnostics
 ) -> list[ImageCache]:
-    """Decode the images for each detector; detectors with the same input size and letterboxing share a cache."""
+    """Decode the images for each detector; those with the same input size and letterboxing share a cache."""
     caches: dict[tuple[object, ...], ImageCache] = {}
-    for detector in detectors:
-        spec, device = detector.spec, detector.network.device
-        if (spec.input_size, spec.letterbox) not in caches:
-            cache = build_cache(samples, spec, device, config.cache, group, diagnostics)
-            caches[spec.input_size, spec.letterbox] = cache
-            diagnostics = Diagnostics(skips=False)  # report each problem once
-    return [caches[detector.spec.input_size, detector.spec.letterbox] for detector in detectors]
+    keys = [(detector.spec.input_size, detector.spec.letterbox) for detector in detectors]
+    for key, detector in zip(keys, detectors, strict=True):
+        if key not in caches:
+            device = detector.network.device
+            caches[key] = build_cache(samples, detector.spec, device, config.cache, group, diagnostics)
+            diagnostics = Diagnostics(skips=False)  # report each diagnostic once
+    return [caches[key] for key in keys]
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """COCO metrics and AP of reweighted images, compared with pycocotools; the results file."""
 
+from collections import namedtuple
 import json
 from pathlib import Path
 
@@ -42,8 +43,12 @@ def random_split(seed: int, digits: int = 9) -> tuple[list[Sample], list[sv.Dete
     return samples, detections
 
 
+Scores = namedtuple("Scores", ["metrics", "matches"])
+
+
 def score(samples, detections):
-    return evaluate_coco(build_dataset(samples, [(480, 640)] * len(samples), NAMES), detections, NAMES)
+    dataset = build_dataset(samples, [(480, 640)] * len(samples), NAMES)
+    return Scores(*evaluate_coco(dataset, detections, NAMES))
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -104,7 +109,7 @@ def test_results_file_gives_same_metrics_in_pycocotools(truth, tmp_path):
         ),
         sv.Detections(np.array([[0.0, 0, 20, 20]]), confidence=np.array([0.95]), class_id=np.array([0])),
     ]
-    ours = evaluate_coco(dataset, detections, NAMES)
+    ours, _ = evaluate_coco(dataset, detections, NAMES)
     write_results(tmp_path, dataset, detections)
     results = json.loads((tmp_path / "coco_results.json").read_text())
     assert [(item["image_id"], item["category_id"]) for item in results] == [(70, 18), (70, 90), (9, 18)]
@@ -114,9 +119,9 @@ def test_results_file_gives_same_metrics_in_pycocotools(truth, tmp_path):
     scorer.evaluate()
     scorer.accumulate()
     scorer.summarize()
-    assert ours.metrics["AP"] == scorer.stats[0] == pytest.approx(1)
-    assert ours.metrics["APs"] == scorer.stats[3] == pytest.approx(1)  # uses the area in the file, not that of the box
-    assert ours.metrics["per_class"]["c"] == -1
+    assert ours["AP"] == scorer.stats[0] == pytest.approx(1)
+    assert ours["APs"] == scorer.stats[3] == pytest.approx(1)  # uses the area in the file, not that of the box
+    assert ours["per_class"]["c"] == -1
     write_results(tmp_path, None, detections)
     assert not (tmp_path / "coco_results.json").exists()
 
@@ -137,7 +142,7 @@ def test_ids_and_optional_entries_do_not_change_metrics(truth, tmp_path):
     for changed in ([item | {"id": i} for i, item in enumerate(annotations)], bare):
         truth.write_text(json.dumps(content | {"annotations": changed}))
         _, dataset = load_coco_samples(truth, tmp_path, NAMES)
-        assert evaluate_coco(dataset, perfect, NAMES).metrics["AP"] == pytest.approx(1)
+        assert evaluate_coco(dataset, perfect, NAMES)[0]["AP"] == pytest.approx(1)
 
 
 def test_writes_results_without_annotations(truth, tmp_path):
@@ -148,4 +153,4 @@ def test_writes_results_without_annotations(truth, tmp_path):
     found = sv.Detections(np.array([[0.0, 0, 9, 9]]), confidence=np.array([0.5]), class_id=np.array([1]))
     write_results(tmp_path, dataset, [found] * len(samples))
     assert len(json.loads((tmp_path / "coco_results.json").read_text())) == 2
-    assert evaluate_coco(dataset, [found] * 2, NAMES).metrics["AP"] == -1
+    assert evaluate_coco(dataset, [found] * 2, NAMES)[0]["AP"] == -1

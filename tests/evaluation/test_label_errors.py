@@ -43,7 +43,7 @@ def relabel(sample: Sample, **changed: np.ndarray) -> Sample:
 
 def test_ranks_planted_label_errors_first(split):
     names, right, detections = split
-    kinds = ["not labelled", "another class", "badly placed", "never found"]
+    kinds = ["not labeled", "wrong class", "inaccurate box", "not detected"]
     samples = list(right)
     planted = [i for i, sample in enumerate(right) if len(sample.labels) > 1][:4]
     without, swapped, moved, invented = (right[i] for i in planted)
@@ -66,9 +66,9 @@ def test_ranks_planted_label_errors_first(split):
     assert {(item.image, item.kind) for item in found[:4]} == set(zip(planted, kinds, strict=True))
     assert all(a.score >= b.score for a, b in pairwise(found))
     reasons = {item.kind: item.reason for item in found[:4]}
-    assert names[swapped.labels[0]] in reasons["another class"]
-    assert names[without.labels[0]] in reasons["not labelled"]
-    missing = next(item for item in found if item.kind == "not labelled")
+    assert names[swapped.labels[0]] in reasons["wrong class"]
+    assert names[without.labels[0]] in reasons["not labeled"]
+    missing = next(item for item in found if item.kind == "not labeled")
     np.testing.assert_allclose(missing.box, without.boxes[0], atol=1.1)
 
 

@@ -67,7 +67,7 @@ def test_writes_metrics_label_errors_and_plots(report, split):
     assert 0 < metrics["best_possible_recall"] <= 1
     assert (report / "metrics.txt").read_text().strip() == format_metrics(metrics).strip()
     for item in json.loads((report / "label_errors.json").read_text()):
-        assert item["kind"] == "never found"
+        assert item["kind"] == "not detected"
         assert 0 <= item["score"] <= 1
     for name in ("precision_recall.png", "confidence.png", "confusion.png", "shapes.png"):
         assert read_image(report / name).std() > 5, name

@@ -194,4 +194,6 @@ def test_refuses_sources_and_networks_that_cannot_be_explained(config, expect_fa
     film = VideoWriter(tmp_path / "film.mp4", Fraction(25), (64, 64))
     film.write(np.zeros((64, 64, 3), np.uint8), 0)
     film.close()
-    expect_failure(predict, [tmp_path / "film.mp4", *flags[1:]], "--explain works on images", "film.mp4 is a video")
+    expect_failure(
+        predict, [tmp_path / "film.mp4", *flags[1:]], "--explain supports images only", "film.mp4 is a video"
+    )

@@ -1,4 +1,4 @@
-"""COCO metrics by pycocotools, AP of reweighted images, and the results file of the COCO server."""
+"""COCO metrics with pycocotools, AP with weighted images, and the results file for the COCO server."""
 
 import contextlib
 import copy
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from utils.data.coco_json import CocoDataset
 from utils.data.voc import Sample
-from utils.system.files import atomic_write
+from utils.system.files import write_text
 
 RESULTS = "coco_results.json"
 COCO_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
@@ -30,7 +30,7 @@ MAX_WEIGHTED = 2_000_000  # weighted detections per step, to stay within the CPU
 def build_dataset(
     samples: Sequence[Sample], sizes: Sequence[tuple[int, int]], class_names: Sequence[str]
 ) -> CocoDataset:
-    """Ground truth of VOC samples in COCO's form. Difficult objects become crowds, which COCO ignores."""
+    """Ground truth of VOC samples in COCO format; difficult objects become crowds, which COCO ignores."""
     annotations = [
         {"image_id": i, "category_id": int(label), "bbox": to_xywh(box), "iscrowd": int(difficult)}
         | {"area": float((box[2] - box[0]) * (box[3] - box[1]))}
@@ -46,7 +46,7 @@ def build_dataset(
 
 
 def build_results(dataset: CocoDataset, detections: Sequence[sv.Detections]) -> list[dict[str, Any]]:
-    """Detections in COCO's results format, without classes that the ground truth does not have."""
+    """Detections in the COCO results format, without classes that are not in the ground truth."""
     return [
         {"image_id": image, "category_id": category, "bbox": to_xywh(box), "score": float(score)}
         for image, found in zip(dataset.images, detections, strict=True)
@@ -56,19 +56,18 @@ def build_results(dataset: CocoDataset, detections: Sequence[sv.Detections]) -> 
 
 
 def write_results(folder: Path, dataset: CocoDataset | None, detections: Sequence[sv.Detections]) -> None:
-    """Write RESULTS for the COCO server, or without `dataset` remove the one of an earlier evaluation."""
+    """Write RESULTS for the COCO server; without a `dataset`, remove that of an earlier evaluation."""
     if dataset is None:
         (folder / RESULTS).unlink(missing_ok=True)
         return
-    with atomic_write(folder / RESULTS) as file:
-        file.write(json.dumps(build_results(dataset, detections)).encode())
+    write_text(folder / RESULTS, json.dumps(build_results(dataset, detections)))
 
 
 @dataclass(frozen=True)
 class ClassMatches:
     """Detections of one class in N images, by descending score, matched at T IoU thresholds.
 
-    Metrics can weight the images; an image of weight 2 counts as if it occurred twice.
+    Metrics can weight images; an image with weight 2 counts as if it occurred twice.
     """
 
     images: Tensor  # (D,) index of the image
@@ -95,18 +94,10 @@ class ClassMatches:
         return (total / len(self.true_positives)).masked_fill(absent, torch.nan)
 
 
-@dataclass(frozen=True)
-class CocoEvaluation:
-    """COCO metrics of a split, and the matches that they are computed from."""
-
-    metrics: dict[str, Any]  # COCO_NAMES, and AP "per_class"
-    matches: list[ClassMatches]  # of the classes that have objects
-
-
 def evaluate_coco(
     dataset: CocoDataset, detections: Sequence[sv.Detections], class_names: Sequence[str]
-) -> CocoEvaluation:
-    """The 12 COCO metrics and the AP of each class; -1 where there are no objects."""
+) -> tuple[dict[str, Any], list[ClassMatches]]:
+    """COCO_NAMES and the AP "per_class", -1 where there are no objects; and the matches of each class with objects."""
     results = build_results(dataset, detections)
     truth = COCO()
     truth.dataset = dataset.truth
@@ -124,7 +115,7 @@ def evaluate_coco(
         values = precision[:, :, columns[category]] if category is not None else np.empty(0)
         per_class[name] = float(values[values > -1].mean()) if (values > -1).any() else -1.0
     metrics = {**dict(zip(COCO_NAMES, map(float, scorer.stats), strict=True)), "per_class": per_class}
-    return CocoEvaluation(metrics, collect_matches(scorer, dataset.images))
+    return metrics, collect_matches(scorer, dataset.images)
 
 
 class FastCOCOeval(COCOeval):
@@ -143,7 +134,7 @@ class FastCOCOeval(COCOeval):
     def match(self, image: int, category: int) -> list[dict[str, Any] | None]:
         """The result of `evaluateImg` for each of the A areas.
 
-        In order of score, each detection takes the unmatched object that it overlaps most. Objects that count in the
+        In order of score, each detection matches the unmatched object with the highest IoU. Objects that count in the
         area take precedence over ignored ones, and a crowd can be matched any number of times.
         """
         settings = self.params
@@ -214,7 +205,7 @@ def average_precision(matches: Sequence[ClassMatches], weights: Tensor) -> Tenso
 
 
 def estimate_influence(matches: Sequence[ClassMatches], num_images: int) -> np.ndarray:
-    """How much AP would rise without each image (N,), to first order in its weight (infinitesimal jackknife)."""
+    """How much AP would rise without each image (N,), to first order in the weight (infinitesimal jackknife)."""
     weights = torch.ones(1, num_images, dtype=torch.float64, requires_grad=True)
     for of_class in matches:
         areas = [

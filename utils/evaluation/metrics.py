@@ -14,9 +14,9 @@ from utils.data.coco_json import CocoDataset
 from utils.data.voc import Sample
 from utils.detection.boxes import iou_matrix
 from utils.detection.nms import FALLBACK_CONFIDENCE, MIN_CONFIDENCE
-from utils.evaluation.coco import CocoEvaluation, build_dataset, evaluate_coco
+from utils.evaluation.coco import ClassMatches, build_dataset, evaluate_coco
 
-MATCH_IOU = 0.5  # minimum overlap of a detection with its object
+MATCH_IOU = 0.5  # minimum IoU of a detection and its object
 ELEVEN_RECALLS = np.arange(0, 1.1, 0.1)  # computed as in the devkit; i / 10 rounds differently in a few cases
 
 
@@ -48,8 +48,8 @@ class Curve:
     def find_best_threshold(self) -> dict[str, float]:
         """The threshold with the highest F1, midway between two scores, and precision, recall and F1 at it.
 
-        Thresholds below MIN_CONFIDENCE are not considered: they would flood the pictures of a weak network with boxes.
-        If none is left, the threshold is FALLBACK_CONFIDENCE, and the others are 0, or -1 for a class without objects.
+        Thresholds below MIN_CONFIDENCE are excluded, since weak networks would produce too many boxes. If none remains,
+        the threshold is FALLBACK_CONFIDENCE and the other values are 0, or -1 for a class without objects.
         """
         between = (self.scores + np.append(self.scores[1:], 0.0)[: len(self.scores)]) / 2
         f1 = np.where((between < self.scores) & (between >= MIN_CONFIDENCE), self.f1(), 0.0)
@@ -67,11 +67,11 @@ class Evaluation:
 
     metrics: dict[str, Any]  # JSON-compatible
     curves: list[Curve]  # of each class, at MATCH_IOU
-    coco: CocoEvaluation
+    matches: list[ClassMatches]  # of each class with objects
 
     @property
     def thresholds(self) -> list[float]:
-        """The confidence threshold of each class that gives the highest F1."""
+        """The confidence threshold with the highest F1 of each class."""
         return [values["threshold"] for values in self.metrics["best"].values()]
 
 
@@ -82,12 +82,12 @@ def evaluate(
     class_names: Sequence[str],
     dataset: CocoDataset | None = None,
 ) -> Evaluation:
-    """Compute all metrics; `sizes` are (height, width), `dataset` is the ground truth of a COCO file, if any."""
+    """Compute all metrics; `sizes` are (height, width), `dataset` is a COCO dataset, if any."""
     curves = compute_curves(samples, detections, len(class_names), crowds=dataset is not None)
-    coco = evaluate_coco(dataset or build_dataset(samples, sizes, class_names), detections, class_names)
+    coco, matches = evaluate_coco(dataset or build_dataset(samples, sizes, class_names), detections, class_names)
     best = {name: curve.find_best_threshold() for name, curve in zip(class_names, curves, strict=True)}
-    metrics = {"voc": compute_voc_metrics(curves, class_names), "coco": coco.metrics, "best": best}
-    return Evaluation(metrics, curves, coco)
+    metrics = {"voc": compute_voc_metrics(curves, class_names), "coco": coco, "best": best}
+    return Evaluation(metrics, curves, matches)
 
 
 def compute_curves(
@@ -142,7 +142,7 @@ def match_image(
 
 
 def compute_voc_metrics(curves: Sequence[Curve], class_names: Sequence[str]) -> dict[str, Any]:
-    """AP of each class and the means over the classes that have objects; -1 where there are no objects."""
+    """AP of each class and the means over the classes with objects; -1 without objects."""
     per_class = {}
     for name, curve in zip(class_names, curves, strict=True):
         values = (curve.ap_11point(), curve.ap_area()) if curve.num_objects else (-1.0, -1.0)
@@ -175,7 +175,7 @@ def pair_boxes(sample: Sample, found: sv.Detections, iou_threshold: float = MATC
 
 
 def inside_difficult(sample: Sample, found: sv.Detections) -> np.ndarray:
-    """Which detections (D,) have at least half their area inside a difficult object, or crowd, of their class."""
+    """Whether each detection (D,) has at least half its area inside a difficult object, or crowd, of its class."""
     if not (len(found) and sample.difficult.any()):
         return np.zeros(len(found), bool)
     regions, labels = sample.boxes[sample.difficult], sample.labels[sample.difficult]

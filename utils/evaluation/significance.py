@@ -1,7 +1,4 @@
-"""Statistical significance: confidence intervals over seeds (Student's t) and over images (bootstrap).
-
-Seeds tell whether one way of training is better than another, images whether one checkpoint is better than another.
-"""
+"""Confidence intervals over seeds (Student's t) and over images (bootstrap)."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -14,55 +11,51 @@ from tqdm import tqdm
 from utils.evaluation.coco import ClassMatches, average_precision
 
 CONFIDENCE = 0.95  # of all intervals
-RESOLUTION = 0.005  # smallest difference of AP that is worth training more seeds for
+RESOLUTION = 0.005  # smallest difference in AP that is worth training more seeds for
 MAX_SEEDS = 1000
 NUM_RESAMPLES = 1000  # of the bootstrap
 
 
 class MeanEstimate(NamedTuple):
-    """A mean with half the width of its confidence interval, which a single value does not have."""
+    """A mean and half the width of its confidence interval, which is None for a single value."""
 
     value: float
     margin: float | None
 
 
-def estimate_mean(values: Sequence[float], confidence: float = CONFIDENCE) -> MeanEstimate:
+def estimate_mean(values: Sequence[float], comparisons: int = 1) -> MeanEstimate:
     """The mean of normally distributed values, with its confidence interval by Student's t."""
     value, count = float(np.mean(values)), len(values)
-    margin = None if count < 2 else float(margin_of_error(np.std(values, ddof=1), np.array(count), confidence))
+    margin = None if count < 2 else float(margin_of_error(np.std(values, ddof=1), np.array(count), comparisons))
     return MeanEstimate(value, margin)
 
 
-def margin_of_error(deviation: float, counts: np.ndarray, confidence: float) -> np.ndarray:
-    """Half the width of the confidence interval of a mean, for each sample size in `counts`."""
+def margin_of_error(deviation: float, counts: np.ndarray, comparisons: int) -> np.ndarray:
+    """Half the width of the confidence interval, with Bonferroni's correction, for each sample size in `counts`."""
+    confidence = 1 - (1 - CONFIDENCE) / comparisons
     return stdtrit(counts - 1, (1 + confidence) / 2) * deviation / np.sqrt(counts)
 
 
 def judge_differences(differences: Sequence[float], comparisons: int = 1) -> str:
     """Classify paired differences, one per seed, as "better", "worse", "perhaps ..." or "not distinguishable".
 
-    With several comparisons, "better" and "worse" require the stricter confidence of Bonferroni's correction; "perhaps"
-    marks a difference that would be significant only if it were the only comparison. A single seed gives "unknown".
+    "Perhaps" marks a difference that is significant only without correction for the number of `comparisons`; a single
+    seed gives "unknown".
     """
     if len(differences) < 2:
         return "unknown"
     value, margin = estimate_mean(differences)
     word = "better" if value > 0 else "worse"
-    if abs(value) > estimate_mean(differences, correct_confidence(comparisons)).margin:
+    if abs(value) > estimate_mean(differences, comparisons).margin:
         return word
     return f"perhaps {word}" if abs(value) > margin else "not distinguishable"
 
 
-def correct_confidence(comparisons: int) -> float:
-    """Bonferroni's correction: the confidence per comparison that gives CONFIDENCE for all of them together."""
-    return 1 - (1 - CONFIDENCE) / comparisons
-
-
 def estimate_seeds_needed(differences: Sequence[float], comparisons: int = 1) -> int:
-    """The number of seeds at which a mean difference like this one, but at least RESOLUTION, would be significant."""
+    """The number of seeds for which this mean difference, but at least RESOLUTION, would be significant."""
     counts = np.arange(2, MAX_SEEDS + 1)
     wanted = max(abs(float(np.mean(differences))), RESOLUTION)
-    enough = margin_of_error(np.std(differences, ddof=1), counts, correct_confidence(comparisons)) < wanted
+    enough = margin_of_error(np.std(differences, ddof=1), counts, comparisons) < wanted
     return int(counts[enough.argmax()]) if enough.any() else MAX_SEEDS
 
 
@@ -77,6 +70,6 @@ def bootstrap_ap(detectors: Sequence[Sequence[ClassMatches]], seed: int = 0) -> 
 
 
 def percentile_interval(values: np.ndarray) -> tuple[float, float]:
-    """The central interval that contains the share CONFIDENCE of the values."""
+    """The central interval that contains the fraction CONFIDENCE of the values."""
     low, high = np.nanquantile(values, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return float(low), float(high)

@@ -1,4 +1,4 @@
-"""Latency of several functions, measured alternately so that changes of the machine's speed affect all alike."""
+"""Latency of several functions, measured alternately so that changes in machine speed affect all alike."""
 
 import statistics
 import time
@@ -9,8 +9,8 @@ import torch
 
 from utils.system.device import synchronize
 
-WARMUP = 5  # rounds that are not measured
-PAUSE = 0.1  # seconds for the threads of the previous call to go idle instead of occupying a core
+WARMUP = 5  # unmeasured rounds
+PAUSE = 0.1  # seconds, until the threads of the previous call are idle
 
 Name = TypeVar("Name")
 

@@ -1,4 +1,4 @@
-"""Comparison of attention blocks: the AP that each adds to phi 0 over several seeds, and its cost."""
+"""Comparison of attention blocks: their AP gain over phi 0 for several seeds, and their cost."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -18,6 +18,7 @@ from utils.evaluation.significance import (
 from utils.reports.html import data_uri, write_page
 from utils.reports.plots import draw_means
 from utils.system.files import write_text
+from utils.system.text import format_table
 
 PAGE, TEMPLATE = "comparison.html", "attention_report.html"
 MIN_SEEDS = 3  # with fewer, confidence intervals are very wide
@@ -27,11 +28,11 @@ COLUMNS = ("phi", "block", "AP", "AP50", GAIN, "verdict", "parameters", "GFLOP",
 
 @dataclass(frozen=True)
 class Result:
-    """The evaluation of one training run on the test sets."""
+    """The test result of one training run."""
 
     AP: float
     AP50: float
-    seconds: float  # of training
+    seconds: float  # training time
 
 
 @dataclass(frozen=True)
@@ -40,19 +41,19 @@ class Cost:
 
     parameters: int
     gflop: float
-    ms: float | None = None  # for one image, if it was measured
+    ms: float | None = None  # latency for one image, if measured
 
 
 @dataclass(frozen=True)
 class Row:
-    """The results of one phi over its seeds."""
+    """The results of one phi for all seeds."""
 
     phi: int
     seeds: tuple[int, ...]
     AP_by_seed: tuple[float, ...]
     AP: MeanEstimate
     AP50: MeanEstimate
-    seconds: float  # median duration of a training run
+    seconds: float  # median training time
     cost: Cost
     differences: tuple[float, ...]  # AP minus AP of phi 0 with the same seed
     difference: MeanEstimate | None  # None for phi 0, or if no seed is shared with it
@@ -64,7 +65,7 @@ class Row:
         return block.__name__ if block else "none"
 
     def format_cells(self) -> list[str]:
-        """The row as texts, one for each of COLUMNS."""
+        """The cells of the row, in the order of COLUMNS."""
         gain = format_mean(self.difference, "+") if self.difference else ""
         latency = "" if self.cost.ms is None else f"{self.cost.ms:.1f}"
         accuracy = [format_mean(self.AP), format_mean(self.AP50), gain, self.verdict]
@@ -77,7 +78,7 @@ def format_mean(mean: MeanEstimate, sign: str = "") -> str:
 
 
 def compare_phis(results: Mapping[int, Mapping[int, Result]], costs: Mapping[int, Cost]) -> list[Row]:
-    """One row for each phi, from the `results` by phi and seed."""
+    """One row for each phi; `results` are by phi and seed."""
     baseline = results.get(0, {})
     comparisons = max(1, len(results.keys() - {0}))
     rows = []
@@ -102,7 +103,7 @@ def compare_phis(results: Mapping[int, Mapping[int, Result]], costs: Mapping[int
 
 
 def conclude(rows: Sequence[Row]) -> list[str]:
-    """The conclusions from the rows, in sentences."""
+    """The conclusions from the rows, as sentences."""
     compared = [row for row in rows if row.phi]
     num_seeds = min((len(row.differences) for row in compared), default=0)
     sentences = []
@@ -114,7 +115,7 @@ def conclude(rows: Sequence[Row]) -> list[str]:
 
 
 def describe_row(row: Row, comparisons: int) -> str:
-    """The verdict on a phi in words, and how many seeds would show a difference."""
+    """The verdict on a phi, and how many seeds would be needed to show a difference."""
     name = f"phi {row.phi} ({row.name})"
     if row.verdict in ("better", "worse"):
         return f"{name} is {row.verdict} than phi 0: {format_mean(row.difference, '+')} AP."
@@ -131,12 +132,10 @@ def describe_row(row: Row, comparisons: int) -> str:
 
 
 def write_attention_report(folder: Path, rows: Sequence[Row], about: Sequence[str]) -> str:
-    """Write `comparison.txt`, `.json`, `.png` and `.html`; `about` explains the methods. Returns the text."""
+    """Write comparison.txt, .json, .png and .html, and return the text; `about` describes the methods."""
     conclusions = conclude(rows)
     cells = [COLUMNS, *(row.format_cells() for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in cells]
-    text = "\n".join([*lines, "", *conclusions, "", *about])
+    text = "\n".join([format_table(cells), "", *conclusions, "", *about])
     names = {row.phi: f"{row.phi} {row.name}" for row in rows}
     panels = {
         "AP": [(names[row.phi], row.AP_by_seed, row.AP) for row in rows],

@@ -1,6 +1,7 @@
 """Dataset reports: statistics, diagnostics, near-duplicates and examples, as text, JSON and a self-contained page."""
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,13 +14,14 @@ from torch import Tensor
 
 from utils.data.image_checks import read_sample
 from utils.data.image_io import encode_image
-from utils.data.statistics import InspectedSample, anchor_fit, describe_samples, summarize
+from utils.data.statistics import AnchorFit, InspectedSample, anchor_fit, summarize
 from utils.data.voc import Sample
 from utils.inference.drawing import draw_view
 from utils.reports.html import data_uri, write_page
 from utils.reports.plots import draw_counts, draw_shapes
 from utils.system.diagnostics import Diagnostic, Diagnostics
 from utils.system.files import write_text
+from utils.system.text import format_table
 
 TEXT, JSON, PAGE = "check.txt", "check.json", "check.html"
 TEMPLATE = "dataset_report.html"
@@ -27,17 +29,19 @@ PLOTS = {"classes.png": "Objects per class", "shapes.png": "Training objects and
 NUM_EXAMPLES = 6  # images of each part on the page
 MAX_PAIRS = 12  # near-duplicates on the page; the JSON contains all
 MAX_LISTED = 300  # diagnostics on the page; the JSON contains all
-KINDS = ("error", "skip", "repair")
+MAX_SIZES = 3  # image sizes in the table, the most frequent ones
+STATISTICS = ("images", "unusable", "without_objects", "difficult", "truncated")
+STATISTICS += ("image_sizes", "image_aspect", "object_side", "object_aspect", "objects")  # rows of the table
 
 
 @dataclass(frozen=True)
 class Part:
-    """The sets for training, validation or testing, and what was found in them."""
+    """The sets for training, validation or testing, and the findings in them."""
 
     sets: Sequence[str]
     found: Sequence[InspectedSample]
     diagnostics: Diagnostics
-    stops: bool  # whether training reads this part and so stops at its errors
+    stops: bool  # whether errors in this part stop training
 
     @property
     def usable(self) -> list[InspectedSample]:
@@ -45,7 +49,6 @@ class Part:
 
     @property
     def samples(self) -> list[Sample]:
-        """The usable samples, with the true sizes of their images."""
         return [item.sample for item in self.usable]
 
 
@@ -54,12 +57,12 @@ class Duplicate(NamedTuple):
 
     parts: tuple[str, str]
     samples: tuple[Sample, Sample]
-    bits: int  # number of different bits of their 64-bit hashes
+    bits: int  # Hamming distance of their 64-bit hashes
 
 
 @dataclass(frozen=True)
 class DatasetReport:
-    """A dataset and everything that was found in it."""
+    """The findings in a dataset."""
 
     class_names: Sequence[str]
     parts: Mapping[str, Part]  # train, val, test
@@ -70,7 +73,7 @@ class DatasetReport:
 
     @property
     def diagnostics(self) -> dict[str, list[Diagnostic]]:
-        """All diagnostics by part; parts without any are left out."""
+        """All diagnostics by part, without parts that have none."""
         by_part = {"settings": self.settings, **{name: part.diagnostics for name, part in self.parts.items()}}
         return {name: diagnostics.found for name, diagnostics in by_part.items() if diagnostics.found}
 
@@ -81,13 +84,17 @@ class DatasetReport:
         return sum(item.kind == "error" for diagnostics in read for item in diagnostics.found)
 
     @cached_property
+    def anchor_fit(self) -> AnchorFit | None:
+        return anchor_fit(self.sides, self.anchors) if len(self.anchors) else None
+
+    @cached_property
     def summary(self) -> dict[str, Any]:
         """The content of the JSON file."""
         parts = {
             name: {"sets": list(part.sets)} | summarize(part.found, self.class_names)
             for name, part in self.parts.items()
         }
-        fit = anchor_fit(self.sides, self.anchors) if len(self.anchors) else None
+        fit = self.anchor_fit
         return {
             "would_start": not self.stops,
             "parts": parts,
@@ -109,70 +116,50 @@ class DatasetReport:
         for name in PLOTS:
             (folder / name).unlink(missing_ok=True)
         draw_counts({name: part["classes"] for name, part in self.summary["parts"].items()}, folder / "classes.png")
-        if fit := self.summary["anchors"]:
-            draw_shapes(self.sides.numpy(), self.anchors.numpy(), fit["best_possible_recall"], folder / "shapes.png")
+        if self.anchor_fit:
+            draw_shapes(self.sides.numpy(), self.anchors.numpy(), self.anchor_fit.recall, folder / "shapes.png")
         self.write_page(folder)
 
     def format_text(self) -> str:
-        """The report as plain text."""
-        lines = [line for name in self.parts for line in self.describe_part(name)]
-        summary = self.summary
-        if summary["unused_classes"]:
-            lines.append(f"classes without objects: {', '.join(summary['unused_classes'])}")
-        if fit := summary["anchors"]:
-            lines.append(
-                f"anchors: best possible recall {fit['best_possible_recall']:.4f}, mean IoU {fit['mean_iou']:.4f}"
-            )
+        lines = [format_table(self.list_statistics())]
+        if unused := self.summary["unused_classes"]:
+            lines.append(f"classes without objects: {', '.join(unused)}")
+        if self.anchor_fit:
+            lines.append(f"anchors: {self.anchor_fit}")
         lines.append(f"near-duplicates across train, val and test: {len(self.duplicates) or 'none'}")
         for (first, second), (one, other), _ in self.duplicates[:MAX_PAIRS]:
             lines.append(f"  {first}: {one.image} and {second}: {other.image}")
         self.settings.print_summary("settings", lines.append)
         for name, part in self.parts.items():
             part.diagnostics.print_summary(name, lines.append)
-        return "\n".join([*lines, f"training would {'start' if summary['would_start'] else 'not start'}"])
+        return "\n".join([*lines, f"training would {'not ' if self.stops else ''}start"])
 
-    def describe_part(self, name: str) -> list[str]:
-        """The statistics of a part, one per line."""
-        about = self.summary["parts"][name]
-        sizes = [f"{size} ({count})" for size, count in list(about["image_sizes"].items())[:3]]
-        others = len(about["image_sizes"]) - len(sizes)
-        lines = [
-            f"{name}: {describe_samples(self.parts[name].samples, self.class_names)}",
-            f"  {about['unusable']} unusable images; of {about['objects']} objects, {about['difficult']} are difficult "
-            f"and {about['truncated']} truncated",
-            f"  image sizes: {', '.join(sizes)}" + (f" and {others} more" if others else ""),
-        ]
-        for title, key in (
-            ("image aspect ratio (width / height)", "image_aspect"),
-            ("object size (square root of the area)", "object_side"),
-            ("object aspect ratio (width / height)", "object_aspect"),
-        ):
-            if about[key]:
-                low, median, high = about[key]
-                lines.append(f"  {title}: {low:g} to {high:g}, median {median:g}")
-        return lines
+    def list_statistics(self) -> list[list[str]]:
+        parts = self.summary["parts"].values()
+        rows = [[key.replace("_", " "), *(format_statistic(part[key]) for part in parts)] for key in STATISTICS]
+        rows += [[name, *(str(part["classes"][name]) for part in parts)] for name in self.class_names]
+        return [["", *self.parts], *rows]
 
     def write_page(self, folder: Path) -> None:
-        """Write PAGE with all its pictures inside."""
+        """Write the self-contained HTML page."""
+        draw = self.draw_sample
         items = [(name, item) for name, found in self.diagnostics.items() for item in found]
-        items.sort(key=lambda entry: KINDS.index(entry[1].kind))
+        items.sort(key=lambda entry: entry[1].kind)  # errors first
         plots = [(title, folder / name) for name, title in PLOTS.items() if (folder / name).exists()]
         write_page(
             folder / PAGE,
             TEMPLATE,
             summary=self.summary,
-            class_names=self.class_names,
+            statistics=self.list_statistics(),
             listed=items[:MAX_LISTED],
-            counts={kind: sum(item.kind == kind for _, item in items) for kind in KINDS},
+            counts=Counter(item.kind for _, item in items),
             plots=[(title, data_uri(path.read_bytes(), "png")) for title, path in plots],
-            examples={name: list(map(self.show, pick_examples(part))) for name, part in self.parts.items()},
-            pairs=[
-                list(zip(item.parts, map(self.show, item.samples), strict=True)) for item in self.duplicates[:MAX_PAIRS]
-            ],
+            examples={name: [*map(draw, pick_examples(part.samples))] for name, part in self.parts.items()},
+            pairs=[[*zip(parts, map(draw, two), strict=True)] for parts, two, _ in self.duplicates[:MAX_PAIRS]],
         )
 
-    def show(self, sample: Sample) -> tuple[str, str]:
-        """The name of an image, and the data: URI of the image with its labels."""
+    def draw_sample(self, sample: Sample) -> tuple[str, str]:
+        """The name of an image, and a data URI of it with its labels."""
         image, _ = read_sample(sample)
         known = sample.labels >= 0
         objects = sv.Detections(sample.boxes[known], class_id=sample.labels[known])
@@ -180,7 +167,16 @@ class DatasetReport:
         return sample.name, data_uri(encode_image(view, ".jpg"), "jpeg")
 
 
-def pick_examples(part: Part) -> list[Sample]:
-    """At most NUM_EXAMPLES images with objects, evenly spaced over the part."""
-    labelled = [sample for sample in part.samples if len(sample.labels)]
-    return labelled[:: -(-len(labelled) // NUM_EXAMPLES)] if labelled else []
+def format_statistic(value: int | list[float] | dict[str, int] | None) -> str:
+    """Format a number; a range, given as minimum, median and maximum; or the counts of image sizes."""
+    if isinstance(value, list):
+        return "{0:g} to {2:g}, median {1:g}".format(*value)
+    if isinstance(value, dict):
+        more = [f"{len(value) - MAX_SIZES} more"] if len(value) > MAX_SIZES else []
+        return ", ".join([f"{size} ({count})" for size, count in value.items()][:MAX_SIZES] + more)
+    return "" if value is None else str(value)
+
+
+def pick_examples(samples: Sequence[Sample]) -> Sequence[Sample]:
+    labeled = [sample for sample in samples if len(sample.labels)]
+    return labeled[:: -(-len(labeled) // NUM_EXAMPLES) or 1]

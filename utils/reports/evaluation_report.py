@@ -28,10 +28,11 @@ from utils.inference.drawing import choose_region, draw_view
 from utils.reports.html import data_uri, write_page
 from utils.reports.plots import draw_confidence, draw_confusion, draw_precision_recall, draw_shapes
 from utils.system.files import write_text
+from utils.system.text import format_table
 
 PAGE, TEMPLATE = "report.html", "evaluation_report.html"
 MAX_WORST = 12  # images on the page
-MAX_LABEL_ERRORS = 24  # on the page; label_errors.json contains all
+MAX_LABEL_ERRORS = 24  # on the page; label_errors.json lists all
 PLOTS = {
     "precision_recall.png": "Precision-recall curves",
     "confusion.png": "Confusion matrix",
@@ -42,19 +43,16 @@ CLASS_COLUMNS = {"objects": "objects", "AP_11point": "VOC AP 11-point", "AP_area
 CLASS_COLUMNS |= {name: name for name in ("threshold", "precision", "recall", "F1")}
 
 
-def list_class_rows(metrics: dict[str, Any]) -> list[tuple[str, dict[str, float]]]:
-    """Name and CLASS_COLUMNS of each class, followed by the means over the classes with objects."""
-    voc, coco = metrics["voc"], metrics["coco"]
-    rows = [
-        (name, values | {"AP": coco["per_class"][name]} | metrics["best"][name])
-        for name, values in voc["per_class"].items()
-    ]
-    present = [values for _, values in rows if values["objects"]]
-    means = {
-        column: float(np.mean([row[column] for row in present] or [-1])) for column in ("precision", "recall", "F1")
-    }
-    total = {"objects": sum(values["objects"] for _, values in rows), "AP": coco["AP"]}
-    return [*rows, ("mean", total | {"AP_11point": voc["mAP_11point"], "AP_area": voc["mAP_area"]} | means)]
+def list_class_rows(metrics: dict[str, Any]) -> list[list[str]]:
+    """A table of the CLASS_COLUMNS of each class, and of their means over the classes with objects."""
+    voc, coco, best = metrics["voc"], metrics["coco"], metrics["best"]
+    rows = {name: row | best[name] | {"AP": coco["per_class"][name]} for name, row in voc["per_class"].items()}
+    present = [row for row in rows.values() if row["objects"]]
+    means = {key: float(np.mean([row[key] for row in present] or [-1])) for key in ("precision", "recall", "F1")}
+    means |= {"AP_11point": voc["mAP_11point"], "AP_area": voc["mAP_area"], "AP": coco["AP"]}
+    rows = [*rows.items(), ("mean", means | {"objects": sum(row["objects"] for row in present)})]
+    cells = [[name, *(format_number(row.get(column)) for column in CLASS_COLUMNS)] for name, row in rows]
+    return [["class", *CLASS_COLUMNS.values()], *cells]
 
 
 def format_number(value: float | None) -> str:
@@ -65,22 +63,16 @@ def format_number(value: float | None) -> str:
 
 def format_metrics(metrics: dict[str, Any]) -> str:
     """A text table of the classes and their mean, and the 12 COCO metrics."""
-    rows = list_class_rows(metrics)
-    width = max(5, *(len(name) for name, _ in rows))
-    lines = ["  ".join([f"{'class':{width}}", *CLASS_COLUMNS.values()])]
-    for name, values in rows:
-        cells = [f"{format_number(values.get(column)):>{len(title)}}" for column, title in CLASS_COLUMNS.items()]
-        lines.append("  ".join([f"{name:{width}}", *cells]).rstrip())
     coco = [f"{name} {metrics['coco'][name]:.4f}" for name in COCO_NAMES]
-    return "\n".join([*lines, "", "COCO  " + "  ".join(coco[:6]), "      " + "  ".join(coco[6:])])
+    return f"{format_table(list_class_rows(metrics))}\n\nCOCO  {'  '.join(coco[:6])}\n      {'  '.join(coco[6:])}"
 
 
 @dataclass(frozen=True)
 class EvaluationReport:
-    """The evaluation of a detector on a split, with everything that the report shows."""
+    """The evaluation of a detector on a split, and its report."""
 
     weights: Path
-    source: str  # the devkit, or the folder of the COCO images
+    source: str  # the devkit, or the image folder of a COCO file
     sets: Sequence[str]
     detector: Detector
     cache: ImageCache
@@ -96,9 +88,8 @@ class EvaluationReport:
     @cached_property
     def metrics(self) -> dict[str, Any]:
         """The content of metrics.json."""
-        spec, limits = self.detector.spec, self.detector.thresholds
+        spec, limits, fit = self.detector.spec, self.detector.thresholds, anchor_fit(*self.shapes)
         counts = confusion_matrix(self.cache.samples, self.detections, self.evaluation.thresholds)
-        fit = anchor_fit(*self.shapes)
         return {
             "weights": str(self.weights),
             "source": self.source,
@@ -115,7 +106,7 @@ class EvaluationReport:
         }
 
     def write(self, folder: Path) -> None:
-        """Write the metrics, the likely label errors, the plots and the page."""
+        """Write the metrics, likely label errors, plots and the HTML page."""
         samples, names, curves = self.cache.samples, self.detector.spec.class_names, self.evaluation.curves
         errors = find_label_errors(samples, self.detections, curves, self.evaluation.thresholds, names)
         described = [describe_error(error, samples[error.image]) for error in errors]
@@ -130,26 +121,25 @@ class EvaluationReport:
         self.write_page(folder, errors)
 
     def write_page(self, folder: Path, errors: Sequence[LabelError]) -> None:
-        """Write PAGE with all its pictures inside."""
+        """Write the self-contained HTML page."""
         write_page(
             folder / PAGE,
             TEMPLATE,
             metrics=self.metrics,
-            columns=CLASS_COLUMNS,
             rows=list_class_rows(self.metrics),
             coco_names=COCO_NAMES,
             plots=[(title, data_uri((folder / name).read_bytes(), "png")) for name, title in PLOTS.items()],
-            worst=self.show_worst_images(),
-            errors=[self.show_error(error) for error in errors[:MAX_LABEL_ERRORS]],
+            worst=self.draw_worst_images(),
+            errors=[self.draw_error(error) for error in errors[:MAX_LABEL_ERRORS]],
             num_errors=len(errors),
             kinds=Counter(error.kind for error in errors),
             format_number=format_number,
             anchor_iou=MIN_ANCHOR_IOU,
         )
 
-    def show_worst_images(self) -> list[dict[str, Any]]:
+    def draw_worst_images(self) -> list[dict[str, Any]]:
         """The images that lower AP the most, with missed objects and false positives marked."""
-        costs = estimate_influence(self.evaluation.coco.matches, len(self.cache))
+        costs = estimate_influence(self.evaluation.matches, len(self.cache))
         worst = []
         for i in np.argsort(-costs, kind="stable")[:MAX_WORST].tolist():
             if costs[i] <= 0:
@@ -168,8 +158,7 @@ class EvaluationReport:
             worst.append({"image": sample.name, "file": str(sample.image), "caption": caption} | pictures)
         return worst
 
-    def show_error(self, error: LabelError) -> dict[str, Any]:
-        """A likely label error with pictures of its surroundings."""
+    def draw_error(self, error: LabelError) -> dict[str, Any]:
         part, box = choose_region(error.box, self.cache.sizes[error.image]), error.box[None]
         pictures = self.draw_pictures(error.image, box, box, part)
         return describe_error(error, self.cache.samples[error.image]) | pictures
@@ -177,27 +166,27 @@ class EvaluationReport:
     def draw_pictures(
         self, i: int, marks: np.ndarray, found_marks: np.ndarray, part: tuple[int, int, int, int] | None = None
     ) -> dict[str, str]:
-        """An image, or a part of it, with its labels and with its detections, each with marked boxes."""
+        """Data URIs of an image, or a part of it, with its labels and with its detections."""
         sample, names = self.cache.samples[i], self.detector.spec.class_names
         image, _ = read_sample(sample)
         found = filter_confident(self.detections[i], self.evaluation.thresholds)
         views = {
-            "labelled": draw_view(image, sv.Detections(sample.boxes, class_id=sample.labels), names, marks, part),
-            "found": draw_view(image, found, names, found_marks, part),
+            "labels": draw_view(image, sv.Detections(sample.boxes, class_id=sample.labels), names, marks, part),
+            "detections": draw_view(image, found, names, found_marks, part),
         }
         return {name: data_uri(encode_image(view, ".jpg"), "jpeg") for name, view in views.items()}
 
 
 def describe_error(error: LabelError, sample: Sample) -> dict[str, Any]:
-    """The entry of a label error in label_errors.json; its box is in pixels from 0."""
+    """The entry of a label error in label_errors.json; the box is in pixels, counted from 0."""
     score, box = round(float(error.score), 4), [round(float(edge), 1) for edge in error.box]
     entry = {"image": sample.name, "file": str(sample.image), "kind": error.kind}
     return entry | {"score": score, "box": box, "reason": error.reason}
 
 
 def compare_checkpoints(paths: Sequence[Path], evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
-    """AP and AP50 of each checkpoint, and its difference of AP from the first one, with bootstrap intervals."""
-    draws = bootstrap_ap([evaluation.coco.matches for evaluation in evaluations])
+    """AP and AP50 of each checkpoint, and the difference in AP from the first one, with bootstrap intervals."""
+    draws = bootstrap_ap([evaluation.matches for evaluation in evaluations])
     first = evaluations[0].metrics["coco"]["AP"]
     rows = []
     for path, evaluation, own in zip(paths, evaluations, draws, strict=True):
@@ -210,25 +199,27 @@ def compare_checkpoints(paths: Sequence[Path], evaluations: Sequence[Evaluation]
 
 
 def write_checkpoint_comparison(folder: Path, paths: Sequence[Path], evaluations: Sequence[Evaluation]) -> str:
-    """Write `comparison.json`, the rows of `compare_checkpoints`, and `comparison.txt`; returns the text."""
-    rows, num_images = compare_checkpoints(paths, evaluations), len(evaluations[0].coco.matches[0].num_objects)
-    width, title = max(len(row["weights"]) for row in rows), f"{CONFIDENCE:.0%} interval"
-    lines = [f"{'':{width}}  COCO AP  {title:14}  difference  {title:16}   AP50"]
+    """Write the rows of `compare_checkpoints` to comparison.json and comparison.txt; returns the text."""
+    rows, num_images = compare_checkpoints(paths, evaluations), len(evaluations[0].matches[0].num_objects)
+    interval = f"{CONFIDENCE:.0%} interval"
+    table = [["", "COCO AP", interval, "difference", interval, "AP50"]]
     for row in rows:
-        line = f"{row['weights']:{width}}   {row['AP']:.4f}  {format_interval(row['AP_interval']):14}"
-        difference = f"{row['difference']:+.4f}" if "difference" in row else ""
-        between = format_interval(row["difference_interval"], "+") if "difference" in row else ""
-        lines.append(f"{line}  {difference:>10}  {between:16}  {row['AP50']:.4f}")
-    lines.append(
-        f"Differences are from the first checkpoint. Intervals: paired bootstrap over {num_images} images, "
-        f"{NUM_RESAMPLES} resamples."
+        cells = [
+            row["weights"],
+            f"{row['AP']:.4f}",
+            "{:.4f}..{:.4f}".format(*row["AP_interval"]),
+            "",
+            "",
+            f"{row['AP50']:.4f}",
+        ]
+        if "difference" in row:
+            cells[3:5] = f"{row['difference']:+.4f}", "{:+.4f}..{:+.4f}".format(*row["difference_interval"])
+        table.append(cells)
+    text = (
+        f"{format_table(table)}\nDifferences are relative to the first checkpoint. Intervals: paired bootstrap over "
+        f"{num_images} images, {NUM_RESAMPLES} resamples.\n"
+        "The intervals apply to these checkpoints only; training with another seed also changes AP."
     )
-    lines.append("The intervals hold for these checkpoints; training with another seed changes AP, too.")
     write_text(folder / "comparison.json", json.dumps(rows, indent=2) + "\n")
-    write_text(folder / "comparison.txt", "\n".join(lines) + "\n")
-    return "\n".join(lines)
-
-
-def format_interval(limits: tuple[float, float], sign: str = "") -> str:
-    low, high = (f"{limit:{sign}.4f}" for limit in limits)
-    return f"{low}..{high}"
+    write_text(folder / "comparison.txt", text + "\n")
+    return text

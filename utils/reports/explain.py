@@ -1,4 +1,4 @@
-"""Explanations of a network's predictions: attention maps, objectness, and the evidence for a detection (Grad-CAM)."""
+"""Explanations of predictions: attention maps, objectness maps, and class activation maps (Grad-CAM)."""
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,20 +24,19 @@ from utils.inference.detector import Detector
 from utils.system.errors import UserError
 
 HEADS = ("P5", "P4")
-STRIDE_16 = "stride 16"  # the input of the last CSP block, fine enough to show parts of an object
-MAX_EXPLAINED = 4  # detections that get a Grad-CAM map, the best ones
+STRIDE_16 = "stride 16"  # the input of the last CSP block, whose resolution shows parts of an object
+MAX_EXPLAINED = 4  # detections with a Grad-CAM map, the highest-scoring ones
 
 
 class AttentionMaps(NamedTuple):
-    """What the attention block at one place did to features (B, C, H, W)."""
+    """The effect of an attention block on features (B, C, H, W)."""
 
     features: Tensor  # the block's input
-    gates: tuple[Tensor, ...]  # in 0..1; along each axis of size 1 or that of the features
-    gain: float | None  # learned gain of the identity start, initially 0; None for a plain gate
+    gates: tuple[Tensor, ...]  # in 0..1, broadcastable to the features
+    gain: float | None  # learned gain of the identity start, initially 0; None without identity start
 
     @property
     def has_spatial(self) -> bool:
-        """Whether a gate differs between positions."""
         return any(gate.shape[2:].numel() > 1 for gate in self.gates)
 
     @property
@@ -47,29 +46,28 @@ class AttentionMaps(NamedTuple):
 
     @property
     def gate(self) -> Tensor:
-        """The product of the gates, in 0..1."""
         return reduce(mul, self.gates)
 
     @property
     def factor(self) -> Tensor:
-        """The factor of the features: x + gain * (x * gate - x) is x * (1 + gain * (gate - 1))."""
+        """The factor of the features: x + gain * (x * gate - x) = x * (1 + gain * (gate - 1))."""
         return self.gate if self.gain is None else 1 + self.gain * (self.gate - 1)
 
 
 class DetectionMaps(NamedTuple):
-    """Where the evidence for a detection lies; the maximum of each map is 1."""
+    """Evidence for a detection; the maximum of each map is 1."""
 
-    detection: int  # its index
+    detection: int  # index
     head: str  # the head that predicted it
-    grad_cam: Tensor  # (H, W) at the head: evidence for all objects like this one
+    grad_cam: Tensor  # (H, W) at the head: evidence for all similar objects
     evidence: Tensor  # (H/16, W/16): evidence for this detection alone
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """Maps of one image, on the network's grids; `utils.detection.boxes.project_to_image` resamples them."""
+    """Maps of one image at the resolution of the network; `project_to_image` resamples them."""
 
-    fit: Fit  # from the image to the network's input
+    fit: Fit  # transform from the image to the network input
     input_size: tuple[int, int]
     attention: dict[str, AttentionMaps]  # by place
     objectness: dict[str, Tensor]  # by head, (H, W) in 0..1, of the best anchor
@@ -91,20 +89,20 @@ class Explanation:
 
 
 class Explainer:
-    """Computes explanations for a detector that runs a checkpoint with plain PyTorch."""
+    """Computes explanations for a detector that runs a checkpoint in eager mode."""
 
     def __init__(self, detector: Detector) -> None:
         if type(detector.network) is not TorchNetwork:
             raise UserError(
-                "--explain reads the layers of a checkpoint, which is not possible with an exported network, --compile "
-                "or --tta; pass a .safetensors file written by train.py, and leave out --compile and --tta"
+                "--explain reads the layers of a checkpoint, so it does not support exported networks, --compile and "
+                "--tta; pass a .safetensors file written by train.py, and leave out --compile and --tta"
             )
         self.detector = detector
         self.model = copy.deepcopy(detector.network.model).float()
         self.levels = head_levels(detector.spec, detector.network.device)
 
     def explain(self, image: np.ndarray, detections: sv.Detections) -> Explanation:
-        """Explain the detections, best first, of a uint8 RGB image (H, W, 3)."""
+        """Explain the detections, in descending order of score, of a uint8 RGB image (H, W, 3)."""
         prepared = self.detector.prepare([image])
         fit, model = prepared.fits[0], self.model
         pixels = prepared.images.to(self.detector.network.device).float() / 255
@@ -130,7 +128,7 @@ class Explainer:
 
     @torch.no_grad()
     def find_prediction(self, outputs: Sequence[Tensor], box: Tensor, label: int) -> tuple[str, int]:
-        """The head, and the index in it, of the prediction behind a box (4,) in input pixels with this label."""
+        """The head, and the index in it, of the prediction behind a box (4,) in input pixels and its label."""
         best = []
         for head, output, level in zip(HEADS, outputs, self.levels, strict=True):
             boxes, logits = decode_head(output, level, self.detector.spec.scale_xy)
@@ -142,14 +140,10 @@ class Explainer:
 
 @contextmanager
 def capture_inputs(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
-    """Within the block, the returned dict collects the input of each module's last call, by name."""
+    """Yield a dict that receives the input of each module's last call, by name."""
     captured: dict[str, Tensor] = {}
-
-    def capture(name: str, inputs: tuple[Tensor, ...]) -> None:
-        captured[name] = inputs[0]
-
     hooks = [
-        module.register_forward_pre_hook(lambda _, inputs, name=name: capture(name, inputs))
+        module.register_forward_pre_hook(lambda _, inputs, name=name: captured.update({name: inputs[0]}))
         for name, module in modules.items()
     ]
     try:
@@ -161,7 +155,7 @@ def capture_inputs(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Tenso
 
 @torch.no_grad()
 def compute_attention(model: YoloBody, pixels: Tensor) -> dict[str, AttentionMaps]:
-    """Run a network in evaluation mode on a batch (B, 3, H, W) in 0..1; returns its attention maps by place."""
+    """The attention maps, by place, of a network in eval mode for a batch (B, 3, H, W) in 0..1."""
     blocks: dict[str, AttentionBlock] = {
         place: getattr(model, f"{place}_att") for place in ATTENTION_PLACES if hasattr(model, f"{place}_att")
     }
@@ -175,16 +169,15 @@ def compute_attention(model: YoloBody, pixels: Tensor) -> dict[str, AttentionMap
 
 
 def read_gains(model: YoloBody) -> dict[str, float]:
-    """The learned gain of each place with identity start; 0 switches the attention off."""
+    """The learned gain of each block with identity start, by place; 0 disables the attention."""
     return {place: float(gain) for place, gain in model.attention_gain.items()}
 
 
 def compute_cam(features: Tensor, gradient: Tensor) -> Tensor:
-    """A class activation map (H, W), at most 1, of features (1, C, H, W) and the gradient of a score.
+    """A class activation map (H, W), at most 1, from features (1, C, H, W) and the gradient of a score.
 
-    With the mean gradient of each channel it is Grad-CAM (arXiv 1610.02391), which responds to all similar objects;
-    with the full gradient it is HiResCAM (arXiv 2011.08891), which responds to this one only. Negative evidence is
-    set to 0.
+    The mean gradient of each channel gives Grad-CAM (arXiv 1610.02391), which responds to all similar objects; the full
+    gradient gives HiResCAM (arXiv 2011.08891), which responds to one object only. Negative evidence is set to 0.
     """
     cells = (features.detach() * gradient).sum(dim=1)[0].relu()
     return cells / cells.max().clamp(min=torch.finfo(cells.dtype).tiny)

@@ -1,4 +1,4 @@
-"""The output of `predict.py --explain`: for each image a picture of its explanation, and its maps as arrays."""
+"""The output of `predict.py --explain`: a picture of the maps of each image, and the maps as arrays."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -29,12 +29,12 @@ from utils.reports.plots import escape_label, save_figure
 from utils.system.errors import UserError
 from utils.system.files import atomic_write
 
-VIEW_SIDE = 480  # pixels of the longer side of the image in a panel
-WIDTH, TITLE_HEIGHT, BAR_HEIGHT = 12.0, 0.6, 1.8  # inches: the figure, the titles of a row, a row of bars
-MIN_RANGE = 0.01  # of a colour scale for factors, so that negligible differences look negligible
-MAX_CHANNELS = 2  # shown of each place
-COLORMAP, OPACITY = "viridis", 0.55  # increases in lightness, so it also works in grayscale
-BLACK_LEVEL = 0.4  # lightness of the image's black under a map
+VIEW_SIDE = 480  # longer side of the image, in pixels
+WIDTH, TITLE_HEIGHT, BAR_HEIGHT = 12.0, 0.6, 1.8  # inches, of the figure, a title and a row of bars
+MIN_RANGE = 0.01  # of a color scale for factors, so that negligible differences look negligible
+MAX_CHANNELS = 2  # shown for each attention block
+COLORMAP, OPACITY = "viridis", 0.55  # perceptually uniform, also in grayscale
+BLACK_LEVEL = 0.4  # gray level of black pixels under a map
 
 
 class Panels(Sink):
@@ -44,9 +44,11 @@ class Panels(Sink):
         super().__init__(folder, detector.spec.class_names)
         self.explainer = Explainer(detector)
 
-    def write(self, frame: Frame, detections: sv.Detections, new: bool = True) -> None:
+    def write(self, frame: Frame, detections: sv.Detections) -> None:
         if frame.video is not None:
-            raise UserError(f"--explain works on images, and {frame.video.name} is a video; pass single frames of it")
+            raise UserError(
+                f"--explain supports images only, but {frame.video.name} is a video; pass single frames of it"
+            )
         explanation = self.explainer.explain(frame.image, detections)
         path = self.new_path(f"{frame.path.stem}_explained.png")
         draw_panel(View(frame.image, explanation), detections, explanation, self.class_names, path)
@@ -68,7 +70,7 @@ class View:
         self.input_size = explanation.input_size
 
     def draw_map(self, axes: Axes, cells: Tensor, title: str, limits: tuple[float, float] | None = None) -> None:
-        """A map (H, W) over the image, with a colour bar between `limits` or the map's minimum and maximum."""
+        """Overlay a map (H, W), with a color bar from `limits`, or from the minimum to the maximum."""
         axes.imshow(self.gray, cmap="gray", vmin=0, vmax=1)
         values = project_to_image(cells[None], self.fit, self.input_size, self.size)[0]
         low, high = limits or (None, None)
@@ -80,7 +82,7 @@ class View:
         axes.set(xticks=[], yticks=[])
 
     def draw_box(self, axes: Axes, box: np.ndarray) -> None:
-        """A box (4,) of the image, with a contrast that is visible on any map."""
+        """Draw a box (4,) in image pixels, visible on any map."""
         x1, y1, x2, y2 = box / self.shrink
         for color, thickness in (("black", 3), ("white", 1.2)):
             axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, color=color, linewidth=thickness))
@@ -89,25 +91,30 @@ class View:
 def draw_panel(
     view: View, detections: sv.Detections, explanation: Explanation, class_names: Sequence[str], path: Path
 ) -> None:
-    """Draw the detections, followed by one row for each kind of map that the network has."""
+    """Draw the detections, followed by a row for each kind of map that the network has."""
     shape, attention = view.size[0] / view.size[1], explanation.attention
     spatial = {place: maps for place, maps in attention.items() if maps.has_spatial}
     channels = {place: maps for place, maps in attention.items() if maps.has_channel}
-    third = WIDTH / 3 * shape * 0.85  # the colour bar beside a map takes the rest
-    rows = [(third, partial(draw_found, view, detections, explanation, class_names))]
+    third = WIDTH / 3 * shape * 0.85  # height of a map; the color bar takes the rest of the width
+    title = "Detections, and objectness predicted by each head"
+    rows = [(third, title, partial(draw_found, view, detections, explanation, class_names))]
     if spatial:
-        rows.append((third, partial(draw_spatial, view, spatial)))
+        title = "Spatial attention: factor of the features, averaged over channels"
+        rows.append((third, title, partial(draw_spatial, view, spatial)))
     if channels:
-        rows.append((BAR_HEIGHT, partial(draw_channels, channels)))
-        rows.append((third / 2, partial(draw_boosted, view, channels)))
+        title = "Channel attention: factor of each channel, in descending order (1 = unchanged)"
+        rows.append((BAR_HEIGHT, title, partial(draw_channels, channels)))
+        title = "Input features of the most amplified channels (place, channel and factor)"
+        rows.append((third / 2, title, partial(draw_amplified, view, channels)))
     if explanation.detections:
-        rows.append(
-            (2 * WIDTH / 4 * shape * 0.85 + TITLE_HEIGHT, partial(draw_evidence, view, detections, explanation))
-        )
-    heights = [height + TITLE_HEIGHT for height, _ in rows]
+        title = "Evidence: Grad-CAM at the head that made the detection (top), HiResCAM at stride 16 (bottom)"
+        height = 2 * WIDTH / MAX_EXPLAINED * shape * 0.85 + TITLE_HEIGHT
+        rows.append((height, title, partial(draw_evidence, view, detections, explanation)))
+    heights = [height + TITLE_HEIGHT for height, *_ in rows]
     figure = plt.figure(figsize=(WIDTH, sum(heights)), layout="constrained")
     parts = np.atleast_1d(figure.subfigures(len(rows), 1, height_ratios=heights))
-    for part, (_, draw) in zip(parts, rows, strict=True):
+    for part, (_, title, draw) in zip(parts, rows, strict=True):
+        part.suptitle(title, fontsize="medium")
         draw(part)
     save_figure(figure, path)
 
@@ -116,7 +123,6 @@ def draw_found(
     view: View, detections: sv.Detections, explanation: Explanation, class_names: Sequence[str], part: SubFigure
 ) -> None:
     """The image with its detections, and the objectness of each head."""
-    part.suptitle("Detections, and the objectness predicted by each head", fontsize="medium")
     first, *others = part.subplots(1, 1 + len(HEADS))
     first.imshow(draw_detections(view.picture, replace(detections, xyxy=detections.xyxy / view.shrink), class_names))
     first.set_title(f"Detections: {len(detections)}", fontsize="small")
@@ -126,8 +132,6 @@ def draw_found(
 
 
 def draw_spatial(view: View, attention: dict[str, AttentionMaps], part: SubFigure) -> None:
-    """The factor of the features at each position, for each place."""
-    part.suptitle("Spatial attention: factor of the features, averaged over channels", fontsize="medium")
     panels = part.subplots(1, len(attention), squeeze=False)[0]
     for axes, (place, maps) in zip(panels, attention.items(), strict=True):
         factors = maps.factor[0].mean(dim=0)
@@ -135,7 +139,6 @@ def draw_spatial(view: View, attention: dict[str, AttentionMaps], part: SubFigur
 
 
 def find_limits(factors: Tensor) -> tuple[float, float]:
-    """Minimum and maximum of the factors, widened to MIN_RANGE."""
     low, high = float(factors.min()), float(factors.max())
     more = max(0.0, MIN_RANGE - (high - low)) / 2
     return low - more, high + more
@@ -146,41 +149,27 @@ def describe_gain(maps: AttentionMaps) -> str:
 
 
 def draw_channels(attention: dict[str, AttentionMaps], part: SubFigure) -> None:
-    """The factor of each channel, in descending order, for each place."""
-    part.suptitle("Channel attention: factor of each channel, in descending order (1 = unchanged)", fontsize="medium")
     panels = part.subplots(1, len(attention), squeeze=False)[0]
     for axes, (place, maps) in zip(panels, attention.items(), strict=True):
-        factors = average_positions(maps).sort(descending=True).values.cpu()
-        values = factors.numpy()
+        factors = maps.factor[0].mean(dim=(1, 2)).sort(descending=True).values.cpu()
         axes.set_ylim(*find_limits(torch.cat([factors, torch.ones(1)])))
-        axes.fill_between(np.arange(len(values)), 1, values, step="mid")  # faster than hundreds of bars
+        axes.fill_between(np.arange(len(factors)), 1, factors.numpy(), step="mid")  # faster than hundreds of bars
         axes.axhline(1, color="black", linewidth=0.8)
         axes.set_title(f"{place}, {describe_gain(maps)}", fontsize="small")
         axes.tick_params(labelsize="x-small")
 
 
-def average_positions(maps: AttentionMaps) -> Tensor:
-    """The factor of each channel (C,), averaged over the positions."""
-    return maps.factor[0].mean(dim=(1, 2))
-
-
-def draw_boosted(view: View, attention: dict[str, AttentionMaps], part: SubFigure) -> None:
-    """The input features of the channels with the largest factors, for each place."""
-    part.suptitle("Input features of the most amplified channels (place, channel and factor)", fontsize="medium")
+def draw_amplified(view: View, attention: dict[str, AttentionMaps], part: SubFigure) -> None:
     panels = iter(part.subplots(1, MAX_CHANNELS * len(attention), squeeze=False)[0])
     for place, maps in attention.items():
-        factors = average_positions(maps)
+        factors = maps.factor[0].mean(dim=(1, 2))
         for channel in factors.topk(MAX_CHANNELS).indices.tolist():
             title = f"{place} {channel}: x{factors[channel]:.2f}"
             view.draw_map(next(panels), maps.features[0, channel], title)
 
 
 def draw_evidence(view: View, detections: sv.Detections, explanation: Explanation, part: SubFigure) -> None:
-    """The evidence for the best detections: above for objects like this one, below for this one alone."""
-    part.suptitle(
-        "Evidence: Grad-CAM at the head that made the detection (above), HiResCAM at stride 16 (below)",
-        fontsize="medium",
-    )
+    """The evidence for the best detections: for all similar objects (top), and for this one alone (bottom)."""
     panels = part.subplots(2, MAX_EXPLAINED)
     for axes in panels.flat:
         axes.set_axis_off()

@@ -25,13 +25,13 @@ CJK_FONTS = (
     "Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "WenQuanYi Micro Hei", "Droid Sans Fallback",  # Linux
     "Microsoft YaHei", "SimHei", "PingFang SC", "Hiragino Sans GB", "Arial Unicode MS",  # Windows, macOS
 )  # fmt: skip
-logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # it warns about CJK fonts of a single weight
+logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # warns about CJK fonts that have a single weight
 installed = set(font_manager.get_font_names())
 matplotlib.rcParams["font.family"] = ["DejaVu Sans", *(name for name in CJK_FONTS if name in installed)]
-MAX_CELL_TEXTS = 25  # classes up to which a confusion matrix contains numbers
+MAX_CELL_TEXTS = 25  # maximum number of classes for numbers in a confusion matrix
 BINS = 40
-MAX_NAMED = 20  # classes up to which all curves are in the legend
-NUM_COLORS = 10  # in matplotlib's colour cycle; further lines are dashed
+MAX_NAMED = 20  # maximum number of classes for a complete legend
+NUM_COLORS = 10  # in the color cycle of matplotlib; further lines are dashed
 MAX_NAME_LENGTH = 25  # characters of a class name in a plot
 
 
@@ -42,13 +42,13 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 
 def escape_label(name: str) -> str:
-    """A class name as a plot label: shortened, without a leading _, which hides it, and $, which starts a formula."""
+    """Shorten a class name for a plot, and escape a leading _, which hides a label, and $, which starts a formula."""
     name = name if len(name) <= MAX_NAME_LENGTH else name[: MAX_NAME_LENGTH - 1] + "…"
     return (" " if name.startswith("_") else "") + name.replace("$", r"\$")
 
 
 def draw_training(records: Sequence[dict[str, Any]], path: Path) -> None:
-    """Loss by epoch, and the accuracy of the validations, if there were any."""
+    """Loss per epoch, and validation AP, if there is any."""
     panels = [("Loss", {"train/loss": "training", "val/loss": "validation"})]
     if any("val/AP" in record for record in records):
         panels.append(("Accuracy on the validation split", {"val/AP": "AP", "val/AP50": "AP50"}))
@@ -69,11 +69,10 @@ def draw_training(records: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def draw_precision_recall(curves: Sequence[Curve], class_names: Sequence[str], path: Path) -> None:
-    """The precision-recall curves of the classes that have objects, with AP in the legend."""
+    """The precision-recall curves of the classes with objects, with AP in the legend."""
     figure, axes = plt.subplots(figsize=(8, 5.5), layout="constrained")
-    axes.set(
-        xlabel="Recall", ylabel="Precision", title=f"Precision-recall curves at IoU {MATCH_IOU}, with VOC AP (area)"
-    )
+    title = f"Precision-recall curves at IoU {MATCH_IOU}, with VOC AP (area)"
+    axes.set(xlabel="Recall", ylabel="Precision", title=title)
     labels = [f"{escape_label(name)} {curve.ap_area():.3f}" for curve, name in zip(curves, class_names, strict=True)]
     draw_curves(figure, [axes], curves, labels, lambda curve: [(curve.recall, curve.precision)])
     save_figure(figure, path)
@@ -105,10 +104,10 @@ def draw_curves(
     labels: Sequence[str],
     lines: Callable[[Curve], list[tuple[np.ndarray, np.ndarray]]],
 ) -> list[tuple[Line2D, int]]:
-    """Draw x and y of `lines`, one pair per panel, for each class with objects.
+    """Draw the `lines` (x, y) of each class with objects, one per panel.
 
-    Above MAX_NAMED classes, the legend names only those with the lowest AP, and the others are gray. Returns the lines
-    of the named classes in the first panel, with the index of the class.
+    With more than MAX_NAMED classes, the legend lists only those with the lowest AP; the others are gray. Returns the
+    lines of the listed classes in the first panel, each with the index of its class.
     """
     present = sorted((curve.ap_area(), i) for i, curve in enumerate(curves) if curve.num_objects)
     named = {i for _, i in present[: len(present) if len(present) <= MAX_NAMED else MAX_NAMED // 2]}
@@ -130,7 +129,7 @@ def draw_curves(
 
 
 def draw_confusion(counts: np.ndarray, class_names: Sequence[str], path: Path) -> None:
-    """A confusion matrix of counts (C + 1, C + 1) with the background last, coloured by share of the row."""
+    """A confusion matrix of counts (C + 1, C + 1), background last, colored by row-normalized values."""
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     names = [*map(escape_label, class_names), "background"]
     side = min(14, 3.5 + 0.55 * len(names))
@@ -139,7 +138,7 @@ def draw_confusion(counts: np.ndarray, class_names: Sequence[str], path: Path) -
     size = "small" if len(names) <= MAX_CELL_TEXTS else "xx-small"
     axes.set_xticks(range(len(names)), names, rotation=90, fontsize=size)
     axes.set_yticks(range(len(names)), names, fontsize=size)
-    axes.set(xlabel="Predicted", ylabel="True", title="Confusion matrix (row-normalised, with counts)")
+    axes.set(xlabel="Predicted", ylabel="True", title="Confusion matrix (row-normalized, with counts)")
     if len(names) <= MAX_CELL_TEXTS + 1:
         for row, column in np.argwhere(counts):
             color = "white" if shares[row, column] > 0.6 else "black"
@@ -151,11 +150,9 @@ def draw_confusion(counts: np.ndarray, class_names: Sequence[str], path: Path) -
 def draw_shapes(sides: np.ndarray, anchors: np.ndarray, recall: float | None, path: Path) -> None:
     """Histograms of the size and aspect ratio of objects (N, 2), with anchors (A, 2) as lines, all in input pixels."""
     figure, panels = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained")
-    size, aspect = np.sqrt(sides.prod(axis=1)), sides[:, 0] / sides[:, 1]
-    for axes, values, of_anchors, title in (
-        (panels[0], size, np.sqrt(anchors.prod(axis=1)), "Size: square root of the area (input pixels)"),
-        (panels[1], aspect, anchors[:, 0] / anchors[:, 1], "Aspect ratio (width / height)"),
-    ):
+    titles = "Size: square root of the area (input pixels)", "Aspect ratio (width / height)"
+    shapes = ((np.sqrt(values.prod(axis=1)), values[:, 0] / values[:, 1]) for values in (sides, anchors))
+    for axes, values, of_anchors, title in zip(panels, *shapes, titles, strict=True):
         both = np.concatenate([values, of_anchors])
         edges = np.geomspace(both.min() * 0.9, both.max() * 1.1, BINS)
         axes.hist(values, edges, color="tab:blue", alpha=0.7)
@@ -171,7 +168,7 @@ def draw_shapes(sides: np.ndarray, anchors: np.ndarray, recall: float | None, pa
 
 
 def draw_counts(counts: dict[str, dict[str, int]], path: Path) -> None:
-    """A bar chart of the objects per class in each part of a dataset; `counts` is by part and class name."""
+    """A bar chart of the objects per class in each part of a dataset; `counts` are by part and class name."""
     names = list(next(iter(counts.values())))
     figure, axes = plt.subplots(figsize=(9, 1.2 + 0.28 * len(names)), layout="constrained")
     height = 0.8 / len(counts)
@@ -185,7 +182,7 @@ def draw_counts(counts: dict[str, dict[str, int]], path: Path) -> None:
 
 
 def draw_means(panels: Mapping[str, Sequence[tuple[str, Sequence[float], MeanEstimate]]], path: Path) -> None:
-    """One panel per title: for each name, the values of all seeds and their mean with its confidence interval."""
+    """One panel per title; for each name, the values of all seeds and their mean with its confidence interval."""
     figure, plots = plt.subplots(1, len(panels), figsize=(11, 4), layout="constrained")
     for axes, (title, entries) in zip(plots, panels.items(), strict=True):
         for place, (_, values, mean) in enumerate(entries):

@@ -1,9 +1,10 @@
 """Parsing and safe display of text."""
 
 import re
+from collections.abc import Sequence
 
 BOM = "\ufeff"  # the byte-order mark, which Windows editors write at the start of a file; str.strip() keeps it
-MAX_PRINTED = 60  # characters of a text in a message
+MAX_PRINTED = 60  # maximum length of a text in a message
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
 
 
@@ -18,6 +19,12 @@ def parse_number(text: str) -> float:
     if not abs(value) < float("inf"):
         raise ValueError(f"{printable(text)!r} is not a number")
     return value
+
+
+def format_table(rows: Sequence[Sequence[str]]) -> str:
+    """Align the columns of a table, the first one to the left and the others to the right."""
+    first, *others = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join([f"{row[0]:{first}}", *map(str.rjust, row[1:], others)]).rstrip() for row in rows)
 
 
 def printable(text: object, max_length: int = MAX_PRINTED) -> str:
