@@ -32,8 +32,8 @@ from utils.system.signals import StopSignals
 from utils.weights.checkpoint import find_checkpoint
 
 MAX_SHOWN = 3  # read errors in the summary
-WARMUP_CALLS, TIMED_CALLS = 10, 50  # of --benchmark
-SOURCE_HELP = "images, videos, folders, globs ('photos/*.jpg'), .txt lists, - for stdin, 0 for a camera, addresses"
+WARMUP_CALLS, TIMED_CALLS = 10, 50  # for --benchmark
+SOURCE_HELP = "images, videos, folders, globs ('photos/*.jpg'), .txt lists, - for stdin, 0 for a camera, URLs"
 RENAMED_FLAGS = {
     "write": "save",
     "only": "class-filter",
@@ -50,20 +50,20 @@ class Config:
 
     source: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="SOURCE", help=SOURCE_HELP)]
     weights: str = ""  # checkpoint, run folder, .onnx or .xml; empty: the newest run in logs/
-    out: str = ""  # output folder; empty: a new one in predictions/, named after the time
+    out: str = ""  # output folder; empty: a new one in predictions/, named by date and time
     # any of: pictures (annotated images and videos), jsonl and csv (tables of detections), voc, yolo and coco (labels),
     # crops (cut-out detections), counts (per class, printed), heatmap (of positions), window (live view)
     save: tuple[str, ...] = ("pictures", "jsonl")
-    explain: bool = False  # also write a panel with the attention and Grad-CAM maps of each image
+    explain: bool = False  # also write the attention and Grad-CAM maps of each image
     classes: str = ""  # class file that must match the classes of the network; empty: no check
 
     # detection
     confidence: float | Literal["auto"] = "auto"  # minimum score; auto: per class, as suggested by the validation
-    class_confidence: dict[str, float] = field(default_factory=dict)  # minimum scores of some classes: helmet 0.5
+    class_confidence: dict[str, float] = field(default_factory=dict)  # minimum scores of single classes: helmet 0.5
     class_filter: tuple[str, ...] = ()  # classes to detect; empty: all
     nms_iou: float = 0.5  # NMS removes boxes that overlap a better one of their class by more than this IoU
     agnostic_nms: bool = False  # class-agnostic NMS: boxes also suppress boxes of other classes
-    tta: bool = False  # test-time augmentation: also run on the mirrored image, which doubles the time
+    tta: bool = False  # test-time augmentation with the mirrored image, which doubles the time
     tile: int = 0  # divide images into tiles with this side in pixels; 0: no tiles
     track: bool = False  # assign track IDs to the objects in videos
 
@@ -74,7 +74,7 @@ class Config:
     device: str = "auto"  # auto, cpu or cuda
     precision: str = "auto"  # precision of the network: auto, bf16, fp16 or fp32
     compile: str = "auto"  # torch.compile: auto (on a GPU), on or off
-    benchmark: tuple[int, ...] = ()  # measure the speed with these batch sizes instead of writing anything
+    benchmark: tuple[int, ...] = ()  # only measure the speed, with these batch sizes
 
     def __post_init__(self) -> None:
         check_range(self, 0, 1e9, "reconnect_timeout")
@@ -89,7 +89,6 @@ class Config:
 
     @cached_property
     def folder(self) -> Path:
-        """The output folder."""
         return Path(self.out or time.strftime("predictions/%Y-%m-%d_%H-%M-%S"))
 
     @property
@@ -104,10 +103,10 @@ class Config:
 
 @dataclass
 class Totals:
-    """What the pipeline has processed so far."""
+    """Counts of what was processed."""
 
     frames: int = 0
-    processed: int = 0  # frames, without those that --frame-stride skips
+    processed: int = 0  # frames except those skipped by --frame-stride
     detections: int = 0
     tracks: set[tuple[str, int]] = field(default_factory=set)  # video, track ID
 
@@ -136,7 +135,7 @@ def main(config: Config) -> int:
 
 
 def open_all(config: Config) -> list[Source]:
-    """Open the sources; raises UserError if there are none, or if the output would overwrite them."""
+    """Open the sources; raises UserError if there are none or the output would overwrite them."""
     sources = [source for name in config.source for source in open_sources(name, config.reconnect_timeout)]
     if not sources:
         raise UserError("no source was given; name an image, a video, a folder or a glob")
@@ -161,17 +160,17 @@ def load_detector(config: Config) -> Detector:
 
 
 def open_sinks(config: Config, detector: Detector, stack: ExitStack) -> list[Sink]:
-    """Open what `config.save` names; the stack closes them."""
+    """Open the sinks in `config.save`, which the stack closes."""
     make_folder(config.folder)
     if any(config.folder.iterdir()):
-        print(f"note: {config.folder} is not empty; files of the same name are overwritten", file=sys.stderr)
+        print(f"note: {config.folder} is not empty; files with the same name are overwritten", file=sys.stderr)
     names = list(dict.fromkeys(config.save))
     if "window" in names and not Window.is_available():
-        print("note: no window is shown: there is no display, or OpenCV does not support windows", file=sys.stderr)
+        print("note: no window is shown, since there is no display or OpenCV does not support windows", file=sys.stderr)
         names.remove("window")
     sinks: list[Sink] = []
     if config.explain:
-        from utils.reports.panels import Panels  # slow to import, and needed only here
+        from utils.reports.panels import Panels  # slow to import
 
         sinks.append(Panels(config.folder, detector))
     class_names = detector.spec.class_names
@@ -201,7 +200,7 @@ def run_pipeline(pipeline: Pipeline, sinks: Sequence[Sink], totals: Totals) -> N
 
 
 def print_summary(config: Config, pipeline: Pipeline, totals: Totals) -> None:
-    """Report detections and read errors, also after an interruption."""
+    """Print read errors and the number of detections."""
     if not totals.frames:
         return
     if pipeline.read_errors:
@@ -221,7 +220,7 @@ def shorten(errors: Sequence[str], max_shown: int) -> str:
 
 
 def run_benchmark(batch_sizes: Sequence[int], pipeline: Pipeline) -> None:
-    """Print the time of the network alone, and of detection from images in memory, for each batch size."""
+    """Print the time of the network alone and of the detection in images in memory, for each batch size."""
     detector = pipeline.detector
     images = [frame.image for frame in islice(pipeline.frames(), max(batch_sizes))]
     if not images:
@@ -245,8 +244,7 @@ def time_calls(call: Callable[[], object], device: torch.device) -> tuple[float,
         call()
         synchronize(device)
         times.append(1000 * (time.perf_counter() - started))
-    median, slow = np.percentile(times[WARMUP_CALLS:], [50, 95])
-    return float(median), float(slow)
+    return tuple(np.percentile(times[WARMUP_CALLS:], [50, 95]).tolist())
 
 
 if __name__ == "__main__":

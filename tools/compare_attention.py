@@ -1,10 +1,10 @@
-"""Does attention help on your data? Train several phis with several seeds, and test which differences are significant.
+"""Train several phis with several seeds, and report which differences in AP are statistically significant:
 
 python tools/compare_attention.py --phis 0 2 3 --seeds 0 1 2 3 4 --train-sets MySet/trainval --test-sets MySet/test \
     --classes model_data/my_classes.txt --epochs 30 -- --batch-size 16
 
-Further settings of train.py follow the --. Runs with the same seed start with the same weights in the layers that they
-share, and see the same batches. The same command continues an interrupted comparison.
+Settings of train.py follow the --. Runs with the same seed share the initial weights of common layers and see the
+same batches. The same command continues an interrupted comparison.
 """
 
 import json
@@ -13,14 +13,12 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Annotated
 
 import torch
 import tyro
-from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -29,38 +27,38 @@ from nets.spec import ModelSpec
 from nets.yolo import YoloBody, build_model, count_cost
 from utils.data.voc import read_split
 from utils.evaluation.timing import time_alternately
-from utils.inference.backends import CompiledNetwork, Network, TorchNetwork
+from utils.inference.backends import CompiledNetwork, TorchNetwork
 from utils.reports.attention_report import PAGE, Cost, Result, compare_phis, write_attention_report
 from utils.system.cli import run_script
 from utils.system.device import choose_compile, choose_device, choose_precision
 from utils.system.errors import UserError, check_range, make_folder
-from utils.system.files import atomic_write
+from utils.system.files import write_text
 from utils.system.signals import StopSignals
 from utils.training.run_folder import CONFIG, DATA, METRICS, load_settings, read_records, save_settings
 from utils.weights.checkpoint import LAST, is_resumable, load_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
-SPEEDS = "speeds.json"  # latency of each phi on this device
-TIMED_CALLS = 30  # of each network
+SPEEDS = "speeds.json"  # latency of each phi in milliseconds
+TIMED_CALLS = 30  # per network
 CHANGEABLE = ("phis", "seeds", "out", "device")  # settings that may differ when a comparison continues
 
 
 @dataclass(frozen=True)
 class Config:
-    """Train several phis with several seeds, and test which differences are significant."""
+    """Train several phis with several seeds, and report which differences in AP are statistically significant."""
 
     flags: Annotated[
         tyro.conf.Positional[tuple[str, ...]],
-        tyro.conf.arg(metavar="-- FLAGS", help="further settings of train.py, such as -- --batch-size 16 --lr 0.01"),
+        tyro.conf.arg(metavar="-- FLAGS", help="settings of train.py, such as -- --batch-size 16 --lr 0.01"),
     ] = ()
-    phis: tuple[int, ...] = tuple(ATTENTION)  # attention blocks to compare with 0, no attention, which must be included
-    seeds: tuple[int, ...] = (0, 1, 2)  # each phi is trained with each seed; use five or more for small differences
-    out: str = "logs/attention"  # folder of the runs and of the report
+    phis: tuple[int, ...] = tuple(ATTENTION)  # attention blocks to compare, including 0 (no attention)
+    seeds: tuple[int, ...] = (0, 1, 2)  # seeds to train each phi with; use five or more for small differences
+    out: str = "logs/attention"  # folder for the runs and the report
     devkit: str = "VOCdevkit"  # folder of the datasets
     train_sets: tuple[str, ...] = ("VOC2007/trainval",)  # training sets
-    test_sets: tuple[str, ...] = ("VOC2007/test",)  # sets to evaluate on, which must not be in the training sets
+    test_sets: tuple[str, ...] = ("VOC2007/test",)  # sets to evaluate on, without images of the training sets
     classes: str = "model_data/voc_classes.txt"  # file with one class name per line
-    epochs: int = 30  # of each run
+    epochs: int = 30  # epochs per run
     device: str = "auto"  # auto, cpu or cuda
 
     def __post_init__(self) -> None:
@@ -88,11 +86,9 @@ class Run:
 
     @property
     def metrics(self) -> Path:
-        """Written last, by the evaluation."""
         return self.folder / "test" / "metrics.json"
 
     def execute(self) -> None:
-        """Train, resuming if possible, and evaluate."""
         config, common = self.config, ["--device", self.config.device]
         if is_resumable(self.folder):
             train = ["--resume", "--run-dir", self.folder]
@@ -105,14 +101,14 @@ class Run:
         self.call("eval.py", *test, "--out", self.metrics.parent, *common)
 
     def call(self, script: str, *arguments: object) -> None:
-        """Run a script of the project, with its output in a file beside the folder; raises UserError if it fails."""
+        """Run a script of the project, with its output in a log file; raises UserError if it fails."""
         output = self.folder.with_suffix(".log")
         command = [sys.executable, ROOT / script, *arguments]
         with open(output, "a", encoding="utf-8") as file:
             process = subprocess.Popen(list(map(str, command)), stdout=file, stderr=file)
             try:
                 code = process.wait()
-            except BaseException:  # let the script save its state; it ignores a second signal
+            except BaseException:  # let the script save its state
                 process.terminate()
                 process.wait()
                 raise
@@ -143,7 +139,7 @@ def main(config: Config) -> None:
 
 
 def open_comparison(config: Config) -> Config:
-    """Start the comparison in `out`, or continue it; raises UserError for settings that differ."""
+    """Start or continue the comparison in `out`; raises UserError for changed settings."""
     folder = Path(config.out)
     make_folder(folder)
     if (folder / CONFIG).is_file() and any(folder.glob(f"phi*/{CONFIG}")):  # a run has started
@@ -153,7 +149,7 @@ def open_comparison(config: Config) -> Config:
 
 
 def check_sets(config: Config) -> None:
-    """Raise UserError for a missing set, and for images in both the training and the test sets."""
+    """Raise UserError for missing sets, and for images in both the training and the test sets."""
     trained, tested = (
         {(name.rpartition("/")[0], image) for name in sets for image in read_split(Path(config.devkit), name)}
         for sets in (config.train_sets, config.test_sets)
@@ -167,7 +163,7 @@ def check_sets(config: Config) -> None:
 
 
 def write_report(config: Config, runs: Sequence[Run]) -> str:
-    """Write the report on the finished runs; returns its text."""
+    """Write the report on the finished runs, and return its text."""
     finished = [run for run in runs if run.metrics.is_file()]
     results: dict[int, dict[int, Result]] = {}
     for run in finished:
@@ -182,7 +178,7 @@ def write_report(config: Config, runs: Sequence[Run]) -> str:
 
 
 def describe_methods(config: Config, spec: ModelSpec, device: torch.device) -> list[str]:
-    """How the results were obtained, in sentences."""
+    """Sentences about how the results were obtained."""
     height, width = spec.input_size
     cpu = f"CPU, {torch.get_num_threads()} threads"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
@@ -198,22 +194,17 @@ def describe_methods(config: Config, spec: ModelSpec, device: torch.device) -> l
 def measure_latency(
     models: Mapping[int, YoloBody], spec: ModelSpec, device: torch.device, path: Path
 ) -> dict[int, float]:
-    """Latency of each phi in milliseconds, measured together and kept in `path`; delete it to measure again."""
+    """Latency of each phi in milliseconds, measured together and stored in `path`; delete it to measure again."""
     known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if not {str(phi) for phi in models} <= known.keys():
         kind = CompiledNetwork if choose_compile("auto", device) else TorchNetwork
         dtype = choose_precision("auto", device)
         image = torch.zeros(1, 3, *spec.input_size, dtype=torch.uint8)
         networks = {phi: kind(model, spec, device, dtype) for phi, model in models.items()}
-        calls = {phi: partial(find_boxes, network, image) for phi, network in networks.items()}
+        calls = {phi: lambda run=run: run.to_boxes(run(image)) for phi, run in networks.items()}
         known = {str(phi): ms for phi, ms in time_alternately(calls, TIMED_CALLS, device).items()}
-        with atomic_write(path) as file:
-            file.write(json.dumps(known).encode())
+        write_text(path, json.dumps(known))
     return {phi: known[str(phi)] for phi in models}
-
-
-def find_boxes(network: Network, image: Tensor) -> None:
-    network.to_boxes(network(image))
 
 
 if __name__ == "__main__":

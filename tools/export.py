@@ -1,9 +1,8 @@
-"""Export a checkpoint to other formats, and compare each file with the checkpoint on real images:
+"""Export a checkpoint to other formats, and compare each file with the checkpoint on images:
 
 python tools/export.py --weights logs/RUN/best.safetensors --formats onnx openvino --images photos/
 
-docs/deployment.md lists the formats and shows how to run them. A file whose boxes or scores differ from those of the
-checkpoint is discarded.
+docs/deployment.md describes the formats. Files whose boxes or scores differ from those of the checkpoint are discarded.
 """
 
 import sys
@@ -36,27 +35,27 @@ from utils.weights.checkpoint import find_checkpoint, load_checkpoint
 
 MAX_COMPARED = 50  # images
 MAX_CALIBRATION = 300  # images for int8, as NNCF recommends
-BATCH_SIZES = (1, 3, 8)  # in which the images are compared
-SIZE_CHANGE = (32, 64)  # pixels added to height and width for the second size
-MIN_SCORE = 0.01  # of boxes that are compared
-BOX_TOLERANCE = 0.05  # pixels of the input
+BATCH_SIZES = (1, 3, 8)  # for the comparison
+SIZE_CHANGE = (32, 64)  # pixels added to height and width for the second input size
+MIN_SCORE = 0.01  # of compared boxes
+BOX_TOLERANCE = 0.05  # input pixels
 SCORE_TOLERANCE = 1e-4
 UNLIMITED = 10**9
-MAX_UNMATCHED = 0.01  # share of detections that rounding may move across a threshold
+MAX_UNMATCHED = 0.01  # fraction of detections that rounding may move across a threshold
 Format = Literal[*FORMATS]
 
 
 @dataclass(frozen=True)
 class Config:
-    """Export a checkpoint to other formats, and compare each file with the checkpoint on real images."""
+    """Export a checkpoint to other formats, and compare each file with the checkpoint on images."""
 
     weights: str = ""  # checkpoint or run folder; empty: the newest run in logs/
     formats: tuple[Format, ...] = ("onnx",)  # see docs/deployment.md
     out: str = ""  # output folder; empty: export/ beside the checkpoint
-    images: tuple[str, ...] = ()  # images to compare on: files, folders, globs or lists (.txt)
-    calibration: tuple[str, ...] = ()  # images to calibrate int8 with, ideally training images; empty: --images
+    images: tuple[str, ...] = ()  # images for the comparison: files, folders, globs or lists (.txt)
+    calibration: tuple[str, ...] = ()  # images to calibrate int8, ideally training images; empty: --images
     devkit: str = "VOCdevkit"  # folder of the datasets
-    sets: tuple[str, ...] = ()  # sets on which to measure the AP of each file, such as VOC2007/test; empty: none
+    sets: tuple[str, ...] = ()  # sets to measure the AP of each file on, such as VOC2007/test; empty: none
     confidence: float | Literal["auto"] = "auto"  # minimum score in onnx-nms; auto: as suggested by the validation
     nms_iou: float = 0.5  # IoU above which onnx-nms suppresses a box of the same class
 
@@ -73,7 +72,7 @@ class Reference(NamedTuple):
 class Difference:
     """The largest differences between a file and its checkpoint."""
 
-    boxes: float  # pixels of the input
+    boxes: float  # input pixels
     scores: float
 
     def __str__(self) -> str:
@@ -85,14 +84,14 @@ class Difference:
 
 
 def run_checkpoint(job: ExportJob, paths: Sequence[Path], sizes: Sequence[tuple[int, int]]) -> list[Reference]:
-    """Run the checkpoint on images at each size, in batches of each size; raises UserError if it detects nothing."""
+    """Run the checkpoint for all input and batch sizes; raises UserError if it detects nothing."""
     references: list[Reference] = []
     for size in sizes:
         images = load_images(paths, job.spec, size)
         outputs = zip(*(job.reference(part) for part in images.split(max(BATCH_SIZES))), strict=True)
         boxes, scores = map(torch.cat, outputs)
         if not references and not (scores > MIN_SCORE).any():
-            raise UserError(f"the checkpoint detects nothing in these {len(paths)} images; use images of its classes")
+            raise UserError(f"the checkpoint detects nothing in these {len(paths)} images; use other images")
         for batch_size in BATCH_SIZES:
             parts = (values.split(batch_size) for values in (images, boxes, scores))
             references += [Reference(*part) for part in zip(*parts, strict=True)]
@@ -100,24 +99,24 @@ def run_checkpoint(job: ExportJob, paths: Sequence[Path], sizes: Sequence[tuple[
 
 
 def compare(network: Network, references: Sequence[Reference]) -> Difference:
-    """Compare all scores, and the part inside the image of all boxes with a score above MIN_SCORE."""
-    box_differences, score_differences = [], []
+    """Compare all scores, and all boxes with a score above MIN_SCORE, clipped to the image."""
+    largest = torch.zeros(2)
     for batch in references:
         boxes, scores = network.to_boxes(network(batch.images))
         if boxes.shape != batch.boxes.shape or scores.shape != batch.scores.shape:
             return Difference(inf, inf)
         is_scored = batch.scores.amax(dim=-1, keepdim=True) > MIN_SCORE
         height, width = batch.images.shape[2:]
-        # clipped, since the edges of boxes much larger than the image move by rounding alone
+        # rounding moves the edges of boxes that are much larger than the image
         limits = torch.zeros(4), torch.tensor([width, height] * 2)
         shift = boxes.clamp(*limits) - batch.boxes.clamp(*limits)
-        box_differences.append(torch.where(is_scored, shift, 0).abs().max())
-        score_differences.append((scores - batch.scores).abs().max())
-    return Difference(*(torch.stack(values).max().item() for values in (box_differences, score_differences)))  # or NaN
+        differences = torch.where(is_scored, shift, 0), scores - batch.scores
+        largest = torch.maximum(largest, torch.stack([values.abs().max() for values in differences]))  # keeps NaN
+    return Difference(*largest.tolist())
 
 
 def compare_detections(job: ExportJob, path: Path, references: Sequence[Reference]) -> Difference:
-    """Compare the detections of an ONNX file with NMS; infinite if more than a few have no counterpart."""
+    """Compare the detections of an ONNX file with NMS; infinite if more than MAX_UNMATCHED have no counterpart."""
     network = OnnxNetwork(path, torch.device("cpu"), torch.float32)
     detector = Detector(job.reference, job.spec, job.thresholds, job.suggested)
     pairs, unmatched = [np.zeros((1, 2))], 0
@@ -141,7 +140,7 @@ def compare_detections(job: ExportJob, path: Path, references: Sequence[Referenc
 
 
 def find_images(names: Sequence[str], max_images: int) -> list[Path]:
-    """Up to `max_images` image files, evenly spaced among all that are named."""
+    """Up to `max_images` image files, evenly spaced among all."""
     sources = [source for name in names for source in open_sources(name, reconnect_timeout=0)]
     paths = [path for source in sources if isinstance(source, Images) for path in source.paths]
     if not paths:
@@ -151,7 +150,6 @@ def find_images(names: Sequence[str], max_images: int) -> list[Path]:
 
 
 def measure_ap(job: ExportJob, network: Network, cache: ImageCache) -> str:
-    """The AP and AP50 of a network on a dataset, as text."""
     detector = Detector(network, job.spec, EVALUATION_THRESHOLDS)
     detections = detector.detect_cached(cache, max(BATCH_SIZES))
     metrics = evaluate(cache.samples, detections, cache.sizes, job.spec.class_names).metrics["coco"]
@@ -159,10 +157,10 @@ def measure_ap(job: ExportJob, network: Network, cache: ImageCache) -> str:
 
 
 def publish(folder: Path, out: Path) -> list[Path]:
-    """Copy the files of `folder` to `out`, never leaving a mixture of old and new files that belong together."""
+    """Copy the files of `folder` to `out`, without ever mixing old and new files that belong together."""
     files = sorted(folder.iterdir())
     if len(files) > 1:
-        (out / files[-1].name).unlink(missing_ok=True)  # .xml or .weights, without which the others are not used
+        (out / files[-1].name).unlink(missing_ok=True)  # .xml or .weights, without which the other files are not used
     for path in files:
         with atomic_write(out / path.name) as file:
             file.write(path.read_bytes())
@@ -170,10 +168,7 @@ def publish(folder: Path, out: Path) -> list[Path]:
 
 
 def export(job: ExportJob, name: str, references: Sequence[Reference], path: Path) -> tuple[Difference, Network | None]:
-    """Write a file; returns its difference from the checkpoint, and the network unless it has NMS built in.
-
-    Raises UserError if the difference is larger than rounding, which is allowed for int8 only.
-    """
+    """Write and compare a file; returns the difference and, unless the file contains NMS, the network."""
     FORMATS[name].write(job, path)
     if name == "onnx-nms":
         network, difference = None, compare_detections(job, path, references)
@@ -188,8 +183,8 @@ def export(job: ExportJob, name: str, references: Sequence[Reference], path: Pat
     return difference, network
 
 
-def prepare(config: Config) -> tuple[Path, ExportJob]:
-    """Load the checkpoint; raises UserError for everything that would fail later. Also returns its path."""
+def load_job(config: Config) -> tuple[Path, ExportJob]:
+    """Load the checkpoint; returns its path and the job, and raises UserError for invalid settings."""
     for package in dict.fromkeys(package for name in config.formats for package in FORMATS[name].packages):
         import_runtime(package)
     confidence = None if config.confidence == "auto" else config.confidence
@@ -208,8 +203,8 @@ def prepare(config: Config) -> tuple[Path, ExportJob]:
 
 
 def main(config: Config) -> dict[str, Difference]:
-    """Write the files; returns the difference of each from the checkpoint, by format."""
-    path, job = prepare(config)
+    """Write the files; returns their differences from the checkpoint, by format."""
+    path, job = load_job(config)
     images = find_images(config.images, MAX_COMPARED)
     height, width = job.spec.input_size
     sizes = (height, width), (height + SIZE_CHANGE[0], width + SIZE_CHANGE[1])

@@ -33,7 +33,7 @@ def test_single_batched_and_cached_images_give_the_same_detections(devkit, train
     cache = build_cache(samples, detector.spec, torch.device("cpu"))
     images = [read_image(sample.image) for sample in samples]
     single = [detector(image) for image in images]
-    batched = list(detector.detect(images, batch_size=4))
+    batched = detector.detect_batch(detector.prepare(images))
     cached = [
         found
         for part, heads in detector.run_cached(cache, 3)

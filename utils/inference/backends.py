@@ -1,10 +1,11 @@
-"""Backends that run a network: PyTorch for checkpoints, ONNX Runtime and OpenVINO for exported networks."""
+"""Inference backends: PyTorch for checkpoints, ONNX Runtime and OpenVINO for exported networks."""
 
 import copy
 import json
 import sys
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import cache, cached_property
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -23,7 +24,7 @@ from utils.system.errors import UserError
 from utils.system.text import printable
 from utils.weights.checkpoint import FORMAT
 
-EXPORTED = (".onnx", ".xml")  # suffixes of exported networks that run here
+EXPORTED = (".onnx", ".xml")  # suffixes of supported exported networks
 EXPORT_KEY = "yolov4-tiny"  # metadata entry with JSON: format, spec, thresholds
 OUTPUTS = ("boxes", "scores")  # output names of an exported network
 REQUIREMENTS = "requirements-export.txt"
@@ -33,17 +34,17 @@ class Network(Protocol):
     """A network on its device."""
 
     device: torch.device
-    dtype: torch.dtype  # precision of the computation, unless the file fixes another one
+    dtype: torch.dtype  # precision of the computation, unless the file determines it
 
     def __call__(self, images: Tensor) -> Sequence[Tensor]:
-        """uint8 RGB (B, 3, H, W) -> raw outputs, in whatever form `to_boxes` expects."""
+        """uint8 RGB (B, 3, H, W) -> raw outputs, for `to_boxes`."""
 
     def to_boxes(self, outputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Raw outputs -> boxes (B, N, 4) xyxy in input pixels and class scores (B, N, C)."""
 
 
 class BoxOutputs:
-    """Mixin for networks whose outputs already are boxes and scores."""
+    """Mixin for networks that output boxes and scores."""
 
     def to_boxes(self, outputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         boxes, scores = outputs
@@ -51,7 +52,7 @@ class BoxOutputs:
 
 
 class TorchNetwork:
-    """A copy of a model with batch norms folded into the convolutions, channels-last; its outputs are the raw heads."""
+    """A copy of a model in channels-last format, with folded batch norms; its outputs are the raw heads."""
 
     def __init__(
         self, model: nn.Module, spec: ModelSpec, device: torch.device, dtype: torch.dtype = torch.float32
@@ -61,7 +62,7 @@ class TorchNetwork:
         model = fold_batch_norms(copy.deepcopy(model).eval()).requires_grad_(False)
         self.model = model.to(device, dtype).to(memory_format=torch.channels_last)
 
-    @torch.no_grad()  # not inference_mode, which torch.compile's freezing does not support
+    @torch.no_grad()  # not inference_mode, which freezing in torch.compile does not support
     def __call__(self, images: Tensor) -> Sequence[Tensor]:
         images = images.to(self.device)
         return self.model(images.to(self.dtype, memory_format=torch.channels_last) / 255)
@@ -71,18 +72,17 @@ class TorchNetwork:
 
 
 class CompiledNetwork(BoxOutputs, TorchNetwork):
-    """A `TorchNetwork` through torch.compile, from pixels to boxes and scores.
+    """A `TorchNetwork` with torch.compile, from pixels to boxes and scores.
 
-    The first call compiles, which takes some seconds; smaller batches are padded to the largest so far. CUDA graphs are
-    not used, since they are bound to one thread.
+    The first call compiles, which takes several seconds. Smaller batches are padded to the largest so far. CUDA graphs
+    are not used, since they are bound to one thread.
     """
 
-    def __init__(
-        self, model: nn.Module, spec: ModelSpec, device: torch.device, dtype: torch.dtype = torch.float32
-    ) -> None:
-        super().__init__(model, spec, device, dtype)
-        self.batch_size = 0
-        self.compiled = torch.compile(self.run, dynamic=False)
+    batch_size = 0  # largest so far
+
+    @cached_property
+    def compiled(self) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+        return torch.compile(self.run, dynamic=False)
 
     def run(self, images: Tensor) -> tuple[Tensor, Tensor]:
         return TorchNetwork.to_boxes(self, TorchNetwork.__call__(self, images))
@@ -94,12 +94,12 @@ class CompiledNetwork(BoxOutputs, TorchNetwork):
         if count < self.batch_size:
             images = torch.cat([images, images[:1].expand(self.batch_size - count, -1, -1, -1)])
         images = images.to(self.device).contiguous(memory_format=torch.channels_last)
-        with torch._inductor.config.patch(freezing=True):  # bakes the weights in, prepacked
+        with torch._inductor.config.patch(freezing=True):  # treats the weights as constants, and prepacks them
             return [values[:count] for values in self.compiled(images)]
 
 
 class FlippedNetwork(BoxOutputs):
-    """Test-time augmentation: boxes and scores of each image and of its mirror image, side by side."""
+    """Test-time augmentation: concatenates the boxes and scores of each image and its mirror image."""
 
     def __init__(self, network: Network) -> None:
         self.network, self.device, self.dtype = network, network.device, network.dtype
@@ -116,13 +116,13 @@ class FlippedNetwork(BoxOutputs):
 
 
 class ExportedNetwork(BoxOutputs):
-    """Base class of exported networks: float input in 0..1 on the CPU; the outputs are boxes and scores."""
+    """Base class of exported networks, which take float images in 0..1 and output boxes and scores."""
 
     device, dtype = torch.device("cpu"), torch.float32
 
     @staticmethod
     def to_input(images: Tensor) -> np.ndarray:
-        """Uses NumPy: torch's threads would spin and compete with those of the runtime."""
+        """Convert with NumPy, since the threads of torch would compete with those of the runtime."""
         return np.multiply(images.numpy(), np.float32(1 / 255), order="C")
 
 
@@ -155,7 +155,7 @@ class OnnxNetwork(ExportedNetwork):
 
 
 class OpenVinoNetwork(ExportedNetwork):
-    """An OpenVINO .xml, with its .bin beside it, on the CPU."""
+    """An OpenVINO .xml file, with the .bin file beside it, on the CPU."""
 
     def __init__(self, path: Path, device: torch.device, dtype: torch.dtype) -> None:
         if device.type != "cpu":
@@ -185,27 +185,22 @@ class OpenVinoNetwork(ExportedNetwork):
 
 
 def precision_for(path: Path, name: str, device: torch.device) -> torch.dtype:
-    """The dtype for a precision setting; with "auto", an ONNX file keeps its own precision."""
+    """The dtype for a precision setting; "auto" is fp32 for ONNX files."""
     return torch.float32 if name == "auto" and path.suffix == ".onnx" else choose_precision(name, device)
 
 
 def open_exported(path: Path, device: torch.device, dtype: torch.dtype) -> tuple[Network, ModelSpec, list[float]]:
-    """Open a network written by tools/export.py; returns it, its spec and the suggested confidence of each class.
-
-    Raises UserError if the file is missing or invalid, or if its runtime is not installed.
-    """
+    """Open an exported network; returns it, its spec and the suggested confidences (C,); raises UserError."""
     if not path.is_file():
         raise UserError(f"{path} does not exist; correct the path, or create the file with tools/export.py")
     network = (OnnxNetwork if path.suffix == ".onnx" else OpenVinoNetwork)(path, device, dtype)
-    try:
+    about = None
+    with suppress(ValueError):
         about = json.loads(network.metadata)
-        known = about["format"] == FORMAT
-    except (ValueError, KeyError, TypeError):
-        known = False
-    if not known:
+    if not isinstance(about, dict) or about.get("format") != FORMAT:
         raise UserError(f"{path} was not written by this version of tools/export.py; export the checkpoint again")
     if set(network.outputs) != set(OUTPUTS):
-        raise UserError(f"{path} has NMS built in and is meant for other programs; use the file without -nms")
+        raise UserError(f"{path} contains NMS and is for use in other programs; use the file without -nms")
     try:
         return network, ModelSpec.from_dict(about["spec"]), about["thresholds"]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -214,16 +209,13 @@ def open_exported(path: Path, device: torch.device, dtype: torch.dtype) -> tuple
 
 @cache
 def openvino_core() -> Any:
-    """The only openvino.Core of this process.
-
-    Each core installs a signal stack: if a second one outlives the first, the next signal crashes the process.
-    """
+    """The only openvino.Core of this process: with a second one, a signal can crash the process."""
     return import_runtime("openvino").Core()
 
 
 def import_runtime(name: str) -> ModuleType:
     """Import an optional package; raises UserError with the command that installs it."""
-    sys.modules["openvino_telemetry"] = None  # keeps OpenVINO and NNCF from reporting usage to Intel
+    sys.modules["openvino_telemetry"] = None  # disables the telemetry of OpenVINO and NNCF
     try:
         return import_module(name)
     except ImportError as error:
@@ -235,7 +227,7 @@ def first_line(error: Exception) -> str:
 
 
 def fold_batch_norms(model: nn.Module) -> nn.Module:
-    """Fold each batch norm into the convolution before it, in place; outputs in eval mode stay the same."""
+    """Fold each batch norm into the preceding convolution, in place, for use in eval mode."""
     for module in model.modules():
         if isinstance(module, BasicConv):
             module.conv = fuse_conv_bn_eval(module.conv, module.bn)

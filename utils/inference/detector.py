@@ -1,7 +1,6 @@
-"""The only inference path: images in, detections in image pixels out."""
+"""The only inference path: from images to detections in image pixels."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from collections.abc import Iterator, Sequence
 from math import inf
 from pathlib import Path
 from typing import NamedTuple
@@ -22,23 +21,19 @@ from utils.system.distributed import ProcessGroup
 from utils.system.errors import UserError
 from utils.weights.checkpoint import load_checkpoint
 
-MAX_LISTED = 8  # classes whose thresholds are listed one by one
+MAX_LISTED = 8  # maximum number of classes for listing each threshold
 
 
 class NetworkInput(NamedTuple):
-    """A batch of images at the network's input size."""
+    """A batch of images at the input size of the network."""
 
     images: Tensor  # (B, 3, H, W) uint8 RGB, channels-last
-    fits: Sequence[Fit]  # how each image was fitted into the input
+    fits: Sequence[Fit]  # transform of each image to the input
     sizes: Sequence[tuple[int, int]]  # original (height, width)
 
 
 class Detector:
-    """A network with its preprocessing, decoding and NMS.
-
-    If `thresholds` set no confidence, each class uses the one `suggested` by the validation (C,), or
-    FALLBACK_CONFIDENCE if there are none.
-    """
+    """A network with its preprocessing, decoding and NMS; `suggested` are confidences from validation (C,), if any."""
 
     def __init__(
         self, network: Network, spec: ModelSpec, thresholds: Thresholds | None = None, suggested: Sequence[float] = ()
@@ -59,11 +54,7 @@ class Detector:
         compiled: bool = False,
         flip: bool = False,
     ) -> "Detector":
-        """Load a checkpoint, or an exported network (.onnx, .xml); raises UserError if the file is neither.
-
-        `dtype` is the precision of the network; everything else is float32. `compiled` (checkpoints only) uses
-        torch.compile, `flip` also runs the network on the mirrored images.
-        """
+        """Load a checkpoint or an exported network; `compiled` is for checkpoints only. Raises UserError."""
         path, device = Path(path), torch.device(device)
         if path.suffix in EXPORTED:
             network, spec, suggested = open_exported(path, device, dtype)
@@ -104,7 +95,7 @@ class Detector:
         return f"{text} ({source})"
 
     def expect_classes(self, class_names: Sequence[str], source: str | Path) -> None:
-        """Raise UserError unless the class file `source` has the classes of the training."""
+        """Raise UserError if the `class_names` of the file `source` differ from those of the network."""
         own = self.spec.class_names
         if tuple(class_names) != own:
             raise UserError(
@@ -113,32 +104,22 @@ class Detector:
             )
 
     def __call__(self, image: np.ndarray) -> sv.Detections:
-        """uint8 RGB (H, W, 3) -> detections in its pixels, highest score first."""
-        return next(self.detect([image]))
-
-    def detect(self, images: Iterable[np.ndarray], batch_size: int = 1) -> Iterator[sv.Detections]:
-        """Detections of each image, in order; `batch_size` images go through the network at once."""
-        remaining = iter(images)
-        while batch := list(islice(remaining, batch_size)):
-            yield from self.detect_batch(self.prepare(batch))
+        """Detections in a uint8 RGB image (H, W, 3), in descending order of score."""
+        return self.detect_batch(self.prepare([image]))[0]
 
     def prepare(self, images: Sequence[np.ndarray]) -> NetworkInput:
         """Fit uint8 RGB images (H, W, 3) to the input size and stack them."""
         fitted, fits = zip(*(fit_image(im, self.spec.input_size, self.spec.letterbox) for im in images), strict=True)
-        stacked = torch.from_numpy(np.stack(fitted)).permute(0, 3, 1, 2)  # this order is channels-last
+        stacked = torch.from_numpy(np.stack(fitted)).permute(0, 3, 1, 2)  # channels-last
         return NetworkInput(stacked, fits, [image.shape[:2] for image in images])
 
     def detect_batch(self, batch: NetworkInput) -> list[sv.Detections]:
-        """Detections of each image of a batch."""
         return self.select(self.network(batch.images), batch.fits, batch.sizes)
 
     def run_cached(
         self, cache: ImageCache, batch_size: int, group: ProcessGroup | None = None
     ) -> Iterator[tuple[slice, Sequence[Tensor]]]:
-        """Yield slices of a cached data set with the network's outputs (raw heads, if it is a `TorchNetwork`).
-
-        The processes of a group take turns, so that the batches are the same for any number of processes.
-        """
+        """Yield slices of a cached dataset with the raw outputs; the processes of a group take turns."""
         group = group or ProcessGroup()
         for start in range(group.rank * batch_size, len(cache), group.size * batch_size):
             part = slice(start, min(start + batch_size, len(cache)))
@@ -147,7 +128,7 @@ class Detector:
     def detect_cached(
         self, cache: ImageCache, batch_size: int, group: ProcessGroup | None = None
     ) -> list[sv.Detections]:
-        """The detections of a cached data set in its order; in a group, only the first process has all of them."""
+        """The detections in each image of a cached dataset; in a group, only the main process returns all of them."""
         group = group or ProcessGroup()
         found: dict[int, list[sv.Detections]] = {}
         disable = None if group.is_main else True
@@ -161,23 +142,12 @@ class Detector:
     def select(
         self, outputs: Sequence[Tensor], fits: Sequence[Fit], sizes: Sequence[tuple[int, int]]
     ) -> list[sv.Detections]:
-        """The network's outputs -> detections in the pixels of the originals, whose `sizes` are (height, width)."""
-        boxes, scores = self.network.to_boxes(outputs)
-        selected = select_detections(boxes, scores, self.confidences, self.thresholds)
-        return [
-            to_detections([values.cpu().numpy() for values in item], fit, size, self.spec.class_names)
-            for fit, size, item in zip(fits, sizes, selected, strict=True)
-        ]
-
-
-def to_detections(
-    selected: Sequence[np.ndarray], fit: Fit, size: tuple[int, int], class_names: Sequence[str]
-) -> sv.Detections:
-    """Boxes (D, 4) in input pixels, scores (D,) and labels (D,) -> detections in an image of (height, width)."""
-    boxes, scores, labels = selected
-    return sv.Detections(
-        xyxy=clip_boxes(fit.to_original(boxes.astype(np.float32)), size),
-        confidence=scores,
-        class_id=labels.astype(np.int64),
-        data={"class_name": np.array(class_names)[labels]},
-    )
+        """Outputs of the network -> detections in pixels of the original images, whose `sizes` are (height, width)."""
+        detections = []
+        selected = select_detections(*self.network.to_boxes(outputs), self.confidences, self.thresholds)
+        for fit, size, item in zip(fits, sizes, selected, strict=True):
+            boxes, scores, labels = (values.cpu().numpy() for values in item)
+            boxes = clip_boxes(fit.to_original(boxes.astype(np.float32)), size)
+            names = {"class_name": np.array(self.spec.class_names)[labels]}
+            detections.append(sv.Detections(boxes, None, scores, labels.astype(np.int64), data=names))
+        return detections

@@ -1,4 +1,4 @@
-"""Exporters: one function per format that `tools/export.py` can write."""
+"""Export formats of `tools/export.py`."""
 
 import copy
 import json
@@ -33,11 +33,11 @@ from utils.inference.detector import Detector
 from utils.weights.checkpoint import FORMAT
 from utils.weights.darknet import make_cfg, read_darknet, write_darknet
 
-OPSET = 18  # ONNX opset that torch writes without conversion; supported by all runtimes since 2023
+OPSET = 18  # ONNX opset that torch writes without conversion, supported by all runtimes since 2023
 
 
 def load_images(paths: Sequence[Path], spec: ModelSpec, size: tuple[int, int]) -> Tensor:
-    """Image files -> uint8 RGB (K, 3, H, W), fitted to `size` (height, width) as in the training."""
+    """Image files -> uint8 RGB (K, 3, H, W), fitted to `size` (height, width) as in training."""
     fitted = [fit_image(read_image(path), size, spec.letterbox)[0] for path in paths]
     return torch.from_numpy(np.stack(fitted)).permute(0, 3, 1, 2).contiguous()
 
@@ -66,38 +66,37 @@ class ModuleNetwork(ExportedNetwork):
 
 @dataclass(frozen=True)
 class ExportJob:
-    """A checkpoint and the settings of its exports."""
+    """A checkpoint and its export settings."""
 
     spec: ModelSpec
-    model: nn.Module  # in eval mode, with batch norms
-    suggested: Sequence[float]  # confidence thresholds of the classes, or empty
+    model: nn.Module  # in eval mode, with unfolded batch norms
+    suggested: Sequence[float]  # confidence thresholds per class, or empty
     thresholds: Thresholds  # for onnx-nms
-    calibration: Sequence[Path]  # images for int8
+    calibration: Sequence[Path]  # images to calibrate int8
 
     @property
     def metadata(self) -> str:
-        """JSON with which `open_exported` restores the detector."""
+        """JSON from which `open_exported` restores the detector."""
         return json.dumps({"format": FORMAT, "spec": self.spec.to_dict(), "thresholds": list(self.suggested)})
 
     @property
     def reference(self) -> Network:
-        """The checkpoint in fp32, with its batch norms, to compare with."""
+        """The checkpoint in fp32 with unfolded batch norms, to compare with."""
         return ModuleNetwork(DecodedModel(self.model, self.spec))
 
     @cached_property
     def program(self) -> ExportedProgram:
-        """The network with folded batch norms, for any batch size and for sides that are multiples of 32."""
+        """The network with folded batch norms, for any batch size and any input size that is a multiple of 32."""
         model = DecodedModel(fold_batch_norms(copy.deepcopy(self.model)), self.spec).eval().requires_grad_(False)
         sides = {axis: STRIDES[0] * Dim(name, min=1) for axis, name in ((2, "rows"), (3, "columns"))}
-        example = torch.rand(2, 3, 2 * STRIDES[0], 3 * STRIDES[0])  # torch.export fixes sizes that are 1 or equal
+        example = torch.rand(2, 3, 2 * STRIDES[0], 3 * STRIDES[0])  # torch.export specializes equal sizes and 1
         program = torch.export.export(model, (example,), dynamic_shapes={"images": {0: Dim("batch", min=1)} | sides})
         for node in program.graph.nodes:
-            node.meta.pop("stack_trace", None)  # has paths of this machine
+            node.meta.pop("stack_trace", None)  # contains local paths
         return program
 
     @cached_property
     def onnx(self) -> Any:
-        """The program as onnx.ModelProto."""
         proto = torch.onnx.export(
             self.program,
             dynamo=True,
@@ -111,17 +110,16 @@ class ExportJob:
             name_axes(output, ("batch", "boxes", ""))
         for part in (*proto.graph.input, *proto.graph.output, *proto.graph.node):
             del part.metadata_props[:]  # debugging information from torch
-        del proto.graph.value_info[:]  # uses the old names of the axes
+        del proto.graph.value_info[:]  # contains the previous names of the axes
         import_runtime("onnx").helper.set_model_props(proto, {EXPORT_KEY: self.metadata})
         return proto
 
-    def open_ir(self) -> Any:
-        """The network as openvino.Model."""
+    def to_openvino(self) -> Any:
         return openvino_core().read_model(self.onnx.SerializeToString())
 
 
 def name_axes(value: Any, names: Sequence[str]) -> None:
-    """Name the dynamic axes of an onnx.ValueInfoProto; empty names leave an axis unchanged."""
+    """Name the axes of an onnx.ValueInfoProto, except those with an empty name."""
     for axis, name in zip(value.type.tensor_type.shape.dim, names, strict=True):
         if name:
             axis.dim_param = name
@@ -132,8 +130,8 @@ def write_onnx(job: ExportJob, path: Path) -> None:
 
 
 def write_onnx_nms(job: ExportJob, path: Path) -> None:
-    """The output `detections` (D, 7) has rows of image index, x1, y1, x2, y2 in input pixels, score, class index."""
-    from utils.inference.onnx_nms import append_nms  # needs onnxscript
+    """Write a network with NMS, whose output is that of `onnx_nms.build_nms`."""
+    from utils.inference.onnx_nms import append_nms  # requires onnxscript
 
     detector = Detector(job.reference, job.spec, job.thresholds, job.suggested)
     proto = append_nms(job.onnx, detector.min_confidences(), job.thresholds.nms_iou)
@@ -143,38 +141,34 @@ def write_onnx_nms(job: ExportJob, path: Path) -> None:
 
 
 def write_openvino(job: ExportJob, path: Path) -> None:
-    save_ir(job, job.open_ir(), path)
+    save_openvino(job, job.to_openvino(), path)
 
 
-def save_ir(job: ExportJob, model: Any, path: Path) -> None:
-    """Write the .xml, and the .bin beside it."""
+def save_openvino(job: ExportJob, model: Any, path: Path) -> None:
     model.set_rt_info(job.metadata, [EXPORT_KEY])
     import_runtime("openvino").save_model(model, path, compress_to_fp16=False)
 
 
 def write_int8(job: ExportJob, path: Path) -> None:
-    """8-bit convolutions by NNCF's post-training quantization; the decoding stays in floating point."""
+    """Quantize the convolutions with NNCF's post-training quantization; decoding stays in floating point."""
     nncf = import_runtime("nncf")
     logging.getLogger("nncf").setLevel(logging.WARNING)
 
     def load(image: Path) -> dict[str, np.ndarray]:
         return {"images": load_images([image], job.spec, job.spec.input_size).float().numpy() / 255}
 
-    model = job.open_ir()
+    model = job.to_openvino()
     quantized = nncf.quantize(
         model,
         nncf.Dataset(job.calibration, load),
         subset_size=len(job.calibration),
         ignored_scope=nncf.IgnoredScope(names=decoding_operations(model), validate=False),
     )
-    save_ir(job, quantized, path)
+    save_openvino(job, quantized, path)
 
 
 def decoding_operations(model: Any) -> list[str]:
-    """Names of the operations of an openvino.Model after its last convolutions.
-
-    Quantizing them would cost AP (docs/deployment.md): 256 levels are too coarse for coordinates.
-    """
+    """Names of the operations after the last convolutions, since 8 bits are too coarse for coordinates."""
     names: set[str] = set()
     waiting = list(model.get_results())
     while waiting:
@@ -191,18 +185,16 @@ def write_torch(job: ExportJob, path: Path) -> None:
 
 
 def write_darknet_files(job: ExportJob, path: Path) -> None:
-    """Write the .weights, the .cfg, and the class names."""
+    """Write a .weights file, a .cfg file and the class names."""
     write_darknet(path, job.model)
     path.with_suffix(".cfg").write_text(make_cfg(job.spec), encoding="utf-8")
     path.with_suffix(".names").write_text("".join(f"{name}\n" for name in job.spec.class_names), encoding="utf-8")
 
 
 class ExportFormat(NamedTuple):
-    """How a format is written."""
-
     suffix: str  # end of the file name
     write: Callable[[ExportJob, Path], None]
-    packages: tuple[str, ...] = ()  # optional packages that it needs
+    packages: tuple[str, ...] = ()  # required optional packages
 
 
 ONNX = ("onnx", "onnxscript")
@@ -217,12 +209,12 @@ FORMATS = {
 
 
 def open_written(job: ExportJob, path: Path) -> Network:
-    """Open an exported file the way its users do, to compare it with the checkpoint."""
+    """Open an exported file as its users do, to compare it with the checkpoint."""
     if path.suffix == ".pt2":
         return ModuleNetwork(torch.export.load(path).module())
     if path.suffix == ".weights":
         model = build_model(job.spec).eval()
-        model.load_state_dict(read_darknet(path, model), strict=False)  # without the counters of the batch norms
+        model.load_state_dict(read_darknet(path, model), strict=False)  # batch norm counters are not stored
         return ModuleNetwork(DecodedModel(model, job.spec))
     network, _, _ = open_exported(path, torch.device("cpu"), torch.float32)
     return network

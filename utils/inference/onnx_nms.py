@@ -1,4 +1,4 @@
-"""The NMS and box averaging of `utils.detection.nms` as an ONNX graph; needs onnxscript, which is optional."""
+"""NMS and box averaging, as in `utils.detection.nms`, as an ONNX graph; requires onnxscript."""
 
 from collections.abc import Sequence
 
@@ -8,20 +8,20 @@ from onnxscript import opset18 as op
 
 from utils.detection.nms import MIN_CONFIDENCE, VOTING_SIGMA
 
-MAX_PER_CLASS = 1000  # detections of a class in an image
+MAX_PER_CLASS = 1000  # detections per class and image
 
 
 def append_nms(network: onnx.ModelProto, confidences: Sequence[float], nms_iou: float) -> onnx.ModelProto:
-    """Replace the outputs `boxes` and `scores` of a network by `detections`, as in `build_nms`."""
+    """Replace the outputs `boxes` and `scores` of a network with the `detections` of `build_nms`."""
     nms = onnx.compose.add_prefix(build_nms(confidences, nms_iou), "nms_", rename_inputs=False, rename_outputs=False)
     nms.ir_version = network.ir_version
     return onnx.compose.merge_models(network, nms, io_map=[("boxes", "boxes"), ("scores", "scores")])
 
 
 def build_nms(confidences: Sequence[float], nms_iou: float) -> onnx.ModelProto:
-    """A graph from boxes (B, N, 4) xyxy and scores (B, N, C) to detections (D, 7).
+    """A graph that maps boxes (B, N, 4) xyxy and scores (B, N, C) to detections (D, 7).
 
-    Its rows are image index, x1, y1, x2, y2, score, class index. `confidences` are the thresholds of the classes (C,).
+    A detection is image index, x1, y1, x2, y2, score, class index; `confidences` are thresholds per class (C,).
     """
     thresholds, lowest = list(confidences), [min(confidences)]
     max_per_class, iou = [MAX_PER_CLASS], [nms_iou]
@@ -34,7 +34,7 @@ def build_nms(confidences: Sequence[float], nms_iou: float) -> onnx.ModelProto:
         image, label, index = op.Split(found, axis=1, num_outputs=3)
         own = op.GatherND(boxes, op.Concat(image, index, axis=1))  # (D, 4)
         score = op.Unsqueeze(op.GatherND(scores, op.Concat(image, index, label, axis=1)), [1])  # (D, 1)
-        near = op.Gather(boxes, op.Squeeze(image, [1]), axis=0)  # (D, N, 4), all boxes of the same image
+        near = op.Gather(boxes, op.Squeeze(image, [1]), axis=0)  # (D, N, 4), all boxes in the same image
         votes = op.Transpose(op.Where(scores > MIN_CONFIDENCE, scores, 0.0), perm=[0, 2, 1])
         votes = op.GatherND(votes, op.Concat(image, label, axis=1))  # (D, N), their scores for the same class
 
@@ -51,6 +51,6 @@ def build_nms(confidences: Sequence[float], nms_iou: float) -> onnx.ModelProto:
         has_votes = op.And(total > MIN_CONFIDENCE, score > MIN_CONFIDENCE)
         averaged = op.Where(has_votes, mean, own)
         detections = op.Concat(op.CastLike(image, score), averaged, score, op.CastLike(label, score), axis=1)
-        return detections  # noqa: RET504, names the output
+        return detections  # noqa: RET504, the variable names the output
 
     return nms.to_model_proto()

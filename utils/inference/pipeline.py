@@ -1,4 +1,4 @@
-"""The prediction pipeline: frames from the sources go through the detector to the sinks."""
+"""The prediction pipeline: from sources through the detector to sinks."""
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,24 +20,23 @@ from utils.system.errors import UserError, check_range
 from utils.system.prefetch import prefetch
 
 BATCH_SIZES = {"cpu": 4, "cuda": 16}
-BATCHES_AHEAD, FRAMES_BEHIND = 2, 4  # batches waiting for the network, frames waiting to be written
-FRAMES_PER_BATCH = 16  # frames of a video read for one batch, including those skipped by the stride
-MAX_WAITING_FRAMES = 64  # limit for a given batch size, since all frames between wait in memory
+BATCHES_AHEAD, FRAMES_BEHIND = 2, 4  # batches that wait for the network, frames that wait to be written
+FRAMES_PER_BATCH = 16  # video frames read for a batch, including those skipped by the stride
+MAX_WAITING_FRAMES = 64  # upper limit of batch size times stride, since skipped frames also wait in memory
 MIN_TILE = 32  # pixels
-TILE_OVERLAP = 5  # neighbouring tiles share 1/5 of their width and height
+TILE_OVERLAP = 5  # neighboring tiles share 1/5 of their width and height
 
 
 @dataclass(frozen=True)
 class FrameOptions:
     """How frames are passed to the detector."""
 
-    batch_size: int = 0  # images or tiles in the network at once; 0: chosen by device and source
+    batch_size: int = 0  # images or tiles per batch; 0: chosen by device and source
     frame_stride: int = 1  # detect in every Nth frame of a video; the others keep its detections
-    tile: int = 0  # side in pixels of the tiles that images are divided into; 0: no tiles
+    tile: int = 0  # side of the tiles that images are divided into, in pixels; 0: no tiles
     track: bool = False  # assign track IDs to the objects in videos
 
     def __post_init__(self) -> None:
-        """Raise UserError for an invalid value."""
         check_range(self, 0, inf, "batch_size")
         check_range(self, 1, inf, "frame_stride")
         if self.tile and self.tile < MIN_TILE:
@@ -68,20 +67,20 @@ class Result(NamedTuple):
 class Pipeline:
     """Iterates over the frames of all sources with their detections.
 
-    One thread reads and preprocesses a few batches ahead. The network runs in the thread that iterates: every thread
-    that uses torch has its own workers, which would compete for the cores.
+    A thread reads and preprocesses a few batches ahead. The network runs in the iterating thread, since each thread
+    that uses torch starts its own workers, which would compete for the cores.
     """
 
     def __init__(self, detector: Detector, sources: Sequence[Source], options: FrameOptions) -> None:
         self.detector, self.sources, self.options = detector, sources, options
         is_live = any(isinstance(source, LiveSource) for source in sources)
         batch_size = options.choose_batch_size(is_live, detector.network.device.type)
-        self.batch_frames = 1 if options.tile else batch_size  # frames of a batch that go through the network
-        self.max_frames = 1 if is_live else FRAMES_PER_BATCH  # frames of a batch, with those in between
+        self.batch_frames = 1 if options.tile else batch_size  # frames per batch that go through the network
+        self.max_frames = 1 if is_live else FRAMES_PER_BATCH  # frames per batch, including skipped ones
         if self.batch_frames > 1:
             self.max_frames = max(self.max_frames, self.batch_frames * options.frame_stride)
         self.batches_ahead = 1 if is_live else BATCHES_AHEAD
-        self.stop = Event()  # ends waiting for lost connections
+        self.stop = Event()  # stops reconnecting
         self.read_errors: list[str] = []
         self.tracked: Video | None = None
         self.tracker: Any = None
@@ -95,7 +94,7 @@ class Pipeline:
                 self.stop.set()
 
     def frames(self) -> Iterator[Frame]:
-        """Yield the frames of all sources; the first UserError of a source is raised after the last source."""
+        """Yield the frames of all sources; the first UserError is raised after the last source."""
         failure: UserError | None = None
         for source in self.sources:
             try:
@@ -111,7 +110,7 @@ class Pipeline:
         return frame.number % self.options.frame_stride == 0
 
     def prepare(self) -> Iterator[tuple[list[Frame], NetworkInput | None]]:
-        """Yield frames up to the next full batch, or as many as may wait, with the input for the network."""
+        """Yield the frames up to each full batch, or `max_frames`, with their network input."""
         frames: list[Frame] = []
         failure: UserError | None = None
         try:
@@ -132,7 +131,7 @@ class Pipeline:
         return self.detector.prepare(images) if images and not self.slicer else None
 
     def detect(self, batches: Iterable[tuple[list[Frame], NetworkInput | None]]) -> Iterator[Result]:
-        """Run the network, and carry its detections over to the frames in between."""
+        """Run the network, and carry its detections over to skipped frames."""
         detections = sv.Detections.empty()
         for frames, batch in batches:
             found = iter(self.detector.detect_batch(batch) if batch else ())
@@ -147,20 +146,18 @@ class Pipeline:
         def detect_tiles(tiles: Any) -> Any:
             return self.detector.detect_batch(self.detector.prepare(tiles))
 
-        callback = self.detector if batch_size == 1 else detect_tiles  # a batch of 1 is passed as an image, not a list
+        callback = self.detector if batch_size == 1 else detect_tiles  # InferenceSlicer passes a batch of 1 as an image
         return sv.InferenceSlicer(callback, tile, tile // TILE_OVERLAP, sv.OverlapFilter.NONE, batch_size=batch_size)
 
     def detect_in_tiles(self, frame: Frame) -> sv.Detections:
-        """The detections of all tiles, with NMS across tiles."""
         limits = self.detector.thresholds
         return self.slicer(frame.image).with_nms(limits.nms_iou, class_agnostic=limits.class_agnostic)
 
     def track(self, frame: Frame, detections: sv.Detections) -> sv.Detections:
-        """Add track IDs to the detections in a frame of a video."""
         if frame.video is None:
             return detections
         if frame.video is not self.tracked:
-            from trackers import ByteTrackTracker  # slow to import, and needed only here
+            from trackers import ByteTrackTracker  # slow to import
 
             threshold = min(self.detector.min_confidences())
             self.tracker = ByteTrackTracker(
@@ -173,10 +170,7 @@ class Pipeline:
 
 
 def write_behind(results: Iterable[Result], sinks: Sequence[Sink]) -> Iterator[Result]:
-    """Yield the results while a thread writes them to the sinks; with a `Window`, this thread writes.
-
-    All results are written, also if `results` raises. An error of a sink is raised a few frames later.
-    """
+    """Yield the results while a thread, or with a `Window` this thread, writes them, even if `results` raises."""
 
     def write(result: Result) -> None:
         for sink in sinks:
@@ -200,7 +194,7 @@ def write_behind(results: Iterable[Result], sinks: Sequence[Sink]) -> Iterator[R
 
 @contextmanager
 def closing_sink(sink: Sink) -> Iterator[Sink]:
-    """Close the sink at the end; raises UserError if that fails."""
+    """Close the sink on exit; raises UserError if that fails."""
     try:
         yield sink
     finally:
@@ -213,7 +207,7 @@ def convert_write_errors(sink: Sink) -> Iterator[None]:
     """Turn an OSError of a sink into a UserError."""
     try:
         yield
-    except BrokenPipeError:  # stdout, not a file
+    except BrokenPipeError:  # of stdout
         raise
     except OSError as error:
         raise UserError(f"cannot write {error.filename or sink.folder}: {error.strerror}") from None

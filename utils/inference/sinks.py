@@ -1,7 +1,8 @@
-"""Sinks, which receive the detections: pictures, tables, label files, crops, counts, heat maps, a window."""
+"""Outputs for detections: annotated pictures, tables, label files, crops, counts, heat maps and a window."""
 
 import json
 import os
+import re
 import sys
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -25,7 +26,7 @@ from utils.inference.video import Frame, Video, VideoWriter
 VIDEO_SUFFIX = ".mp4"
 WINDOW = "Detections (q or Esc to close)"
 CLOSING_KEYS, NO_KEY = (ord("q"), 27), 255
-MAX_HEAT_SIDE, MAX_WINDOW_SIDE = 640, 1280  # pixels of the longer side
+MAX_HEAT_SIDE, MAX_WINDOW_SIDE = 640, 1280  # longer side, in pixels
 PIXEL_DECIMALS, SCORE_DECIMALS = 2, 5  # in tables and label files
 
 
@@ -34,9 +35,9 @@ class WindowClosed(Exception):
 
 
 class Sink(ABC):
-    """Takes the detections of one frame after another, and completes its files in `close`."""
+    """Receives frames with their detections one by one, and completes its files in `close`."""
 
-    every_frame = False  # whether it also takes frames whose detections are carried over from an earlier frame
+    every_frame = False  # whether it also receives frames with detections carried over from an earlier frame
 
     def __init__(self, folder: Path, class_names: Sequence[str]) -> None:
         self.folder = folder
@@ -50,7 +51,7 @@ class Sink(ABC):
         pass
 
     def unique_name(self, name: str) -> str:
-        """The name, with a number before the suffix if it was used before (ignoring case)."""
+        """The name, numbered if it was used before (ignoring case)."""
         path, number, unique = Path(name), 1, name
         while unique.casefold() in self.used_names:
             number += 1
@@ -59,17 +60,14 @@ class Sink(ABC):
         return unique
 
     def new_path(self, name: str) -> Path:
-        """The path for a file of this name; creates its folder."""
+        """A path for a file with this name, in an existing folder."""
         path = self.folder / self.unique_name(name)
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
-    def draw(self, frame: Frame, detections: sv.Detections) -> np.ndarray:
-        return draw_detections(frame.image, detections, self.class_names)
-
 
 class Pictures(Sink):
-    """Annotated copies of images, and of videos as MP4 of the same length and frame rate."""
+    """Annotated copies of images, and of videos as MP4 with the same length and frame rate."""
 
     every_frame = True
 
@@ -79,7 +77,7 @@ class Pictures(Sink):
         self.video: Video | None = None
 
     def write(self, frame: Frame, detections: sv.Detections) -> None:
-        drawn = self.draw(frame, detections)
+        drawn = draw_detections(frame.image, detections, self.class_names)
         if frame.video is None:
             is_known = frame.path.suffix.lower() in IMAGE_SUFFIXES
             write_image(self.new_path(frame.path.name if is_known else f"{frame.path.name}.png"), drawn)
@@ -109,8 +107,8 @@ class Window(Sink):
         return not headless and bool(gui) and "NONE" not in gui[0]
 
     def write(self, frame: Frame, detections: sv.Detections) -> None:
-        """Show a frame, and wait for a key if it is an image; raises WindowClosed."""
-        drawn = self.draw(frame, detections)
+        """Show a frame, and wait for a key after an image; raises WindowClosed."""
+        drawn = draw_detections(frame.image, detections, self.class_names)
         scale = min(1.0, MAX_WINDOW_SIDE / max(drawn.shape[:2]))
         size = max(1, round(drawn.shape[1] * scale)), max(1, round(drawn.shape[0] * scale))
         cv2.imshow(WINDOW, cv2.cvtColor(cv2.resize(drawn, size), cv2.COLOR_RGB2BGR))
@@ -126,7 +124,7 @@ class Window(Sink):
 
 
 class JsonLines(Sink):
-    """detections.jsonl: image, class, score and box (x1, y1, x2, y2 in pixels) of each detection, one per line."""
+    """detections.jsonl: image, class, score and box (x1, y1, x2, y2 in pixels) of a detection per line."""
 
     def __init__(self, folder: Path, class_names: Sequence[str]) -> None:
         super().__init__(folder, class_names)
@@ -135,19 +133,17 @@ class JsonLines(Sink):
     def write(self, frame: Frame, detections: sv.Detections) -> None:
         columns = zip(detections.xyxy, detections.confidence, detections.class_id, track_ids(detections), strict=True)
         for box, score, label, track in columns:
-            item = describe_frame(frame) | {"class": self.class_names[label]}
-            item["score"] = round(float(score), SCORE_DECIMALS)
-            item["box"] = [round(float(edge), PIXEL_DECIMALS) for edge in box]
-            if track is not None:
-                item["track"] = track
-            self.file.write(json.dumps(item, ensure_ascii=False) + "\n")
+            edges = [round(float(edge), PIXEL_DECIMALS) for edge in box]
+            item = {"class": self.class_names[label], "score": round(float(score), SCORE_DECIMALS), "box": edges}
+            item |= {} if track is None else {"track": track}
+            self.file.write(json.dumps(describe_frame(frame) | item, ensure_ascii=False) + "\n")
 
     def close(self) -> None:
         self.file.close()
 
 
 class Csv(Sink):
-    """detections.csv: the same as a table, one row per detection."""
+    """detections.csv: a row per detection."""
 
     def __init__(self, folder: Path, class_names: Sequence[str]) -> None:
         super().__init__(folder, class_names)
@@ -163,12 +159,14 @@ class Csv(Sink):
 
 
 class Labels(Sink):
-    """Base class of sinks that write labels for new datasets, each named after its image.
+    """Writes label files for new datasets, and copies video frames and images with duplicate names beside them."""
 
-    Frames of videos, and images whose name was used before, are copied next to the labels.
-    """
+    root: str
+    image_folder, label_folder = "images", "labels"
 
-    image_folder = "images"
+    def __init__(self, folder: Path, class_names: Sequence[str]) -> None:
+        super().__init__(folder / self.root, class_names)
+        (self.folder / self.label_folder).mkdir(parents=True, exist_ok=True)
 
     def write(self, frame: Frame, detections: sv.Detections) -> None:
         suffix = frame.path.suffix.lower()
@@ -191,39 +189,37 @@ class Labels(Sink):
 
 
 class Voc(Labels):
-    """Labels in the format of Pascal VOC, in voc/."""
+    """Labels in Pascal VOC format, in voc/."""
 
-    image_folder = "JPEGImages"
-
-    def __init__(self, folder: Path, class_names: Sequence[str]) -> None:
-        super().__init__(folder / "voc", class_names)
-        (self.folder / "Annotations").mkdir(parents=True, exist_ok=True)
+    root, image_folder, label_folder = "voc", "JPEGImages", "Annotations"
 
     def write_labels(self, name: str, size: tuple[int, int], detections: sv.Detections) -> None:
         text = format_voc(name, size, [item for item in self.to_objects(detections) if spans_a_pixel(item.box)])
-        (self.folder / "Annotations" / name).with_suffix(".xml").write_text(text, encoding="utf-8")
+        (self.folder / self.label_folder / name).with_suffix(".xml").write_text(text, encoding="utf-8")
 
 
 class Yolo(Labels):
-    """Labels in the format of YOLO, in yolo/."""
+    """Labels in YOLO format, in yolo/."""
+
+    root = "yolo"
 
     def __init__(self, folder: Path, class_names: Sequence[str]) -> None:
-        super().__init__(folder / "yolo", class_names)
-        (self.folder / "labels").mkdir(parents=True, exist_ok=True)
+        super().__init__(folder, class_names)
         (self.folder / "classes.txt").write_text("\n".join(class_names) + "\n", encoding="utf-8")
 
     def write_labels(self, name: str, size: tuple[int, int], detections: sv.Detections) -> None:
         lines = format_yolo(size, self.to_objects(detections, decimals=8), self.class_names)
         text = "".join(f"{line}\n" for line in lines)
-        (self.folder / "labels" / name).with_suffix(".txt").write_text(text, encoding="utf-8")
+        (self.folder / self.label_folder / name).with_suffix(".txt").write_text(text, encoding="utf-8")
 
 
 class Coco(Labels):
-    """Labels in the format of COCO, with scores, in coco/annotations.json."""
+    """Labels in COCO format, with scores, in coco/annotations.json."""
+
+    root, label_folder = "coco", ""
 
     def __init__(self, folder: Path, class_names: Sequence[str]) -> None:
-        super().__init__(folder / "coco", class_names)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        super().__init__(folder, class_names)
         self.file = CocoFile(class_names)
 
     def write_labels(self, name: str, size: tuple[int, int], detections: sv.Detections) -> None:
@@ -237,19 +233,18 @@ class Coco(Labels):
 
 
 class Crops(Sink):
-    """crops/: a picture of each detection, in a folder per class."""
+    """crops/: the cut-out detections, in a folder per class."""
 
     def write(self, frame: Frame, detections: sv.Detections) -> None:
         for i, (box, label) in enumerate(zip(detections.xyxy, detections.class_id, strict=True)):
             crop = sv.crop_image(frame.image, box)
             if crop.size:
-                name = self.class_names[label]
-                folder = "".join(letter if letter.isalnum() or letter in " -" else "_" for letter in name)
+                folder = re.sub(r"[^\w -]", "_", self.class_names[label])
                 write_image(self.new_path(f"crops/{folder}/{frame.path.stem}_{i}.png"), crop)
 
 
 class Counts(Sink):
-    """The number of detections per class, printed for each image and in total."""
+    """Prints the number of detections per class, for each image and in total."""
 
     def __init__(self, folder: Path, class_names: Sequence[str]) -> None:
         super().__init__(folder, class_names)
@@ -272,11 +267,11 @@ class Counts(Sink):
 
 
 class HeatMap(Sink):
-    """heat_NAME.jpg: where objects were detected most often, for each video and each image size."""
+    """heat_NAME.jpg: a heat map of the positions of objects, for each video and each image size."""
 
     def __init__(self, folder: Path, class_names: Sequence[str]) -> None:
         super().__init__(folder, class_names)
-        self.maps: dict[Any, tuple[sv.HeatMapAnnotator, np.ndarray]] = {}  # by video or size: with the latest picture
+        self.maps: dict[Any, tuple[sv.HeatMapAnnotator, np.ndarray]] = {}  # by video or size; with the latest picture
 
     def write(self, frame: Frame, detections: sv.Detections) -> None:
         height, width = frame.image.shape[:2]
@@ -310,14 +305,13 @@ SINKS: dict[str, type[Sink]] = {
 
 
 def describe_frame(frame: Frame) -> dict[str, Any]:
-    """The image, or the video, frame number and time."""
     if frame.video is None:
         return {"image": str(frame.path)}
     return {"image": frame.video.name, "frame": frame.number, "time": round(frame.time, 3)}
 
 
 def track_ids(detections: sv.Detections) -> list[int | None]:
-    """The track of each detection; None if it has none (yet)."""
+    """The track ID of each detection, or None."""
     if detections.tracker_id is None:
         return [None] * len(detections)
     return [int(track) if track >= 0 else None for track in detections.tracker_id]

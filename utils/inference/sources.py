@@ -1,4 +1,4 @@
-"""Sources of frames: images, videos, cameras and streams, opened by path, glob, list, number or address."""
+"""Sources of frames: images, videos, cameras and streams, opened by path, glob, list, camera number or URL."""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -35,15 +35,12 @@ class Source(Protocol):
         """The approximate number of frames, or None if unknown."""
 
     def frames(self, errors: list[str], stop: Event) -> Iterator[Frame]:
-        """Yield the frames; skips what cannot be read and appends the reason to `errors`.
-
-        Raises UserError if the source cannot be read any further. `stop` ends waiting for a lost connection.
-        """
+        """Yield frames, append the reasons for unreadable ones to `errors`, and stop reconnecting after `stop`."""
 
 
 @dataclass(frozen=True)
 class Images:
-    """Image files, read by several threads."""
+    """Image files, read in several threads."""
 
     paths: Sequence[Path]
 
@@ -68,8 +65,6 @@ def try_to_read(path: Path) -> tuple[Path, np.ndarray | UserError]:
 
 @dataclass(frozen=True)
 class EncodedImage:
-    """The bytes of one image file."""
-
     content: bytes
     total = 1
 
@@ -78,10 +73,7 @@ class EncodedImage:
 
 
 def open_sources(name: str, reconnect_timeout: float) -> list[Source]:
-    """Open a path, folder, glob, list, camera number or address; raises UserError if there is nothing.
-
-    Cameras and streams are given up `reconnect_timeout` seconds after they were lost.
-    """
+    """Open a path, folder, glob, list, camera number or URL; raises UserError if there is nothing."""
     name = name.removeprefix("file://")
     path = Path(name)
     if name == STDIN:
@@ -94,7 +86,7 @@ def open_sources(name: str, reconnect_timeout: float) -> list[Source]:
         if path.suffix.lower() == ".txt" and path.is_file():
             return open_list(read_lines(path), str(path), reconnect_timeout)
         return open_files([path] if path.is_file() else find_files(name))
-    except OSError as error:  # for example a folder without read permission
+    except OSError as error:  # such as a folder without read permission
         raise UserError(f"cannot read {name}: {error.strerror}") from None
 
 
@@ -104,31 +96,31 @@ def find_files(name: str) -> list[Path]:
     if name and path.is_dir():
         candidates = sorted(path.iterdir())
     elif name and path.exists():
-        raise UserError(f"{name} is a pipe or a device, which may never end; give a file, or - to read from stdin")
+        raise UserError(f"{name} is a pipe or device, but must be a file; give - to read from stdin")
     else:
-        candidates = sorted(Path(match) for match in glob(name, recursive=True))
+        candidates = sorted(map(Path, glob(name, recursive=True)))
         if not candidates:
             raise UserError(f"there is no image, video, folder or match for {name!r}; correct the path")
-    known = [path for path in candidates if path.suffix.lower() in IMAGE_SUFFIXES | VIDEO_SUFFIXES]
+    suffixes = IMAGE_SUFFIXES | VIDEO_SUFFIXES
+    known = [path for path in candidates if path.suffix.lower() in suffixes]
     known = [path for path in known if path.is_file() or not path.exists()]  # broken links fail when they are read
     if not known:
-        suffixes = ", ".join(sorted(IMAGE_SUFFIXES | VIDEO_SUFFIXES))
-        raise UserError(f"{name} contains no images or videos ({suffixes})")
+        raise UserError(f"{name} contains no images or videos ({', '.join(sorted(suffixes))})")
     return known
 
 
 def open_files(paths: Sequence[Path]) -> list[Source]:
-    """One source for all images, then one for each video."""
+    """One source for all images, followed by one for each video."""
     videos = [path for path in paths if path.suffix.lower() in VIDEO_SUFFIXES]
     images = [path for path in paths if path.suffix.lower() not in VIDEO_SUFFIXES]
     return [*([Images(images)] if images else []), *(VideoFile(str(path)) for path in videos)]
 
 
 def open_list(lines: Sequence[str], list_name: str, reconnect_timeout: float) -> list[Source]:
-    """Open the path, address or glob on each line, relative to the current directory."""
+    """Open the path, URL or glob on each line; paths are relative to the current directory."""
     names = [line.strip() for line in lines if line.strip()]
     if not names:
-        raise UserError(f"{list_name} is empty; it should have a path on each line")
+        raise UserError(f"{list_name} is empty, but must have a path on each line")
     files = [Path(name) for name in names if Path(name).is_file() and Path(name).suffix.lower() != ".txt"]
     others = [name for name in names if not Path(name).is_file()]
     if len(files) + len(others) < len(names) or STDIN in others:
@@ -140,7 +132,7 @@ def open_list(lines: Sequence[str], list_name: str, reconnect_timeout: float) ->
 
 
 def read_stdin(reconnect_timeout: float) -> list[Source]:
-    """The bytes of an image, or a list as in a .txt file."""
+    """Read an image file, or a list as in a .txt file, from stdin."""
     content = sys.stdin.buffer.read()
     try:
         text = content.decode("utf-8-sig")

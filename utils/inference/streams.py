@@ -1,4 +1,4 @@
-"""Live sources: cameras and network streams, which reconnect after an interruption and skip frames to stay current."""
+"""Live sources: cameras and network streams, which reconnect after an interruption and drop frames to stay current."""
 
 import time
 from abc import ABC, abstractmethod
@@ -21,10 +21,7 @@ FIRST_WAIT, MAX_WAIT = 0.5, 8.0  # seconds before reconnecting; doubled after ea
 
 
 class LiveSource(ABC):
-    """Reconnects after an interruption, and gives up after `reconnect_timeout` seconds without a frame.
-
-    While the network is busy, newer frames replace older ones, so that detections are always current.
-    """
+    """Reconnects after an interruption, and gives up after `reconnect_timeout` seconds without a frame."""
 
     total = None
 
@@ -33,7 +30,7 @@ class LiveSource(ABC):
 
     @abstractmethod
     def connect(self, errors: list[str]) -> Iterator[Frame]:
-        """Connect and yield frames; raises UserError if the connection is lost, and returns at a regular end."""
+        """Connect and yield frames until the source ends; raises UserError if the connection is lost."""
 
     def frames(self, errors: list[str], stop: Event) -> Iterator[Frame]:
         try:
@@ -43,15 +40,11 @@ class LiveSource(ABC):
                 errors.append(f"{self.dropped} frames of {self.name} were dropped because the network was busy")
 
     def reconnect(self, errors: list[str], stop: Event) -> Iterator[Frame]:
-        """Yield the frames of all connections as one video whose times include the interruptions.
-
-        Raises UserError after `reconnect_timeout` seconds without a frame, at once if there never was one, and if the
-        frame size changes.
-        """
+        """Yield the frames of all connections as one video, whose times include the interruptions."""
         last: Frame | None = None
         wait, seen, number = FIRST_WAIT, 0.0, 0
         while not stop.is_set():
-            offset: float | None = None if last else 0.0  # time of the video at which this connection starts
+            offset: float | None = None if last else 0.0  # start of this connection, in seconds of the video
             try:
                 for frame in self.connect(errors):
                     if offset is None:
@@ -76,27 +69,21 @@ class LiveSource(ABC):
                 stop.wait(wait)
                 wait = min(2 * wait, MAX_WAIT)
 
-    def latest(self, frames: Iterator[Frame]) -> Iterator[Frame]:
-        """Yield the newest frame at each request and drop those in between."""
-        return latest(frames, self.count_dropped)
-
     def count_dropped(self) -> None:
         self.dropped += 1
 
 
 class Stream(LiveSource):
-    """A network stream, by its address."""
-
     def __init__(self, address: str, reconnect_timeout: float) -> None:
         super().__init__(hide_credentials(address), reconnect_timeout)
         self.address = address
 
     def connect(self, errors: list[str]) -> Iterator[Frame]:
-        """Ends regularly only for images and for videos of known length, of which no frame is dropped."""
+        """Yield all frames of an image or a video of known length, otherwise only the latest frames."""
         with open_video(self.address, timeout=(TIMEOUT, TIMEOUT)) as container:
             is_finite = container.duration or is_image(container)
             frames = self.decode(container, errors)
-            yield from frames if is_finite else self.latest(frames)
+            yield from frames if is_finite else latest(frames, self.count_dropped)
 
     def decode(self, container: av.container.InputContainer, errors: list[str]) -> Iterator[Frame]:
         length, end = container.duration, 0.0
@@ -113,17 +100,15 @@ def is_image(container: av.container.InputContainer) -> bool:
 
 
 class Camera(LiveSource):
-    """A local camera, by its number."""
-
     def __init__(self, number: int, reconnect_timeout: float) -> None:
         super().__init__(f"camera {number}", reconnect_timeout)
         self.number = number
 
     def connect(self, errors: list[str]) -> Iterator[Frame]:
-        return self.latest(self.read())
+        return latest(self.read(), self.count_dropped)
 
     def read(self) -> Iterator[Frame]:
-        cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # ten lines if there is no camera
+        cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # it warns repeatedly if there is no camera
         capture = cv2.VideoCapture(self.number)
         try:
             if not capture.isOpened():
@@ -135,7 +120,7 @@ class Camera(LiveSource):
             for number in count():
                 found, image = capture.read()
                 if not found:
-                    raise UserError(f"{self.name} does not deliver frames any more")
+                    raise UserError(f"{self.name} has stopped delivering frames")
                 rgb = cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
                 yield Frame(video.frame_path(number), rgb, video, number, time.monotonic() - started)
         finally:

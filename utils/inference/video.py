@@ -1,4 +1,4 @@
-"""Video files: open, decode and write them; cameras and streams use the same decoding."""
+"""Open, decode and write videos."""
 
 import re
 from collections import Counter
@@ -19,21 +19,19 @@ MAX_STEM = 100  # characters of a file name
 DEFAULT_RATE = Fraction(30)  # frames per second, if the video does not state a rate
 CLOCK = 90_000  # time base of written videos, in ticks per second
 CODEC, ENCODER_OPTIONS = "libx264", {"crf": "23", "preset": "veryfast"}
-MAX_MISSING = 1.0  # seconds without frames at the end before a file counts as truncated
+MAX_MISSING = 1.0  # seconds without frames at the end of a file that is not truncated
 
 
 @dataclass(frozen=True)
 class Video:
-    """What all frames of a file, camera or stream have in common."""
+    """The file, camera or stream that a frame comes from."""
 
-    name: str  # path, address, or "camera 0"
+    name: str  # path, URL, or "camera 0"
     rate: Fraction  # frames per second
 
     @property
     def stem(self) -> str:
-        """The base name of output files."""
-        stem = Path(self.name).stem[:MAX_STEM]
-        return "".join(letter if letter.isalnum() or letter in "-_ ." else "_" for letter in stem)
+        return re.sub(r"[^\w .-]", "_", Path(self.name).stem[:MAX_STEM])
 
     def frame_path(self, number: int) -> Path:
         return Path(f"{self.stem}_{number:06d}.jpg")
@@ -41,18 +39,18 @@ class Video:
 
 @dataclass(frozen=True)
 class Frame:
-    """One image to run the detector on."""
+    """An image to run the detector on."""
 
     path: Path  # the image file, or a name for the frame of a video
     image: np.ndarray  # (H, W, 3) uint8 RGB
     video: Video | None = None
-    number: int = 0  # position in the video
+    number: int = 0  # index in the video
     time: float = 0.0  # seconds from the start of the video
 
 
 @dataclass(frozen=True)
 class VideoFile:
-    """A video file. Frames that cannot be decoded are skipped; the others keep their times."""
+    """A video file; frames that cannot be decoded are skipped."""
 
     path: str
 
@@ -71,29 +69,25 @@ class VideoFile:
 
 
 class SizeChanged(UserError):
-    """The frame size of a video changes."""
-
     def __init__(self, name: str, number: int, before: np.ndarray, after: np.ndarray) -> None:
         old, new = (f"{image.shape[1]}x{image.shape[0]}" for image in (before, after))
         super().__init__(f"the size of {name} changes from {old} to {new} at frame {number}; the output ends there")
 
 
 def hide_credentials(address: str) -> str:
-    """An address without user, password and query, for messages and file names; paths are returned unchanged.
-
-    Passwords may contain any character, so everything up to the last @ is removed.
-    """
+    """A URL without user, password and query, for messages and file names; paths are returned unchanged."""
     scheme, separator, rest = address.partition("://")
+    # passwords may contain any character, so everything up to the last @ is removed
     return scheme + separator + re.split("[?#]", rest.rpartition("@")[2])[0] if separator else address
 
 
 def reason(error: OSError) -> str:
-    """Why reading or writing failed, without the address, which may contain a password."""
+    """Why reading or writing failed, without the URL, which may contain a password."""
     return error.strerror or type(error).__name__
 
 
 def open_video(path: str, timeout: tuple[float, float] | None = None) -> av.container.InputContainer:
-    """Open a file or address that has a video stream; raises UserError."""
+    """Open a file or URL with a video stream; raises UserError."""
     try:
         options = {"rtsp_transport": "tcp"} if path.startswith("rtsp") else {}  # many routers drop UDP
         container = av.open(path, timeout=timeout, options=options)
@@ -107,7 +101,7 @@ def open_video(path: str, timeout: tuple[float, float] | None = None) -> av.cont
 
 
 def decode_video(name: str, container: av.container.InputContainer, errors: list[str]) -> Iterator[Frame]:
-    """Yield the frames of a container, rotated upright; raises UserError if there are none or if their size changes."""
+    """Yield the upright frames of a container; raises UserError if there are none or their size changes."""
     stream = container.streams.video[0]
     stream.thread_type = "AUTO"
     video = Video(name, stream.average_rate or stream.guessed_rate or DEFAULT_RATE)
@@ -139,7 +133,7 @@ def decode_video(name: str, container: av.container.InputContainer, errors: list
 
 
 def decode_pictures(container: av.container.InputContainer, faults: Counter[str]) -> Iterator[av.VideoFrame]:
-    """Yield decoded pictures; counts skipped "packets" and damaged "frames" in `faults`."""
+    """Yield decoded pictures, counting skipped "packets" and damaged "frames" in `faults`."""
     for packet in container.demux(container.streams.video[0]):
         try:
             pictures = packet.decode()
@@ -152,11 +146,11 @@ def decode_pictures(container: av.container.InputContainer, faults: Counter[str]
 
 
 class VideoWriter:
-    """Writes frames of `size` (height, width) as H.264 in an MP4, which browsers can play."""
+    """Writes frames of `size` (height, width) as an H.264 MP4, which browsers can play."""
 
     def __init__(self, path: Path, rate: Fraction, size: tuple[int, int]) -> None:
         self.path, self.last_tick = path, -1
-        self.failure: UserError | None = None  # after it nothing more is written: FFmpeg may crash
+        self.failure: UserError | None = None  # nothing is written after an error, since FFmpeg may crash
         self.padding = [side % 2 for side in size]  # H.264 needs even sides
         try:
             self.container = av.open(str(path), "w", options={"movflags": "+faststart"})
@@ -168,7 +162,7 @@ class VideoWriter:
         self.stream.codec_context.time_base = Fraction(1, CLOCK)
 
     def write(self, image: np.ndarray, seconds: float) -> None:
-        """Add an RGB image at its time, or one tick after the previous image if that is later."""
+        """Append an RGB image at its time, or one tick after the previous image if that is later."""
         if any(self.padding):
             image = cv2.copyMakeBorder(image, 0, self.padding[0], 0, self.padding[1], cv2.BORDER_REPLICATE)
         picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
