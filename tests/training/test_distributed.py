@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,34 +31,16 @@ from utils.training.training_state import Progress
 from utils.weights.checkpoint import BEST, LAST, PREVIOUS, digest, load_checkpoint
 
 WORKER = ROOT / "tests" / "training" / "worker.py"
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 TIMEOUT = 240  # seconds per command
 
 
-@contextmanager
-def torchrun(*arguments: object, cwd: Path) -> Iterator[subprocess.Popen[str]]:
-    """Start a command in two processes, and end them."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    process = subprocess.Popen(
-        [*command, *map(str, arguments)],
-        cwd=cwd,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        yield process
-    finally:
-        if process.poll() is None:
-            process.terminate()  # also ends the two processes
-            process.communicate()
-
-
 def run(*arguments: object, cwd: Path, fails: bool = False) -> tuple[str, str]:
-    """Run a command in two processes; returns stdout and stderr."""
-    with torchrun(*arguments, cwd=cwd) as process:
-        out, errors = process.communicate(timeout=TIMEOUT)
-    assert (process.returncode != 0) == fails, errors
-    return out, errors
+    """Run a Python command; returns stdout and stderr."""
+    command = [sys.executable, *map(str, arguments)]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    assert (done.returncode != 0) == fails, done.stderr
+    return done.stdout, done.stderr
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -151,7 +133,7 @@ def compared(config, folder) -> dict[str, Any]:
         "stopped": vars(stopped),
     }
     (folder / "plan.json").write_text(json.dumps(plan))
-    out, _ = run(WORKER, "compare", folder / "plan.json", folder / "found.pt", cwd=folder)
+    out, _ = run(WORKER, 0, "compare", folder / "plan.json", folder / "found.pt", cwd=folder)
     return {"configs": runs, "out": out, **torch.load(folder / "found.pt", weights_only=True)}
 
 
@@ -233,7 +215,7 @@ def test_accuracy_equals_that_of_one_process(config, compared, whole, folder, mo
 def test_restarted_processes_resume_the_run(config, whole, folder):
     """One process is killed before the first checkpoint, then one after it."""
     again = replace(config, run_dir=str(folder / "killed"))
-    out, errors = run("--max-restarts", "2", WORKER, "die", *flags(again), cwd=folder)
+    out, errors = run(WORKER, 2, "die", *flags(again), cwd=folder)
     assert out.count("a step of 16 images") == 3, errors
     assert re.findall(r"resuming after epoch 0, batch (\d+)", out) == ["2"], out
     assert [record["epoch"] for record in records(folder / "killed")] == [1, 2]
@@ -243,14 +225,14 @@ def test_restarted_processes_resume_the_run(config, whole, folder):
 def test_signal_to_torchrun_stops_all_processes_with_a_checkpoint(config, whole, folder, monkeypatch):
     stopped = replace(config, run_dir=str(folder / "signalled"))
     last = folder / "signalled" / LAST
-    out, errors = run(WORKER, "terminate", *flags(stopped), cwd=folder, fails=True)
+    out, errors = run(WORKER, 0, "terminate", *flags(stopped), cwd=folder, fails=True)
     assert time.monotonic() - float(last.with_name("signalled").read_text()) < 10
     assert out.count("stopped; resume exactly here with --resume --run-dir") == 1, errors
     assert errors.count("stopped by SIGTERM") == 2
     _, info = contents(last)
     assert (info["epoch"], info["batch"]) == (0, 4)
     shutil.copytree(last.parent, folder / "alone")
-    out, errors = run(WORKER, "train", "--resume", "--run-dir", last.parent, cwd=folder)
+    out, errors = run(WORKER, 0, "train", "--resume", "--run-dir", last.parent, cwd=folder)
     starts = [
         "resuming after epoch 0, batch 4 of the next",
         "training: 96 images",
@@ -277,7 +259,7 @@ def test_error_in_the_first_process_ends_the_others(config, folder):
     (folder / "busy").mkdir()
     started = time.monotonic()
     with lock(folder / "busy" / "run.lock"):
-        _, errors = run(ROOT / "train.py", *flags(busy), cwd=folder, fails=True)
+        _, errors = run(*TORCHRUN, ROOT / "train.py", *flags(busy), cwd=folder, fails=True)
     assert time.monotonic() - started < 40
     assert len(re.findall(r"^error: another process is training in ", errors, re.MULTILINE)) == 1, errors
 

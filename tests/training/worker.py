@@ -1,4 +1,4 @@
-"""Tasks of the processes that test_distributed starts with torchrun: python tests/training/worker.py TASK ARGUMENTS"""
+"""Tasks for two processes: python tests/training/worker.py MAX_RESTARTS TASK ARGUMENTS"""
 
 import json
 import os
@@ -8,13 +8,14 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -95,9 +96,14 @@ def stop_in_validation(config: train.Config, group: ProcessGroup) -> bool:
     return False
 
 
+def with_tuples(settings: dict[str, Any]) -> dict[str, Any]:
+    """Restore the tuples that JSON stores as lists."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
+
+
 def compare(plan: str, out: str) -> None:
     """Train, evaluate, train the runs to compare and those that fail; writes what all processes found."""
-    parts = json.loads(Path(plan).read_text())
+    parts = json.loads(Path(plan).read_text(), object_hook=with_tuples)
     decoded = []
     real = utils.data.cache.load_sample
 
@@ -183,13 +189,20 @@ def terminate() -> None:
         act_after_steps(act)
 
 
-if __name__ == "__main__":
+TASKS: dict[str, Callable[..., None]] = {"compare": compare, "die": die, "terminate": terminate}
+TASKS["train"] = lambda: run_script(train.main, train.Config)
+
+
+def launch(max_restarts: int, task: str, *arguments: str) -> None:
+    """Run a task in two processes as torchrun does, but forked from this one, which saves the time of imports."""
+    sys.argv = [__file__, *arguments]
     use_narrow_network(pytest.MonkeyPatch())
-    tasks = {
-        "compare": compare,
-        "die": die,
-        "terminate": terminate,
-        "train": partial(run_script, train.main, train.Config),
-    }
-    task = tasks[sys.argv.pop(1)]
-    task(*sys.argv[1:]) if task is compare else task()
+    config = LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=2, max_restarts=max_restarts, monitor_interval=0.1,
+        rdzv_backend="c10d", rdzv_endpoint="localhost:0", start_method="fork",
+    )  # fmt: skip
+    elastic_launch(config, TASKS[task])(*(arguments if task == "compare" else ()))
+
+
+if __name__ == "__main__":
+    launch(int(sys.argv[1]), *sys.argv[2:])
