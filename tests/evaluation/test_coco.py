@@ -1,7 +1,7 @@
 """COCO metrics and AP of reweighted images, compared with pycocotools; the results file."""
 
-from collections import namedtuple
 import json
+from collections import namedtuple
 from pathlib import Path
 
 import numpy as np

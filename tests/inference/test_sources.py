@@ -52,7 +52,7 @@ def test_refuses_pipes_and_devices(tmp_path):
     (tmp_path / "list.txt").write_text(str(tmp_path / "pipe.png"))
     pipes = [str(path) for path in tmp_path.glob("pipe*")]
     for source in (*pipes, *(f"file://{path}" for path in pipes), "/dev/zero", str(tmp_path / "list.txt")):
-        with pytest.raises(UserError, match="is a pipe or a device"):
+        with pytest.raises(UserError, match="is a pipe or device"):
             open_sources(source, 0)
     assert len(pipes) == 4
     assert input_files(open_sources(str(tmp_path), 0)) == [tmp_path / "good.png"]

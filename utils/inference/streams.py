@@ -74,13 +74,13 @@ class LiveSource(ABC):
 
 
 class Stream(LiveSource):
-    def __init__(self, address: str, reconnect_timeout: float) -> None:
-        super().__init__(hide_credentials(address), reconnect_timeout)
-        self.address = address
+    def __init__(self, url: str, reconnect_timeout: float) -> None:
+        super().__init__(hide_credentials(url), reconnect_timeout)
+        self.url = url
 
     def connect(self, errors: list[str]) -> Iterator[Frame]:
         """Yield all frames of an image or a video of known length, otherwise only the latest frames."""
-        with open_video(self.address, timeout=(TIMEOUT, TIMEOUT)) as container:
+        with open_video(self.url, timeout=(TIMEOUT, TIMEOUT)) as container:
             is_finite = container.duration or is_image(container)
             frames = self.decode(container, errors)
             yield from frames if is_finite else latest(frames, self.count_dropped)

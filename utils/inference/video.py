@@ -74,11 +74,11 @@ class SizeChanged(UserError):
         super().__init__(f"the size of {name} changes from {old} to {new} at frame {number}; the output ends there")
 
 
-def hide_credentials(address: str) -> str:
+def hide_credentials(url: str) -> str:
     """A URL without user, password and query, for messages and file names; paths are returned unchanged."""
-    scheme, separator, rest = address.partition("://")
+    scheme, separator, rest = url.partition("://")
     # passwords may contain any character, so everything up to the last @ is removed
-    return scheme + separator + re.split("[?#]", rest.rpartition("@")[2])[0] if separator else address
+    return scheme + separator + re.split("[?#]", rest.rpartition("@")[2])[0] if separator else url
 
 
 def reason(error: OSError) -> str:

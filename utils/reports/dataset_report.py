@@ -29,7 +29,7 @@ PLOTS = {"classes.png": "Objects per class", "shapes.png": "Training objects and
 NUM_EXAMPLES = 6  # images of each part on the page
 MAX_PAIRS = 12  # near-duplicates on the page; the JSON contains all
 MAX_LISTED = 300  # diagnostics on the page; the JSON contains all
-MAX_SIZES = 3  # image sizes in the table, the most frequent ones
+MAX_SIZES = 1  # image sizes in the table, the most frequent ones
 STATISTICS = ("images", "unusable", "without_objects", "difficult", "truncated")
 STATISTICS += ("image_sizes", "image_aspect", "object_side", "object_aspect", "objects")  # rows of the table
 
