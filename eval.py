@@ -19,7 +19,8 @@ from utils.evaluation.coco import RESULTS, write_results
 from utils.evaluation.label_errors import MISSED_CONFIDENCE
 from utils.evaluation.metrics import evaluate
 from utils.inference.detector import Detector
-from utils.reports.evaluation_report import PAGE, EvaluationReport, format_metrics, write_checkpoint_comparison
+from utils.reports.evaluation_report import PAGE, EvaluationReport, write_checkpoint_comparison
+from utils.reports.metrics_table import format_metrics
 from utils.system.cli import run_script
 from utils.system.device import choose_device, choose_precision, keep_freed_memory
 from utils.system.diagnostics import Diagnostics

@@ -24,7 +24,7 @@ from utils.inference.backends import EXPORTED, precision_for
 from utils.inference.detector import Detector
 from utils.inference.pipeline import FrameOptions, Pipeline, closing_sink, write_behind
 from utils.inference.sinks import SINKS, Sink, Window, WindowClosed, track_ids
-from utils.inference.sources import Source, input_files, open_sources
+from utils.inference.sources import Images, Source, input_files, open_sources
 from utils.system.cli import run_script
 from utils.system.device import choose_compile, choose_device, keep_freed_memory, synchronize
 from utils.system.errors import UserError, check_choice, check_range, make_folder
@@ -170,7 +170,7 @@ def open_sinks(config: Config, detector: Detector, stack: ExitStack) -> list[Sin
         names.remove("window")
     sinks: list[Sink] = []
     if config.explain:
-        from utils.reports.panels import Panels  # slow to import
+        from utils.reports.explain_panels import Panels  # slow to import
 
         sinks.append(Panels(config.folder, detector))
     class_names = detector.spec.class_names
@@ -208,7 +208,8 @@ def print_summary(config: Config, pipeline: Pipeline, totals: Totals) -> None:
     print(f"confidence thresholds: {pipeline.detector.describe_confidences()}")
     processed = f", of which {totals.processed} were processed" if totals.processed < totals.frames else ""
     tracks = f", {count(len(totals.tracks), 'track')}" if totals.tracks else ""
-    text = f"{count(totals.detections, 'detection')} in {count(totals.frames, 'frame')}{processed}{tracks}"
+    unit = "image" if all(isinstance(source, Images) for source in pipeline.sources) else "frame"
+    text = f"{count(totals.detections, 'detection')} in {count(totals.frames, unit)}{processed}{tracks}"
     print(f"{text}; the results are in {config.folder}")
     if not totals.detections:
         print("no score reached its threshold; a lower --confidence shows less certain detections")
@@ -225,8 +226,8 @@ def run_benchmark(batch_sizes: Sequence[int], pipeline: Pipeline) -> None:
     images = [frame.image for frame in islice(pipeline.frames(), max(batch_sizes))]
     if not images:
         raise UserError("none of the images can be read")
-    print(f"{'':5}  {'network, ms':>18}  {'end to end, ms':>18}")
-    print(f"{'batch':5}  {'median':>9}{'95 %':>9}  {'median':>9}{'95 %':>9}  {'images/s':>9}")
+    print(f"{'':5}  {'network (ms)':>18}  {'end to end (ms)':>18}")
+    print(f"{'batch':5}  {'median':>9}{'95%':>9}  {'median':>9}{'95%':>9}  {'images/s':>9}")
     for size in batch_sizes:
         batch = [images[i % len(images)] for i in range(size)]
         network = time_calls(partial(detector.network, detector.prepare(batch).images), detector.network.device)

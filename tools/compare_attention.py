@@ -197,10 +197,11 @@ def measure_latency(
     """Latency of each phi in milliseconds, measured together and stored in `path`; delete it to measure again."""
     known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if not {str(phi) for phi in models} <= known.keys():
-        kind = CompiledNetwork if choose_compile("auto", device) else TorchNetwork
         dtype = choose_precision("auto", device)
         image = torch.zeros(1, 3, *spec.input_size, dtype=torch.uint8)
-        networks = {phi: kind(model, spec, device, dtype) for phi, model in models.items()}
+        networks = {phi: TorchNetwork(model, spec, device, dtype) for phi, model in models.items()}
+        if choose_compile("auto", device):
+            networks = {phi: CompiledNetwork(network) for phi, network in networks.items()}
         calls = {phi: lambda run=run: run.to_boxes(run(image)) for phi, run in networks.items()}
         known = {str(phi): ms for phi, ms in time_alternately(calls, TIMED_CALLS, device).items()}
         write_text(path, json.dumps(known))

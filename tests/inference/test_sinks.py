@@ -1,5 +1,6 @@
 """Sinks: label files, file names, and errors while writing."""
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,10 +14,14 @@ from utils.data.image_io import read_image, write_image
 from utils.data.voc_xml import read_voc_xml
 
 
-def test_label_files_contain_the_detections(config, devkit):
+def test_label_files_and_printed_counts_match_the_detections(config, devkit, capsys):
     source = str(devkit / "Demo" / "JPEGImages" / "test_000*.jpg")
     predict.main(replace(config, source=(source,), save=("voc", "yolo", "coco", "csv", "jsonl", "heatmap", "counts")))
     out, lines = Path(config.out), read_jsonl(config)
+    counts = Counter(line["class"] for line in lines)
+    printed = capsys.readouterr().out
+    assert f"total: {counts['disc']} disc, {counts['square']} square\n" in printed
+    assert f"{len(lines)} detections in 6 images; the results" in printed
     boxes: dict[str, list[list[float]]] = {}
     for line in lines:
         boxes.setdefault(Path(line["image"]).stem, []).append(line["box"])
@@ -31,8 +36,8 @@ def test_label_files_contain_the_detections(config, devkit):
         np.testing.assert_allclose(*zip(*pairs, strict=True), atol=0.01)
         yolo = [line.split() for line in (out / "yolo" / "labels" / f"{stem}.txt").read_text().splitlines()]
         assert {names[int(row[0])] for row in yolo} <= {"disc", "square"}
-        centre = [float(row[1]) * image["width"] for row in yolo]
-        assert centre == pytest.approx([(box[0] + box[2]) / 2 for box in boxes[stem]], abs=0.01)
+        center = [float(row[1]) * image["width"] for row in yolo]
+        assert center == pytest.approx([(box[0] + box[2]) / 2 for box in boxes[stem]], abs=0.01)
         ours = [item["bbox"] for item in coco.imgToAnns[image["id"]]]
         np.testing.assert_allclose(np.array(ours)[:, :2], np.array(boxes[stem])[:, :2])
     assert len((out / "detections.csv").read_text().splitlines()) == len(lines) + 1

@@ -22,7 +22,8 @@ from utils.detection.nms import EVALUATION_THRESHOLDS
 from utils.evaluation.metrics import evaluate
 from utils.inference.backends import TorchNetwork
 from utils.inference.detector import Detector
-from utils.reports.evaluation_report import EvaluationReport, compare_checkpoints, format_metrics
+from utils.reports.evaluation_report import EvaluationReport, compare_checkpoints
+from utils.reports.metrics_table import format_metrics
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FRAME = """<iframe width="{width}" height="900" style="border: 0" srcdoc="{page}" onload="

@@ -24,7 +24,7 @@ from utils.inference.backends import TorchNetwork
 from utils.inference.detector import Detector
 from utils.inference.video import VideoWriter
 from utils.reports.explain import HEADS, AttentionMaps, Explainer, compute_attention, compute_cam
-from utils.reports.panels import MIN_RANGE, View, draw_panel, find_limits
+from utils.reports.explain_panels import MIN_RANGE, View, draw_panel, find_limits
 from utils.system.errors import UserError
 from utils.weights.checkpoint import Checkpoint, save_checkpoint
 
@@ -82,7 +82,7 @@ def test_attention_map_shows_planted_gate():
         block = getattr(model, f"{place}_att")
         nn.init.zeros_(block.channelattention.fc2.weight)  # makes all channel gates 1/2
         nn.init.zeros_(block.spatialattention.conv1.weight)
-        block.spatialattention.conv1.weight.data[0, 1, 3, 3] = 40  # weight of the centre of the channel maximum
+        block.spatialattention.conv1.weight.data[0, 1, 3, 3] = 40  # weight of the center of the channel maximum
     image = np.zeros((200, 320, 3), np.uint8)
     square = np.s_[68:132, 128:192]  # rows and columns 64 to 96 of the input
     image[square] = 255

@@ -71,7 +71,7 @@ class Evaluation:
 
     @property
     def thresholds(self) -> list[float]:
-        """The confidence threshold with the highest F1 of each class."""
+        """For each class, the confidence threshold with the highest F1."""
         return [values["threshold"] for values in self.metrics["best"].values()]
 
 
@@ -101,7 +101,7 @@ def compute_curves(
 
     A detection is matched to the object of its class that it overlaps most; further detections of the same object are
     false positives. Difficult objects and detections matched to them are ignored. With `crowds`, difficult objects are
-    COCO's crowds, and every detection that lies inside one is ignored.
+    COCO's crowds, and every unmatched detection with at least half of its area inside one is ignored.
     """
     parts = [match_image(*pair, iou_threshold, crowds) for pair in zip(samples, detections, strict=True)]
     hit, ignored = (np.concatenate([np.empty(0, bool), *arrays]) for arrays in zip(*parts, strict=True))

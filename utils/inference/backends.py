@@ -3,9 +3,9 @@
 import copy
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from functools import cache, cached_property
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -33,7 +33,7 @@ REQUIREMENTS = "requirements-export.txt"
 class Network(Protocol):
     """A network on its device."""
 
-    device: torch.device
+    device: torch.device  # where inputs and outputs live
     dtype: torch.dtype  # precision of the computation, unless the file determines it
 
     def __call__(self, images: Tensor) -> Sequence[Tensor]:
@@ -71,21 +71,17 @@ class TorchNetwork:
         return decode_heads(outputs, self.levels, self.scale_xy)
 
 
-class CompiledNetwork(BoxOutputs, TorchNetwork):
+class CompiledNetwork(BoxOutputs):
     """A `TorchNetwork` with torch.compile, from pixels to boxes and scores.
 
     The first call compiles, which takes several seconds. Smaller batches are padded to the largest so far. CUDA graphs
     are not used, since they are bound to one thread.
     """
 
-    batch_size = 0  # largest so far
-
-    @cached_property
-    def compiled(self) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-        return torch.compile(self.run, dynamic=False)
-
-    def run(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        return TorchNetwork.to_boxes(self, TorchNetwork.__call__(self, images))
+    def __init__(self, network: TorchNetwork) -> None:
+        self.network, self.device, self.dtype = network, network.device, network.dtype
+        self.compiled = torch.compile(lambda images: network.to_boxes(network(images)), dynamic=False)
+        self.batch_size = 0  # largest so far
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Sequence[Tensor]:
@@ -116,14 +112,16 @@ class FlippedNetwork(BoxOutputs):
 
 
 class ExportedNetwork(BoxOutputs):
-    """Base class of exported networks, which take float images in 0..1 and output boxes and scores."""
+    """Base class of exported networks; their inputs and outputs live on the CPU, even if they run on a GPU."""
 
     device, dtype = torch.device("cpu"), torch.float32
+    metadata: str  # JSON stored under EXPORT_KEY, or empty
+    outputs: tuple[str, ...]  # names of the outputs in the file
 
     @staticmethod
     def to_input(images: Tensor) -> np.ndarray:
-        """Convert with NumPy, since the threads of torch would compete with those of the runtime."""
-        return np.multiply(images.numpy(), np.float32(1 / 255), order="C")
+        """uint8 images -> floats in 0..1."""
+        return np.multiply(images.numpy(), np.float32(1 / 255), order="C")  # threads of torch would slow the runtime
 
 
 class OnnxNetwork(ExportedNetwork):
@@ -215,7 +213,8 @@ def openvino_core() -> Any:
 
 def import_runtime(name: str) -> ModuleType:
     """Import an optional package; raises UserError with the command that installs it."""
-    sys.modules["openvino_telemetry"] = None  # disables the telemetry of OpenVINO and NNCF
+    if name.startswith(("openvino", "nncf")):
+        sys.modules["openvino_telemetry"] = None  # disables their telemetry
     try:
         return import_module(name)
     except ImportError as error:

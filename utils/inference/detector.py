@@ -61,8 +61,8 @@ class Detector:
         else:
             checkpoint = load_checkpoint(path)
             spec, suggested = checkpoint.spec, checkpoint.info.get("thresholds", ())
-            kind = CompiledNetwork if compiled else TorchNetwork
-            network = kind(checkpoint.build_model(path), spec, device, dtype)
+            network = TorchNetwork(checkpoint.build_model(path), spec, device, dtype)
+            network = CompiledNetwork(network) if compiled else network
         return cls(FlippedNetwork(network) if flip else network, spec, thresholds, suggested)
 
     def min_confidences(self) -> list[float]:

@@ -22,7 +22,7 @@ from utils.detection.nms import Thresholds
 from utils.inference.backends import (
     EXPORT_KEY,
     OUTPUTS,
-    ExportedNetwork,
+    BoxOutputs,
     Network,
     fold_batch_norms,
     import_runtime,
@@ -53,8 +53,10 @@ class DecodedModel(nn.Module):
         return decode_heads(self.model(images), self.levels, self.scale_xy)
 
 
-class ModuleNetwork(ExportedNetwork):
+class ModuleNetwork(BoxOutputs):
     """A `DecodedModel` that runs in PyTorch."""
+
+    device, dtype = torch.device("cpu"), torch.float32
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module

@@ -318,4 +318,4 @@ def track_ids(detections: sv.Detections) -> list[int | None]:
 
 
 def describe_counts(counts: Counter[str]) -> str:
-    return ", ".join(f"{name} {count}" for name, count in sorted(counts.items())) or "no detections"
+    return ", ".join(f"{count} {name}" for name, count in sorted(counts.items())) or "no detections"
