@@ -1,9 +1,9 @@
 """Measure prediction: python tests/benchmarks/benchmark_inference.py network|folder|video|memory
 
-network times one batch, from pixels at the input size to boxes and scores, in PyTorch and with exported networks,
-alternately, since the speed of a machine varies. folder compares predicting on images, with JSON lines as output, with
-decoding them and running the network. video finds the network's share of the time from a generated 1080p film to an
-annotated one. memory finds how fast memory grows with the frames of consecutive films. The figures are JSON.
+network: latency of a batch, from pixels to boxes and scores, of networks in PyTorch and exported networks
+folder: seconds of predicting on images, writing JSON lines, relative to decoding them and running the network
+video: the network's share of the time for reading and annotating a generated 1080p video
+memory: growth of memory with the frames of consecutive videos
 """
 
 import json
@@ -43,8 +43,8 @@ from utils.system.errors import UserError, check_range
 from utils.system.signals import StopSignals
 from utils.weights.checkpoint import find_checkpoint, load_checkpoint
 
-FILM_SIZE, FILM_RATE = (1080, 1920), Fraction(30)  # (height, width), frames per second
-SMALL_FILM, SMALL_FRAMES = (96, 128), 300  # of the films for memory
+VIDEO_SIZE, FRAME_RATE = (1080, 1920), Fraction(30)  # (height, width), frames per second
+SMALL_SIZE, SMALL_FRAMES = (96, 128), 300  # of the videos for memory
 READINGS = 50  # of the memory
 
 
@@ -58,17 +58,18 @@ class Config:
     compile: bool = True  # network: also with torch.compile
     batch_size: int = 1  # network: images per batch
     source: str = ""  # folder: folder, glob or list of images
-    rounds: int = 10  # network and folder: of which the medians are reported
-    frames: int = 600  # video: of the film; memory: in all
-    precision: str = "fp32"  # folder, video and memory: of the network
+    rounds: int = 10  # network and folder: rounds whose medians are reported
+    frames: int = 600  # video and memory: total number of frames
+    precision: str = "fp32"  # folder, video and memory: precision of the network
     device: str = "auto"  # auto, cpu or cuda
 
 
 class TimedNetwork:
-    """A network that adds up the seconds that it takes."""
+    """A network that measures the total duration of its calls in seconds."""
 
     def __init__(self, network: Network) -> None:
-        self.network, self.device, self.seconds = network, network.device, 0.0
+        self.network, self.device, self.to_boxes = network, network.device, network.to_boxes
+        self.seconds = 0.0
 
     def __call__(self, images: Tensor) -> Sequence[Tensor]:
         started = time.perf_counter()
@@ -76,9 +77,6 @@ class TimedNetwork:
         synchronize(self.device)
         self.seconds += time.perf_counter() - started
         return outputs
-
-    def to_boxes(self, outputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        return self.network.to_boxes(outputs)
 
 
 def torch_modes(config: Config, device: torch.device) -> tuple[dict[str, Network], ModelSpec]:
@@ -91,15 +89,14 @@ def torch_modes(config: Config, device: torch.device) -> tuple[dict[str, Network
     modes: dict[str, Network] = {}
     for name in ("fp32", "bf16", "fp16"):
         if device.type == "cuda" or name == "fp32" or (name == "bf16" and cpu_has_bf16()):
-            dtype = choose_precision(name, device)
-            modes[f"torch {name}"] = TorchNetwork(model, spec, device, dtype)
+            modes[f"torch {name}"] = network = TorchNetwork(model, spec, device, choose_precision(name, device))
             if config.compile:
-                modes[f"torch {name} compiled"] = CompiledNetwork(model, spec, device, dtype)
+                modes[f"torch {name} compiled"] = CompiledNetwork(network)
     return modes, spec
 
 
 def opencv_mode(path: str, images: Tensor) -> Callable[[], object]:
-    """A call of an ONNX file in OpenCV's DNN module."""
+    """A function that runs an ONNX file in OpenCV's DNN module."""
     network = cv2.dnn.readNetFromONNX(path)
     names = network.getUnconnectedOutLayersNames()
 
@@ -111,7 +108,7 @@ def opencv_mode(path: str, images: Tensor) -> Callable[[], object]:
 
 
 def benchmark_network(config: Config) -> dict[str, float]:
-    """Median milliseconds of each mode."""
+    """Median milliseconds of each network."""
     device = choose_device(config.device)
     modes, spec = torch_modes(config, device)
     images = torch.randint(256, (config.batch_size, 3, *spec.input_size), dtype=torch.uint8)
@@ -125,7 +122,7 @@ def benchmark_network(config: Config) -> dict[str, float]:
         if Path(path).suffix == ".onnx" and device.type == "cpu":
             calls[f"{Path(path).name} in OpenCV"] = opencv_mode(path, images)
     for name, network in modes.items():
-        placed = images.to(network.device)  # of ONNX Runtime the CPU, even if it computes on a GPU
+        placed = images.to(network.device)
         calls[name] = lambda network=network, placed=placed: network.to_boxes(network(placed))
     return time_alternately(calls, config.rounds, device)
 
@@ -145,7 +142,7 @@ def run(detector: Detector, sources: Sequence[Source], sinks: Sequence[Sink]) ->
 
 
 def benchmark_folder(config: Config) -> dict[str, float]:
-    """Median seconds of decoding, of the network, and of predicting, and the ratio of the last to their sum."""
+    """Median seconds of decoding, the network and the whole prediction, and the ratio of the whole to the parts."""
     detector = load_detector(config)
     sources = open_sources(config.source, 0)
     if not all(isinstance(source, Images) for source in sources):
@@ -153,7 +150,7 @@ def benchmark_folder(config: Config) -> dict[str, float]:
     paths = [path for source in sources for path in source.paths]
     rounds = []
     with tempfile.TemporaryDirectory() as folder:
-        for _ in range(config.rounds + 1):  # the first one warms up
+        for _ in range(config.rounds + 1):  # the first one is a warm-up
             started = time.perf_counter()
             images = [read_image(path) for path in paths]
             decoding = time.perf_counter() - started
@@ -172,32 +169,32 @@ def benchmark_folder(config: Config) -> dict[str, float]:
     return medians | {"ratio": ratio}
 
 
-def draw_film(path: Path, frames: int, size: tuple[int, int]) -> None:
-    """Write a film of discs that move over a noisy background."""
+def write_video(path: Path, frames: int, size: tuple[int, int]) -> None:
+    """Write a video of discs that move over a noisy background."""
     height, width = size
     rng = np.random.default_rng(0)
     background = cv2.resize(rng.integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8), (width, height))
     starts, steps = rng.random((12, 2)), rng.normal(0, 0.01, (12, 2))
-    colours = rng.integers(0, 256, (12, 3)).tolist()
-    writer = VideoWriter(path, FILM_RATE, size)
+    colors = rng.integers(0, 256, (12, 3)).tolist()
+    writer = VideoWriter(path, FRAME_RATE, size)
     for number in range(frames):
         image = background.copy()
-        for (x, y), colour in zip((starts + number * steps) % 1, colours, strict=True):
-            cv2.circle(image, (int(x * width), int(y * height)), height // 16, colour, -1)
-        writer.write(image, number / float(FILM_RATE))
+        for (x, y), color in zip((starts + number * steps) % 1, colors, strict=True):
+            cv2.circle(image, (int(x * width), int(y * height)), height // 16, color, -1)
+        writer.write(image, number / float(FRAME_RATE))
     writer.close()
 
 
 def benchmark_video(config: Config) -> dict[str, float]:
-    """Total seconds, and those of the network, which runs in parallel with the rest."""
+    """Seconds in total and of the network, which runs in parallel with reading and writing."""
     detector = load_detector(config)
     detector.network = network = TimedNetwork(detector.network)
     with tempfile.TemporaryDirectory() as name:
-        draw_film(Path(name) / "film.mp4", config.frames, FILM_SIZE)
-        detector(np.zeros((*FILM_SIZE, 3), np.uint8))
+        write_video(Path(name) / "video.mp4", config.frames, VIDEO_SIZE)
+        detector(np.zeros((*VIDEO_SIZE, 3), np.uint8))
         network.seconds, started = 0.0, time.perf_counter()
         sinks = [Pictures(Path(name) / "out", detector.spec.class_names)]
-        frames = sum(1 for _ in run(detector, [VideoFile(str(Path(name) / "film.mp4"))], sinks))
+        frames = sum(1 for _ in run(detector, [VideoFile(str(Path(name) / "video.mp4"))], sinks))
         seconds = time.perf_counter() - started
     figures = {"frames": frames, "seconds": seconds, "network_seconds": network.seconds}
     return figures | {"share": network.seconds / seconds, "frames_per_second": frames / seconds}
@@ -209,10 +206,10 @@ def benchmark_memory(config: Config) -> dict[str, object]:
         raise UserError(f"memory is measured with Linux's /proc, which {sys.platform} does not have")
     detector, readings = load_detector(config), []
     with tempfile.TemporaryDirectory() as name:
-        film, out = Path(name) / "film.mp4", Path(name) / "out"
-        draw_film(film, SMALL_FRAMES, SMALL_FILM)
+        video, out = Path(name) / "video.mp4", Path(name) / "out"
+        write_video(video, SMALL_FRAMES, SMALL_SIZE)
         out.mkdir()
-        sources = [VideoFile(str(film))] * -(-config.frames // SMALL_FRAMES)
+        sources = [VideoFile(str(video))] * -(-config.frames // SMALL_FRAMES)
         sinks = [sink(out, detector.spec.class_names) for sink in (Pictures, JsonLines)]
         for number, _ in enumerate(run(detector, sources, sinks)):
             if number % max(1, config.frames // READINGS) == 0:

@@ -1,9 +1,8 @@
 """Measure training and evaluation: python tests/benchmarks/benchmark_training.py train|evaluation|memory
 
-train compares train.py on generated images with the bare step (forward, loss, backward, optimizer, weight average) on
-one fixed batch in memory, alternately, since the speed of a machine varies. evaluation times the parts of eval.py.
-memory compares the peak memory of train.py with a disk cache for a small and a large data set. The figures are printed
-as JSON.
+train: speed of train.py relative to the bare step (forward, loss, backward, optimizer, EMA) on one batch in memory
+evaluation: duration of the parts of eval.py
+memory: peak memory of train.py with a disk cache, for a small and a large dataset
 """
 
 import json
@@ -46,12 +45,10 @@ from utils.training.training_state import Progress
 from utils.weights.checkpoint import LAST, find_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
-ANCHORS = ROOT / "model_data" / "yolo_anchors.txt"
-MAX_GENERATED = 320  # images; larger data sets repeat them
-EPOCHS = 4  # of a run of train.py; the first one, which warms up, is not measured
+MAX_GENERATED = 320  # images; larger datasets repeat them
+EPOCHS = 4  # of a run of train.py; the first one is a warm-up and not measured
 WARMUP_STEPS = 5
 PARTS = ("augmentation", "forward", "backward", "optimizer")  # of a step
-POLL_INTERVAL = 0.2  # seconds between two readings of a process's memory
 
 
 @dataclass(frozen=True)
@@ -60,21 +57,21 @@ class Config:
 
     benchmark: tyro.conf.Positional[Literal["train", "evaluation", "memory"]]  # what to measure
     batch_size: int = 8  # images per step or batch
-    rounds: int = 3  # train: runs between measurements of the bare step; evaluation: of which medians are reported
-    steps: int = 60  # train: per epoch and measurement of the bare step; memory: after which a run is stopped
+    rounds: int = 3  # train: runs between measurements of the bare step; evaluation: rounds whose medians are reported
+    steps: int = 60  # train: steps per epoch and measurement of the bare step; memory: steps until a run is stopped
     device: str = "auto"  # auto, cpu or cuda
     phi: int = 0  # train: attention block
-    mosaic: float = 1.0  # train: probability
+    mosaic: float = 1.0  # train: probability of mosaic
     compile: str = "auto"  # train: on, off, or auto: on a GPU
     input_size: Annotated[tuple[int, int], INPUT_SIZE] = (416, 416)  # train and memory: height and width
-    images: tuple[int, int] = (2000, 20_000)  # memory: sizes of the data sets; 20,000 images take 11 GB on disk
+    images: tuple[int, int] = (2000, 20_000)  # memory: sizes of the datasets; 20,000 images take 11 GB on disk
     weights: str = ""  # evaluation: checkpoint or run folder; empty: the newest run in logs/
-    devkit: str = "VOCdevkit"  # evaluation: folder of the data sets
+    devkit: str = "VOCdevkit"  # evaluation: folder of the datasets
     sets: tuple[str, ...] = ("VOC2007/test",)  # evaluation: sets to evaluate on
 
 
 def generate_images(devkit: Path, images: int) -> None:
-    """Generate a data set Demo with a split `repeated` of so many images, of which at most MAX_GENERATED differ."""
+    """Generate a dataset Demo with a split `repeated` of `images`, of which at most MAX_GENERATED differ."""
     make_demo_data.main(make_demo_data.Config(str(devkit / "Demo"), train=min(images, MAX_GENERATED), val=1, test=1))
     splits = devkit / "Demo" / "ImageSets" / "Main"
     names = (splits / "train.txt").read_text(encoding="utf-8").split()
@@ -84,18 +81,17 @@ def generate_images(devkit: Path, images: int) -> None:
 def training_settings(config: Config, devkit: Path, run_dir: Path) -> train.Config:
     return train.Config(
         devkit=str(devkit), train_sets=("Demo/repeated",), val_sets=(), classes=str(devkit / "Demo" / "classes.txt"),
-        anchors=str(ANCHORS), phi=config.phi, input_size=config.input_size, run_dir=str(run_dir), epochs=EPOCHS,
-        batch_size=config.batch_size, nominal_batch=config.batch_size, mosaic=config.mosaic, mosaic_until=1.0,
-        device=config.device, compile=config.compile,
+        anchors=str(ROOT / "model_data" / "yolo_anchors.txt"), phi=config.phi, input_size=config.input_size,
+        run_dir=str(run_dir), epochs=EPOCHS, batch_size=config.batch_size, nominal_batch=config.batch_size,
+        mosaic=config.mosaic, mosaic_until=1.0, device=config.device, compile=config.compile,
     )  # fmt: skip
 
 
 def training_command(settings: train.Config) -> list[str]:
+    changed = {name: value for name, value in asdict(settings).items() if value != getattr(train.Config(), name)}
     command = [sys.executable, str(ROOT / "train.py")]
-    for name, value in asdict(settings).items():
-        if value != getattr(train.Config(), name):
-            values = value if isinstance(value, tuple) else (value,)
-            command += [f"--{name.replace('_', '-')}", *map(str, values)]
+    for name, value in changed.items():
+        command += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else (value,))]
     return command
 
 
@@ -111,7 +107,7 @@ class BareStep:
             self.batch = next(loaded)
 
     def now(self) -> float:
-        """The time when the device has finished its work."""
+        """The time at which the device has finished its work."""
         synchronize(self.trainer.device)
         return time.perf_counter()
 
@@ -123,7 +119,7 @@ class BareStep:
         return steps * len(self.batch[0]) / (self.now() - started)
 
     def shares(self, steps: int) -> dict[str, float]:
-        """The share of each of PARTS in a step, synchronised after each; augmentation includes waiting for a batch."""
+        """The share of each of PARTS in a step, synchronized after each; augmentation includes waiting for a batch."""
         trainer, seconds = self.trainer, defaultdict(float)
         numbers = [step % len(self.batches) for step in range(WARMUP_STEPS + steps)]
         with closing(self.batches.load(numbers, trainer.device)) as loaded:
@@ -145,18 +141,16 @@ class BareStep:
 
 
 def measure_epochs(settings: train.Config, images: int) -> list[float]:
-    """Images per second of each epoch but the first of a run of train.py, with everything that an epoch does."""
+    """Images per second of complete epochs of train.py, without the first."""
     subprocess.run(training_command(settings), stdout=subprocess.DEVNULL, check=True)
     lines = (Path(settings.run_dir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    ends = [json.loads(line)["seconds"] for line in lines]  # of the epochs, since the start
+    ends = [json.loads(line)["seconds"] for line in lines]  # since the start
     return [images / (after - before) for before, after in pairwise(ends)]
 
 
 def benchmark_train(config: Config) -> dict[str, object]:
-    """Median speeds of the training loop and the bare step, their ratio, and the parts of a step."""
-    images = config.steps * config.batch_size
-    epochs: list[float] = []
-    bare: list[float] = []
+    """Median speeds of training and of the bare step, their ratio, and the share of each part of a step."""
+    images, epochs, bare = config.steps * config.batch_size, [], []
     with tempfile.TemporaryDirectory() as name:
         devkit = Path(name) / "devkit"
         generate_images(devkit, images)
@@ -206,10 +200,10 @@ def time_evaluation(config: Config, detector: Detector) -> dict[str, float]:
 
 
 def benchmark_evaluation(config: Config) -> dict[str, object]:
-    """Median seconds of the parts, and the share of everything but the network, without and with the report."""
-    weights = find_checkpoint(config.weights)
-    detector = Detector.load(weights, choose_device(config.device), thresholds=EVALUATION_THRESHOLDS)
-    rounds = [time_evaluation(config, detector) for _ in range(config.rounds + 1)][1:]  # the first one warms up
+    """Median seconds of the parts, and the share of the time outside the network, without and with the report."""
+    path, device = find_checkpoint(config.weights), choose_device(config.device)
+    detector = Detector.load(path, device, thresholds=EVALUATION_THRESHOLDS)
+    rounds = [time_evaluation(config, detector) for _ in range(config.rounds + 1)][1:]  # the first one is a warm-up
     seconds = {name: statistics.median(times[name] for times in rounds) for name in rounds[0]}
     total, network = sum(seconds.values()), seconds["network"]
     share = 1 - network / (total - seconds["report"])
@@ -217,7 +211,7 @@ def benchmark_evaluation(config: Config) -> dict[str, object]:
 
 
 def measure_peak_memory(config: Config, folder: Path, images: int) -> float:
-    """Peak memory in GB, without mapped files, of a run of train.py that is stopped at its first checkpoint."""
+    """Peak memory in GB, without mapped files, of a run of train.py until its first checkpoint."""
     generate_images(folder / "devkit", images)
     settings = training_settings(config, folder / "devkit", folder / "run")
     settings = replace(settings, cache="disk", checkpoint_every=config.steps, epochs=100)
@@ -231,7 +225,7 @@ def measure_peak_memory(config: Config, folder: Path, images: int) -> float:
             if not stopping and (folder / "run" / LAST).exists():
                 process.send_signal(SIGTERM)
                 stopping = True
-            time.sleep(POLL_INTERVAL)
+            time.sleep(0.2)
     finally:
         process.kill()  # does nothing if it has ended
         process.wait()
@@ -241,13 +235,11 @@ def measure_peak_memory(config: Config, folder: Path, images: int) -> float:
 
 
 def benchmark_memory(config: Config) -> dict[str, object]:
-    """Peak memory for both data sets, and the ratio of the second to the first."""
+    """Peak memory for both datasets, and the ratio of the second to the first."""
     if sys.platform != "linux":
         raise UserError(f"memory is measured with Linux's /proc, which {sys.platform} does not have")
-    peaks = []
-    for images in config.images:
-        with tempfile.TemporaryDirectory() as folder:
-            peaks.append(measure_peak_memory(config, Path(folder), images))
+    with tempfile.TemporaryDirectory() as folder:
+        peaks = [measure_peak_memory(config, Path(folder) / str(images), images) for images in config.images]
     return {"peaks_gb": peaks, "ratio": peaks[1] / peaks[0]}
 
 

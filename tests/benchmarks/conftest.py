@@ -1,1 +1,0 @@
-from tests.inference.fixtures import config, video, weights  # noqa: F401, fixtures
