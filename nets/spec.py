@@ -27,7 +27,7 @@ class ModelSpec:
     places: tuple[str, ...] = tuple(ATTENTION_PLACES)
     identity_start: bool = True
     input_size: tuple[int, int] = (416, 416)  # height, width
-    scale_xy: float = 2.0  # centre = sigmoid(t) * scale_xy - (scale_xy - 1) / 2 + cell
+    scale_xy: float = 2.0  # center = sigmoid(t) * scale_xy - (scale_xy - 1) / 2 + cell
     letterbox: bool = False
 
     @property

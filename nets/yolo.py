@@ -63,7 +63,7 @@ class YoloBody(nn.Module):
         self.upsample = Upsample(256, 128)
         self.yolo_headP4 = yolo_head(384, 256, len(anchors_mask[1]) * (5 + num_classes))
         self.attention_gain = nn.ParameterDict()
-        # created last, so that phi does not change how the other layers are initialised
+        # created last, so that phi does not change how the other layers are initialized
         for place, channels in ATTENTION_PLACES.items():
             block = build_attention(phi, channels, attention_args or {})
             if block is not None and place in places:
@@ -88,7 +88,7 @@ class YoloBody(nn.Module):
 
 
 def build_model(spec: ModelSpec) -> YoloBody:
-    """A network with newly initialised weights; raises ValueError as `YoloBody` does."""
+    """A network with newly initialized weights; raises ValueError as `YoloBody` does."""
     model = YoloBody(
         spec.anchors_mask,
         spec.num_classes,

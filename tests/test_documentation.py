@@ -147,7 +147,7 @@ def runnable() -> dict[str, Command]:
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The files that the pages speak of, small: data sets, photos, a video, weights and runs."""
+    """The files that the pages speak of, small: datasets, photos, a video, weights and runs."""
     folder = tmp_path_factory.mktemp("workspace")
     devkit = folder / "VOCdevkit"
     make_demo_data.main(make_demo_data.Config(str(devkit / "Demo"), train=4, val=1, test=4))

@@ -102,7 +102,7 @@ def choose_start(sides: Tensor, count: int, generator: torch.Generator) -> Tenso
 
 
 def cluster(sides: Tensor, anchors: Tensor) -> Tensor:
-    """K-means starting at `anchors` (A, 2); a centre is the median of the objects that overlap it most."""
+    """K-means starting at `anchors` (A, 2); a center is the median of the objects that overlap it most."""
     before = None
     for _ in range(MAX_ROUNDS):
         nearest = shape_iou(sides, anchors).argmax(dim=1)

@@ -1,6 +1,6 @@
 """Draw a synthetic detection dataset in VOC layout: python tools/make_demo_data.py
 
-Overlapping coloured shapes of six classes and a wide range of sizes on textured backgrounds, written to
+Overlapping colored shapes of six classes and a wide range of sizes on textured backgrounds, written to
 VOCdevkit/Demo. The same seed draws the same dataset.
 """
 
@@ -88,18 +88,18 @@ def draw_image(rng: np.random.Generator) -> tuple[np.ndarray, list[LabeledObject
         radius = np.exp(rng.uniform(*np.log(SIDES))) / 2
         angle = rng.uniform(0, 2 * np.pi)
         turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-        centre = rng.uniform([0.3 * radius, 0.3 * radius], [width - 0.3 * radius, height - 0.3 * radius])
-        points = centre + radius * outline(name, rng) @ turn.T
+        center = rng.uniform([0.3 * radius, 0.3 * radius], [width - 0.3 * radius, height - 0.3 * radius])
+        points = center + radius * outline(name, rng) @ turn.T
         mask = np.zeros((height, width), np.uint8)
         cv2.fillPoly(mask, [points.round().astype(np.int32)], 1)
         if name == "ring":
-            cv2.fillPoly(mask, [(centre + (points - centre) * 0.55).round().astype(np.int32)], 0)
+            cv2.fillPoly(mask, [(center + (points - center) * 0.55).round().astype(np.int32)], 0)
         if not mask.any():
             continue
-        colour = rng.uniform(0, 255, 3)
+        color = rng.uniform(0, 255, 3)
         shade = np.linspace(rng.uniform(0.7, 1), rng.uniform(1, 1.25), width)[None, :, None]
         inside = mask.astype(bool)
-        picture[inside] = (colour * np.broadcast_to(shade, picture.shape)).clip(0, 255)[inside]
+        picture[inside] = (color * np.broadcast_to(shade, picture.shape)).clip(0, 255)[inside]
         owner[inside] = number
         rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
         box = [int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1]

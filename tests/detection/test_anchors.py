@@ -34,8 +34,8 @@ def test_decode_matches_darknet():
     # in Darknet's rows the anchor index varies fastest, in ours it varies slowest
     rows = [arrays[f"yolo_{name}"].reshape(size * size, 3, 25) for name, size in (("p5", 5), ("p4", 10))]
     theirs = torch.from_numpy(np.concatenate([row.transpose(1, 0, 2).reshape(-1, 25) for row in rows]))
-    centre, side = theirs[:, :2] * 160, theirs[:, 2:4] * 160
-    torch.testing.assert_close(boxes[0], torch.cat([centre - side / 2, centre + side / 2], dim=1), atol=1e-2, rtol=1e-4)
+    center, side = theirs[:, :2] * 160, theirs[:, 2:4] * 160
+    torch.testing.assert_close(boxes[0], torch.cat([center - side / 2, center + side / 2], dim=1), atol=1e-2, rtol=1e-4)
     seen = theirs[:, 5:] > 0  # the layer sets scores below its threshold to 0
     assert seen.any()
     torch.testing.assert_close(scores[0][seen], theirs[:, 5:][seen], atol=1e-4, rtol=0)

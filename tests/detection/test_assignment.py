@@ -15,9 +15,9 @@ def test_anchors_match_by_shape():
     assert fine[0].tolist() == [[False, True], [True, True], [True, False]]
 
 
-def test_object_is_assigned_to_its_cell_and_the_nearest_neighbours():
+def test_object_is_assigned_to_its_cell_and_the_nearest_neighbors():
     level = Level(32, torch.tensor([[40.0, 40], [200, 200]]))
-    boxes = torch.tensor([[[20.0, 68, 60, 108], [0, 0, 1, 1]]])  # centre 40, 88: cell (1, 2), at (1.25, 2.75)
+    boxes = torch.tensor([[[20.0, 68, 60, 108], [0, 0, 1, 1]]])  # center 40, 88: cell (1, 2), at (1.25, 2.75)
     labels, matches = torch.tensor([[0, -1]]), torch.tensor([[[True, False], [True, True]]])
     found = assign_targets(boxes, labels, matches, level, (4, 4))
     slots = found.mask[0].nonzero().flatten().tolist()
@@ -31,8 +31,8 @@ def test_object_is_assigned_to_its_cell_and_the_nearest_neighbours():
     assert both.anchors[3].tolist() == [200, 200]
 
 
-def test_neighbours_outside_the_grid_are_unused():
+def test_neighbors_outside_the_grid_are_unused():
     level = Level(32, torch.tensor([[40.0, 40]]))
-    boxes = torch.tensor([[[0.0, 0, 30, 30], [98, 98, 128, 128]]])  # centres (0.47, 0.47) and (3.53, 3.53)
+    boxes = torch.tensor([[[0.0, 0, 30, 30], [98, 98, 128, 128]]])  # centers (0.47, 0.47) and (3.53, 3.53)
     found = assign_targets(boxes, torch.tensor([[0, 0]]), torch.ones(1, 2, 1, dtype=torch.bool), level, (4, 4))
     assert found.mask[0].tolist() == [True, False, False, True, False, False]

@@ -49,7 +49,7 @@ def test_iou_by_hand():
 
 
 def test_ciou_by_hand():
-    # same shape, shifted by one: IoU 1/3, centre distance 1, enclosing diagonal squared 9 + 4
+    # same shape, shifted by one: IoU 1/3, center distance 1, enclosing diagonal squared 9 + 4
     shifted = ciou(torch.tensor([[0.0, 0, 2, 2]]), torch.tensor([[1.0, 0, 3, 2]]))
     torch.testing.assert_close(shifted, torch.tensor([1 / 3 - 1 / 13]))
     same = torch.tensor([[3.0, 4, 9, 20]])

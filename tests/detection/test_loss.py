@@ -108,7 +108,7 @@ def test_ignored_predictions_have_no_gradient():
     boxes, labels = torch.tensor([[[32.0, 32, 64, 64]]]), torch.tensor([[0]])
     heads = [torch.full((1, 24, 3, 4), -4.0), torch.full((1, 24, 6, 8), -4.0)]
     raw = heads[1].view(1, 3, 8, 6, 8)
-    # P4's third anchor (81x82), one cell right of the object's centre, moved and shrunk onto the object
+    # P4's third anchor (81x82), one cell right of the object's center, moved and shrunk onto the object
     raw[0, 2, :4, 3, 4] = torch.tensor([-8.0, math.log(1 / 3), math.log(32 / 81), math.log(32 / 82)])
     heads[1].requires_grad_(True)
     settings = LossSettings(ignore_iou=0.4)

@@ -89,7 +89,7 @@ def convolve_plane(values: np.ndarray, kernel: np.ndarray) -> np.ndarray:
     )
 
 
-def normalise(values: np.ndarray) -> np.ndarray:
+def normalize(values: np.ndarray) -> np.ndarray:
     """Mean 0 and variance 1 over all values, as in batch, group and layer norm."""
     return (values - values.mean()) / np.sqrt(values.var() + 1e-5)
 
@@ -144,7 +144,7 @@ def plain_ema(x: np.ndarray, block: EMAAttention) -> np.ndarray:
     output = []
     for g in np.split(x, block.factor):  # (C/G, H, W)
         rows, columns = each(mix @ g.mean(axis=2) + bias), each(mix @ g.mean(axis=1) + bias)
-        along = np.stack([normalise(channel) for channel in g * rows[:, :, None] * columns[:, None]])
+        along = np.stack([normalize(channel) for channel in g * rows[:, :, None] * columns[:, None]])
         around = np.stack([convolve_plane(g, kernel) + b for kernel, b in zip(near, near_bias, strict=True)])
         total = np.zeros(g.shape[1:])
         for feature, other in ((along, around), (around, along)):
@@ -159,7 +159,7 @@ def plain_ela(x: np.ndarray, block: ELA) -> np.ndarray:
         """(C, L) -> (C, L)."""
         convolved = [convolve(line, kernel[0]) for line, kernel in zip(means, block.conv.weight.numpy(), strict=True)]
         groups = np.split(np.stack(convolved), block.gn.num_groups)
-        return each(np.concatenate([normalise(group) for group in groups]))
+        return each(np.concatenate([normalize(group) for group in groups]))
 
     return x * gate(x.mean(axis=2))[:, :, None] * gate(x.mean(axis=1))[:, None]
 

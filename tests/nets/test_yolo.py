@@ -1,4 +1,4 @@
-"""The network: reference values, shapes, initialisation and cost."""
+"""The network: reference values, shapes, initialization and cost."""
 
 import json
 from dataclasses import replace
@@ -66,8 +66,8 @@ def test_converted_weights_match_reference(reference, phi, renamed, tmp_path):
 
 
 @pytest.mark.parametrize("phi", [phi for phi in ATTENTION if phi])
-def test_phi_0_checkpoint_initialises_every_phi(phi, tmp_path):
-    """With another number of classes too, only heads and attention are newly initialised."""
+def test_phi_0_checkpoint_initializes_every_phi(phi, tmp_path):
+    """With another number of classes too, only heads and attention are newly initialized."""
     spec = ModelSpec(("a", "b"), ANCHORS)
     plain = build_model(spec).eval()
     save_checkpoint(tmp_path / "a.safetensors", Checkpoint(spec, plain.state_dict(), {}, {}))
@@ -77,7 +77,7 @@ def test_phi_0_checkpoint_initialises_every_phi(phi, tmp_path):
     assert "yolo_head" not in line
     other = build_model(replace(spec, phi=phi, class_names=("a", "b", "c"))).eval()
     line = start_from(other, weights, "a.safetensors")
-    fresh = line.partition("newly initialised: ")[2].split(", ")
+    fresh = line.partition("newly initialized: ")[2].split(", ")
     assert {name for name in fresh if not name.startswith(("attention_gain.", *ATTENTION_PLACES))} == {
         f"yolo_head{head}.1.{name}" for head in ("P5", "P4") for name in ("weight", "bias")
     }

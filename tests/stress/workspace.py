@@ -107,7 +107,7 @@ def assert_equal(result: dict[str, Any], expected: dict[str, Any]) -> None:
 
 
 class Workspace:
-    """A folder with a generated data set and runs."""
+    """A folder with a generated dataset and runs."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.devkit = folder, folder / "devkit"

@@ -25,34 +25,34 @@ MD5 = f"md5:{hashlib.md5(CONTENT).hexdigest()}"
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Serves `server.files` by name; the folder in the path selects the behaviour."""
+    """Serves `server.files` by name; the folder in the path selects the behavior."""
 
     def do_GET(self):
-        _, behaviour, name = self.path.split("/")
-        self.server.requests[behaviour] += 1
-        if name not in self.server.files or behaviour == "error":
-            self.send_error(503 if behaviour == "error" else 404)
+        _, behavior, name = self.path.split("/")
+        self.server.requests[behavior] += 1
+        if name not in self.server.files or behavior == "error":
+            self.send_error(503 if behavior == "error" else 404)
             return
         content = self.server.files[name]
-        if behaviour == "altered":
+        if behavior == "altered":
             content = content[:-1] + b"?"
-        start = int(self.headers.get("Range", "bytes=0-")[6:-1]) if behaviour != "no_ranges" else 0
+        start = int(self.headers.get("Range", "bytes=0-")[6:-1]) if behavior != "no_ranges" else 0
         if start and start >= len(content):
             self.send_error(416)
             return
         self.send_response(206 if start else 200)
         if start:
-            shift = behaviour == "shifted"
+            shift = behavior == "shifted"
             self.send_header("Content-Range", f"bytes {start + shift}-{len(content) - 1}/{len(content)}")
-        if behaviour != "no_length":
-            length = len(content) - start + {"too_long": 100, "too_short": -100}.get(behaviour, 0)
+        if behavior != "no_length":
+            length = len(content) - start + {"too_long": 100, "too_short": -100}.get(behavior, 0)
             self.send_header("Content-Length", str(length))
         self.end_headers()
-        if behaviour == "stalling" and self.server.requests[behaviour] == 1:
+        if behavior == "stalling" and self.server.requests[behavior] == 1:
             self.wfile.write(content[:5000])
             time.sleep(1)
             return
-        limit = {"breaking": len(content) // 3 + 1, "dead": 0}.get(behaviour, len(content))
+        limit = {"breaking": len(content) // 3 + 1, "dead": 0}.get(behavior, len(content))
         self.wfile.write(content[start : start + limit])
 
     def log_message(self, *_):
@@ -74,21 +74,21 @@ def server(monkeypatch):
     server.server_close()
 
 
-@pytest.mark.parametrize(("behaviour", "requests"), [("good", 1), ("no_ranges", 1), ("breaking", 3), ("stalling", 2)])
+@pytest.mark.parametrize(("behavior", "requests"), [("good", 1), ("no_ranges", 1), ("breaking", 3), ("stalling", 2)])
 @pytest.mark.parametrize("checksum", [MD5, ""])
-def test_downloads_once_and_retries_broken_connections(server, tmp_path, behaviour, requests, checksum):
+def test_downloads_once_and_retries_broken_connections(server, tmp_path, behavior, requests, checksum):
     for _ in range(2):  # the second time the file exists
-        path = download(RemoteFile(f"{server.root}/{behaviour}/file", checksum), tmp_path / "new")
+        path = download(RemoteFile(f"{server.root}/{behavior}/file", checksum), tmp_path / "new")
         assert path.read_bytes() == CONTENT
         assert [item.name for item in path.parent.iterdir()] == ["file"]
-        assert server.requests[behaviour] == requests
+        assert server.requests[behavior] == requests
 
 
-@pytest.mark.parametrize(("behaviour", "requests"), [("good", 1), ("no_ranges", 1), ("shifted", 2)])
-def test_resumes_an_earlier_download(server, tmp_path, behaviour, requests):
+@pytest.mark.parametrize(("behavior", "requests"), [("good", 1), ("no_ranges", 1), ("shifted", 2)])
+def test_resumes_an_earlier_download(server, tmp_path, behavior, requests):
     (tmp_path / f"{PARTIAL}file").write_bytes(CONTENT[:777])
-    assert download(RemoteFile(f"{server.root}/{behaviour}/file", MD5), tmp_path).read_bytes() == CONTENT
-    assert server.requests[behaviour] == requests
+    assert download(RemoteFile(f"{server.root}/{behavior}/file", MD5), tmp_path).read_bytes() == CONTENT
+    assert server.requests[behavior] == requests
     (tmp_path / "file").rename(tmp_path / f"{PARTIAL}file")  # complete, but not renamed yet
     assert download(RemoteFile(f"{server.root}/good/file", MD5), tmp_path).read_bytes() == CONTENT
 
@@ -99,7 +99,7 @@ def test_starts_again_without_a_checksum(server, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("behaviour", "message", "keeps_partial"),
+    ("behavior", "message", "keeps_partial"),
     [
         ("altered", "did not return the expected file, which was deleted: .* has the md5 checksum", False),
         ("too_short", "did not return the expected file, which was deleted: .* has the md5 checksum", False),
@@ -108,9 +108,9 @@ def test_starts_again_without_a_checksum(server, tmp_path):
         ("error", r"HTTP Error 503: .* \(after 0 bytes\)", False),
     ],
 )
-def test_rejects_a_wrong_or_incomplete_file(server, tmp_path, behaviour, message, keeps_partial):
+def test_rejects_a_wrong_or_incomplete_file(server, tmp_path, behavior, message, keeps_partial):
     with pytest.raises(UserError, match=message):
-        download(RemoteFile(f"{server.root}/{behaviour}/file", MD5), tmp_path)
+        download(RemoteFile(f"{server.root}/{behavior}/file", MD5), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [f"{PARTIAL}file"] * keeps_partial
 
 

@@ -82,8 +82,8 @@ def test_heads_and_boxes_match_darknet(voc_file):
         cells = head.shape[2] * head.shape[3]
         boxes, scores = (values.view(3, cells, -1).transpose(0, 1).flatten(0, 1).numpy() for values in (boxes, scores))
         expected = reference[f"yolo_{name}"]
-        centres, sides = (boxes[:, :2] + boxes[:, 2:]) / 2 / 160, (boxes[:, 2:] - boxes[:, :2]) / 160
-        np.testing.assert_allclose(np.hstack([centres, sides]), expected[:, :4], atol=1e-4)
+        centers, sides = (boxes[:, :2] + boxes[:, 2:]) / 2 / 160, (boxes[:, 2:] - boxes[:, :2]) / 160
+        np.testing.assert_allclose(np.hstack([centers, sides]), expected[:, :4], atol=1e-4)
         above = expected[:, 5:] > 0  # Darknet sets scores below its threshold to 0
         assert above.mean() > 0.9
         np.testing.assert_allclose(scores[above], expected[:, 5:][above], atol=1e-4)
@@ -147,7 +147,7 @@ def test_conversion_keeps_other_anchor_masks(pair_file, tmp_path):
 def test_written_file_equals_the_file_read(voc_file, tmp_path):
     model = build_model(VOC)
     weights = read_weights(voc_file)
-    assert "newly initialised" not in start_from(model, weights, voc_file)
+    assert "newly initialized" not in start_from(model, weights, voc_file)
     write_darknet(tmp_path / "again.weights", model)
     assert (tmp_path / "again.weights").read_bytes() == voc_file.read_bytes()
 
@@ -173,7 +173,7 @@ def test_partial_network_can_only_start_a_training(voc_file, tmp_path):
     model = build_model(PAIR)
     line = start_from(model, weights, path)
     assert torch.equal(model.yolo_headP5[0].conv.weight, read_weights(voc_file)["yolo_headP5.0.conv.weight"])
-    assert "newly initialised: upsample.upsample.0.bn.bias" in line
+    assert "newly initialized: upsample.upsample.0.bn.bias" in line
     with pytest.raises(UserError, match="has 19,789,716 bytes, but this network takes"):
         read_darknet(path, model)
     as_weights = path.rename(tmp_path / "start.weights")
@@ -184,7 +184,7 @@ def test_network_with_other_classes_can_only_start_a_training(voc_file):
     model = build_model(PAIR)
     line = start_from(model, read_weights(voc_file), voc_file)
     assert line.endswith(
-        "newly initialised: yolo_headP4.1.bias, yolo_headP4.1.weight, yolo_headP5.1.bias, yolo_headP5.1.weight"
+        "newly initialized: yolo_headP4.1.bias, yolo_headP4.1.weight, yolo_headP5.1.bias, yolo_headP5.1.weight"
     )
     with pytest.raises(UserError, match="has 23,696,876 bytes, but this network takes"):
         read_darknet(voc_file, model)

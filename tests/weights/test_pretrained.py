@@ -62,13 +62,13 @@ def test_loads_published_names_and_reports_new_parameters(tmp_path):
     assert fits_plain_attention(same, weights)
     assert not fits_plain_attention(YoloBody(MASKS, 20, 1), weights)  # another block
     assert not fits_plain_attention(YoloBody(MASKS, 20, 0), weights)
-    assert "newly initialised" not in start_from(same, weights, "published.pth")
+    assert "newly initialized" not in start_from(same, weights, "published.pth")
     for name, value in source.state_dict().items():
         assert torch.equal(same.state_dict()[name], value)
     other_classes = YoloBody(MASKS, 3, 2)
     line = start_from(other_classes, weights, "published.pth")
     assert (
-        "newly initialised: yolo_headP4.1.bias, yolo_headP4.1.weight, yolo_headP5.1.bias, yolo_headP5.1.weight" in line
+        "newly initialized: yolo_headP4.1.bias, yolo_headP4.1.weight, yolo_headP5.1.bias, yolo_headP5.1.weight" in line
     )
 
 

@@ -37,9 +37,9 @@ def reshape_head(head: Tensor, num_anchors: int) -> Tensor:
 
 def decode_boxes(raw: Tensor, cells: Tensor, anchors: Tensor, stride: int, scale_xy: float) -> Tensor:
     """Raw predictions (..., 4), cells (..., 2) x, y and anchors (..., 2) -> xyxy (..., 4) in input pixels."""
-    centre = (raw[..., :2].sigmoid() * scale_xy - (scale_xy - 1) / 2 + cells) * stride
+    center = (raw[..., :2].sigmoid() * scale_xy - (scale_xy - 1) / 2 + cells) * stride
     half = anchors * raw[..., 2:4].clamp(-MAX_LOG_SIZE, MAX_LOG_SIZE).exp() / 2
-    return torch.cat([centre - half, centre + half], dim=-1)
+    return torch.cat([center - half, center + half], dim=-1)
 
 
 def decode_head(head: Tensor, level: Level, scale_xy: float) -> tuple[Tensor, Tensor]:

@@ -34,15 +34,15 @@ def match_anchors(boxes: Tensor, levels: Sequence[Level], min_iou: float) -> tup
 def assign_targets(boxes: Tensor, labels: Tensor, matches: Tensor, level: Level, grid: tuple[int, int]) -> Assignment:
     """Assign objects (B, M, 4) xyxy in pixels, with labels (B, M) or -1, to the predictions of a head of size (H, W).
 
-    The anchors in `matches` (B, M, A) predict in the cell of the object's centre and in its two nearest neighbours.
+    The anchors in `matches` (B, M, A) predict in the cell of the object's center and in its two nearest neighbors.
     """
     height, width = grid
     batch, max_objects = labels.shape
     num_anchors = len(level.anchors)
-    centres = (boxes[..., :2] + boxes[..., 2:]) / (2 * level.stride)  # (B, M, 2) in cells
+    centers = (boxes[..., :2] + boxes[..., 2:]) / (2 * level.stride)  # (B, M, 2) in cells
 
-    own = clamp_to_grid(centres.long(), grid)  # (B, M, 2)
-    step = torch.where(centres - own < 0.5, -1, 1)  # (B, M, 2) towards the nearer neighbour
+    own = clamp_to_grid(centers.long(), grid)  # (B, M, 2)
+    step = torch.where(centers - own < 0.5, -1, 1)  # (B, M, 2) toward the nearer neighbor
     none = torch.zeros_like(step[..., 0])
     steps = [torch.stack(pair, dim=-1) for pair in ((none, none), (step[..., 0], none), (none, step[..., 1]))]
     cells = own[:, :, None] + torch.stack(steps, dim=2)  # (B, M, 3, 2)

@@ -16,7 +16,7 @@ EPSILON = 1e-7  # avoids division by zero; the value of torchvision
 def project_to_image(cells: Tensor, fit: Fit, input_size: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
     """Resample feature maps (K, H, W) of the network's input to the original image of (height, width): (K, *size)."""
     (height, width), (input_height, input_width) = size, input_size
-    y = ((torch.arange(height) + 0.5) * fit.scale_y + fit.offset_y) / input_height  # centres of the pixels, in 0..1
+    y = ((torch.arange(height) + 0.5) * fit.scale_y + fit.offset_y) / input_height  # centers of the pixels, in 0..1
     x = ((torch.arange(width) + 0.5) * fit.scale_x + fit.offset_x) / input_width
     grid = torch.stack(torch.meshgrid(2 * x - 1, 2 * y - 1, indexing="xy"), dim=-1)  # (height, width, 2)
     cells = cells.detach().float().cpu()
@@ -26,7 +26,7 @@ def project_to_image(cells: Tensor, fit: Fit, input_size: tuple[int, int], size:
 def ciou(boxes: Tensor, others: Tensor) -> Tensor:
     """Complete IoU (arXiv 1911.08287) of pairs: (..., 4) and (..., 4) xyxy -> (...), at most 1.
 
-    Unlike torchvision's version, it does not synchronise with the GPU.
+    Unlike torchvision's version, it does not synchronize with the GPU.
     """
     sides, other_sides = boxes[..., 2:] - boxes[..., :2], others[..., 2:] - others[..., :2]
     corners = torch.maximum(boxes[..., :2], others[..., :2]), torch.minimum(boxes[..., 2:], others[..., 2:])

@@ -132,7 +132,7 @@ def start_from(model: nn.Module, weights: Mapping[str, Tensor], source: str | Pa
     model.load_state_dict(matching, strict=False)
     new = sorted(name for name in own if name not in matching and not name.endswith(COUNTER))
     line = f"{source}: loaded {len(matching)} of {len(own)} tensors"
-    return line + (f"; newly initialised: {', '.join(new)}" if new else "")
+    return line + (f"; newly initialized: {', '.join(new)}" if new else "")
 
 
 def load_all_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str | Path) -> list[str]:
