@@ -25,7 +25,8 @@ from utils.system.cli import run_script
 from utils.system.device import choose_device, choose_precision, keep_freed_memory
 from utils.system.diagnostics import Diagnostics
 from utils.system.distributed import ProcessGroup, join_process_group
-from utils.system.errors import UserError, check_choice, check_range, make_folder
+from utils.system.errors import UserError, check_choice, check_range
+from utils.system.files import make_folder
 from utils.weights.checkpoint import find_checkpoint
 
 

@@ -27,7 +27,8 @@ from utils.inference.sinks import SINKS, Sink, Window, WindowClosed, track_ids
 from utils.inference.sources import Images, Source, input_files, open_sources
 from utils.system.cli import run_script
 from utils.system.device import choose_compile, choose_device, keep_freed_memory, synchronize
-from utils.system.errors import UserError, check_choice, check_range, make_folder
+from utils.system.errors import UserError, check_choice, check_range
+from utils.system.files import make_folder
 from utils.system.signals import StopSignals
 from utils.weights.checkpoint import find_checkpoint
 

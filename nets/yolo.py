@@ -110,6 +110,11 @@ def set_head_priors(model: YoloBody, spec: ModelSpec) -> None:
         bias[:, 5:] = log(CLASS_PRIOR / (spec.num_classes - 0.99))
 
 
+def read_gains(model: YoloBody) -> dict[str, float]:
+    """The learned gain of each block with identity start, by place; 0 disables the attention."""
+    return {place: float(gain) for place, gain in model.attention_gain.items()}
+
+
 def count_cost(model: nn.Module, input_size: tuple[int, int]) -> tuple[int, float]:
     """Number of parameters, and GFLOP (two per multiply-add) for one image of (height, width)."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():

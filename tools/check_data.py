@@ -24,7 +24,8 @@ from utils.detection.anchors import head_levels, load_anchors
 from utils.reports.dataset_report import PAGE, TEXT, DatasetReport, Duplicate, Part
 from utils.system.cli import INPUT_SIZE, run_script
 from utils.system.diagnostics import Diagnostic, Diagnostics
-from utils.system.errors import UserError, make_folder
+from utils.system.errors import UserError
+from utils.system.files import make_folder
 
 
 @dataclass(frozen=True)

@@ -31,8 +31,8 @@ from utils.inference.backends import CompiledNetwork, TorchNetwork
 from utils.reports.attention_report import PAGE, Cost, Result, compare_phis, write_attention_report
 from utils.system.cli import run_script
 from utils.system.device import choose_compile, choose_device, choose_precision
-from utils.system.errors import UserError, check_range, make_folder
-from utils.system.files import write_text
+from utils.system.errors import UserError, check_range
+from utils.system.files import make_folder, write_text
 from utils.system.signals import StopSignals
 from utils.training.run_folder import CONFIG, DATA, METRICS, load_settings, read_records, save_settings
 from utils.weights.checkpoint import LAST, is_resumable, load_checkpoint

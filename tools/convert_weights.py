@@ -22,7 +22,8 @@ from nets.yolo import YoloBody, build_model
 from utils.data.voc import load_classes
 from utils.detection.anchors import load_anchors
 from utils.system.cli import INPUT_SIZE, run_script
-from utils.system.errors import UserError, as_user_error, make_folder, refuse_overwrite
+from utils.system.errors import UserError, as_user_error, refuse_overwrite
+from utils.system.files import make_folder
 from utils.weights.checkpoint import Checkpoint, save_checkpoint
 from utils.weights.pretrained import DARKNET, GAIN, load_all_weights, read_weights
 

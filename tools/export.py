@@ -29,8 +29,8 @@ from utils.inference.detector import Detector
 from utils.inference.exporters import FORMATS, ExportJob, load_images, open_written
 from utils.inference.sources import Images, open_sources
 from utils.system.cli import run_script
-from utils.system.errors import UserError, make_folder
-from utils.system.files import atomic_write
+from utils.system.errors import UserError
+from utils.system.files import atomic_write, make_folder
 from utils.weights.checkpoint import find_checkpoint, load_checkpoint
 
 MAX_COMPARED = 50  # images

@@ -23,8 +23,8 @@ from utils.detection.boxes import shape_iou
 from utils.reports.plots import draw_shapes
 from utils.system.cli import INPUT_SIZE, run_script
 from utils.system.diagnostics import Diagnostics
-from utils.system.errors import UserError, as_user_error, check_range, make_folder, refuse_overwrite
-from utils.system.files import write_text
+from utils.system.errors import UserError, as_user_error, check_range, refuse_overwrite
+from utils.system.files import make_folder, write_text
 
 MAX_ROUNDS = 100  # of k-means
 MAX_SAMPLE = 20_000  # objects to cluster, drawn at random; more do not change the leading digits

@@ -20,7 +20,8 @@ from utils.data.image_io import write_image
 from utils.data.label_writers import format_voc, write_lines
 from utils.data.voc_xml import LabeledObject
 from utils.system.cli import run_script
-from utils.system.errors import UserError, check_range, make_folder
+from utils.system.errors import UserError, check_range
+from utils.system.files import make_folder
 
 CLASSES = ("circle", "square", "triangle", "star", "cross", "ring")
 MARKER = "drawn_by_make_demo_data.txt"  # marks folders that this tool may overwrite

@@ -32,8 +32,8 @@ from utils.detection.letterbox import Fit, fit_to_input
 from utils.system.device import available_memory
 from utils.system.diagnostics import Diagnostic, Diagnostics
 from utils.system.distributed import ProcessGroup
-from utils.system.errors import UserError, make_folder
-from utils.system.files import CACHE_FOLDER, TEMPORARY, atomic_write, lock
+from utils.system.errors import UserError
+from utils.system.files import CACHE_FOLDER, TEMPORARY, atomic_write, lock, make_folder
 from utils.system.prefetch import prefetch_map
 
 PLACES = ("auto", "device", "ram", "disk")

@@ -1,4 +1,4 @@
-"""Image files: the only module that decodes, encodes and resizes images.
+"""Decoding and encoding of image files, and fitting of images to the network input.
 
 Pillow identifies files and can decode them all. Ordinary, complete JPEG and PNG files go through OpenCV instead, which
 returns the same pixels faster, but silently returns gray pixels for truncated files.
@@ -16,22 +16,23 @@ from PIL import Image
 from utils.detection.letterbox import Fit, fit_to_input
 from utils.system.diagnostics import Diagnostics
 from utils.system.errors import FileError, SkippableError
-from utils.system.files import read_file
+from utils.system.files import check_regular_file, read_file
 
 MAX_PIXELS = 120_000_000  # enough for 108-megapixel phones; decoding takes less than 1 GB
 MAX_BYTES = 500_000_000  # size limit of an image file
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF")  # JPEG includes MPO; others, such as EPS, are never opened
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 PADDING = 114  # gray level around a letterboxed image
 ORIENTATION = 0x0112  # EXIF tag
 END_OF_JPEG = b"\xff\xd9"
 TAILS = (bytes(64), b"\xaa" * 64)  # two continuations that decode differently if image data are missing
 LOSSLESS_MODES = {"1", "L", "P", "RGB", "RGBX", "YCbCr"}  # Pillow's modes that are, or exactly become, RGB
 LOSSY_MODES = {
-    "CMYK": "has CMYK colours, which are converted to RGB",
+    "CMYK": "has CMYK colors, which are converted to RGB",
     **dict.fromkeys(("LA", "La", "PA", "RGBA", "RGBa"), "has transparency, which is ignored"),
     **dict.fromkeys(("I;16", "I;16L", "I;16B", "I;16N"), "has 16 bits per pixel, which are scaled to 8"),
 }
-NO_END_MARKER = "has no end marker, but all of its pixels"
+NO_END_MARKER = "has no end marker, although no pixels are missing"
 UNREADABLE = "is not a readable image; it may be truncated, damaged or of another type"
 
 warnings.filterwarnings("ignore", module="PIL")  # this module reports problems itself
@@ -47,7 +48,7 @@ def read_encoded(path: str | Path) -> bytes:
 
 
 def write_image(path: str | Path, image: np.ndarray) -> None:
-    """Write uint8 RGB (H, W, 3) in the format of the path's suffix, which must be one of voc.IMAGE_SUFFIXES."""
+    """Write uint8 RGB (H, W, 3) in the format of the path's suffix, which must be in IMAGE_SUFFIXES."""
     path = Path(path)
     path.write_bytes(encode_image(image, path.suffix.lower()))
 
@@ -151,7 +152,8 @@ def upright_size(path: Path) -> tuple[int, int]:
 
 
 def read_header(path: Path) -> tuple[tuple[int, int], int]:
-    """Height and width of an image file as stored, and its EXIF orientation."""
+    """Height and width of an image file as stored, and its EXIF orientation; raises FileError."""
+    check_regular_file(path, MAX_BYTES)
     try:
         with Image.open(path, formats=FORMATS) as picture:
             return (picture.height, picture.width), read_orientation(picture, {b"eXIf"})

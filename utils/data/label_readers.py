@@ -1,4 +1,4 @@
-"""Labels in the formats of VOC, COCO and YOLO, read as common labelling programs write them."""
+"""Labels in the formats of VOC, COCO and YOLO, read as common labeling programs write them."""
 
 import os
 import re
@@ -9,8 +9,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from utils.data.coco_json import read_truth
-from utils.data.image_io import read_header, upright_size
-from utils.data.voc import IMAGE_SUFFIXES, load_classes, single_image
+from utils.data.image_io import IMAGE_SUFFIXES, read_header, upright_size
+from utils.data.voc import load_classes, single_image
 from utils.data.voc_xml import LabeledObject, read_voc_xml
 from utils.system.diagnostics import Diagnostics
 from utils.system.errors import FileError, SkippableError, UserError
@@ -19,11 +19,11 @@ from utils.system.text import parse_number, printable, strip
 
 IMAGE_FOLDERS = ("JPEGImages", "images", "Images", "data", ".")  # searched in this order
 YOLO_SPLITS = ("train", "val", "valid", "test")
-EVERYTHING = "all"  # name of the COCO file with the images of no split
+EVERYTHING = "all"  # name of the COCO file with all images, written if some are in no split
 DECIMALS = 8  # decimals of pixel coordinates; rounding removes floating-point noise
-NOT_WRITABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff\ufffe\uffff]")  # not allowed in a line of text, or in XML
+NOT_WRITABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff\ufffe\uffff]")  # cannot be stored in a line of text or in XML
 VOC_EXTRAS = re.compile(rb"<(truncated|occluded)>\s*(?:1|True|true)\s*<|<(part|attribute)>")
-FLAT = "has no width or height"
+FLAT = "has zero width or height"
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class LabelSet:
     """A dataset in any of the formats."""
 
     class_names: tuple[str, ...]
-    images: Mapping[str, LabeledImage]  # by name, without suffix
+    images: Mapping[str, LabeledImage]  # by name: the path without suffix, with _ for /
     splits: Mapping[str, Sequence[str]]  # names of images
     notes: Sequence[str] = ()  # contents that only the source format can store
 
@@ -48,9 +48,9 @@ class LabelSet:
 
 
 def read_voc(folder: Path, images: Path | None, classes: Path | None, diagnostics: Diagnostics) -> LabelSet:
-    """Read VOC data; the XML files are in Annotations/ or beside the images, with or without subfolders.
+    """Read VOC data; the XML files are in Annotations/ if it exists, else anywhere in the folder.
 
-    The order of the classes is that of `classes`, or of classes.txt or labelmap.txt in the folder, or alphabetical.
+    The classes are in the order of `classes`, of classes.txt or of labelmap.txt in the folder, or else alphabetical.
     """
     source = folder / "Annotations" if (folder / "Annotations").is_dir() else folder
     files = find_images([images] if images else [folder / name for name in IMAGE_FOLDERS])
@@ -60,14 +60,14 @@ def read_voc(folder: Path, images: Path | None, classes: Path | None, diagnostic
         with diagnostics.capture():
             size, objects = read_voc_xml(xml, diagnostics)
             image = single_image(files, stem, xml)
-            size = check_stated_size(xml, image, size, diagnostics)
+            size = choose_size(xml, image, size, diagnostics)
             labeled[flat_name(stem, labeled, xml)] = LabeledImage(image, size, list(objects.values()))
             marks |= set(VOC_EXTRAS.findall(xml.read_bytes()))
     kinds = sorted({word.decode() for pair in marks for word in pair if word})
     splits = {}
     for path in sorted((folder / "ImageSets" / "Main").glob("*.txt")):
         lines = [line.strip('"').replace("/", "_") for line in read_lines(path) if line]
-        if any(line in labeled for line in lines):  # otherwise a list of one class, with a number after each name
+        if any(line in labeled for line in lines):  # others list one class, with a number after each name
             splits[path.stem] = unique_names(lines, labeled, path)
     used = {item.class_name for image in labeled.values() for item in image.objects}
     names = find_voc_classes(folder, classes) or tuple(sorted(used))
@@ -78,10 +78,8 @@ def read_voc(folder: Path, images: Path | None, classes: Path | None, diagnostic
     return LabelSet(names, labeled, splits, notes)
 
 
-def check_stated_size(
-    xml: Path, image: Path, stated: tuple[int, int] | None, diagnostics: Diagnostics
-) -> tuple[int, int]:
-    """The height and width that boxes refer to: the image's own, as stored or as turned by EXIF."""
+def choose_size(xml: Path, image: Path, stated: tuple[int, int] | None, diagnostics: Diagnostics) -> tuple[int, int]:
+    """The height and width that boxes refer to: the image's own, as stored or, if so stated, as turned by EXIF."""
     stored, _ = read_header(image)
     if stated in (stored, upright_size(image)):
         return stated
@@ -90,18 +88,18 @@ def check_stated_size(
 
 
 def find_voc_classes(folder: Path, classes: Path | None) -> tuple[str, ...] | None:
-    """The class names in the order of a class file or label map; None if there is none."""
+    """The class names in the order of the class file or label map; None if there is neither."""
     path = classes or folder / "classes.txt"
     if path.is_file():
         return load_classes(path)
-    if (folder / "labelmap.txt").is_file():  # CVAT's, with lines name:colour:parts:actions
+    if (folder / "labelmap.txt").is_file():  # CVAT's, with lines name:color:parts:actions
         lines = [line for line in read_lines(folder / "labelmap.txt") if line and not line.startswith("#")]
         return tuple(name for name in (line.rsplit(":", 3)[0] for line in lines) if name != "background")
     return None
 
 
 def read_coco(path: Path, images: Path | None, diagnostics: Diagnostics) -> LabelSet:
-    """Read a COCO JSON file, or all in a folder or its annotations/, one split each; classes are ordered by id."""
+    """Read a COCO JSON file, or those in a folder and its annotations/, one split each; classes are in order of id."""
     files = [path] if path.is_file() else sorted([*path.glob("*.json"), *path.glob("annotations/*.json")])
     folder = path if path.is_dir() else path.parent
     roots = [images] if images else [folder / name for name in (*IMAGE_FOLDERS, "..", "../images")]
@@ -144,7 +142,7 @@ def add_coco_image(
     if path is None:
         raise FileError(file, f"lists the missing image {printable(name)}; give the image folder with --images")
     stem = PurePosixPath(name).with_suffix("").as_posix()
-    same = labeled.get(stem.replace("/", "_"))  # the same image in another split
+    same = labeled.get(stem.replace("/", "_"))  # perhaps the same image, in another split
     key = flat_name(stem, {} if same and same.path == path else labeled, file)
     labeled[key] = LabeledImage(path, size, objects.get(entry["id"], []))
     return key
@@ -189,7 +187,7 @@ def load_yolo_classes(folder: Path, classes: Path | None) -> tuple[str, ...]:
 def read_yolo_label(
     path: Path, size: tuple[int, int], names: Sequence[str], diagnostics: Diagnostics
 ) -> list[LabeledObject]:
-    """The objects in a label file, each a class index with a box (centre, width, height) or polygon, as fractions."""
+    """The objects in a label file, each a class index with a box (center, width, height) or polygon, as fractions."""
     objects = []
     for number, line in enumerate(read_lines(path) if path.exists() else [], start=1):
         if not line:
@@ -197,13 +195,10 @@ def read_yolo_label(
         place = f"line {number}"
         with diagnostics.capture():
             try:
-                index, *values = map(parse_number, line.split())
-                if len(values) < 4 or index not in range(len(names)):
-                    raise ValueError(f"has class {index:g} of {len(names)} and {len(values)} numbers")
+                index, values = parse_yolo_line(line, len(names))
             except ValueError as error:
-                reason = f"must be a class index and four fractions of the image ({error})"
-                raise FileError(path, reason, place) from None
-            if len(values) > 5:  # a fifth number is a confidence
+                raise FileError(path, str(error), place) from None
+            if len(values) > 5:
                 diagnostics.record_repair(path, "is a polygon; its bounding box is used", place)
                 box = min(values[::2]), min(values[1::2]), max(values[::2]), max(values[1::2])
             else:
@@ -212,8 +207,21 @@ def read_yolo_label(
             box = [round(edge * size[1 - i % 2], DECIMALS) for i, edge in enumerate(box)]
             if box[0] >= box[2] or box[1] >= box[3]:
                 raise SkippableError(path, FLAT, place)
-            objects.append(LabeledObject(names[int(index)], box, False))
+            objects.append(LabeledObject(names[index], box, False))
     return objects
+
+
+def parse_yolo_line(line: str, num_classes: int) -> tuple[int, list[float]]:
+    """The class index, and a box with or without a confidence or the coordinates of a polygon; raises ValueError."""
+    index, *values = map(parse_number, line.split())
+    if index not in range(num_classes):
+        known = "is 1 class" if num_classes == 1 else f"are {num_classes} classes"
+        raise ValueError(f"class {index:g} does not exist: there {known}, numbered from 0")
+    if len(values) < 4:
+        raise ValueError(f"must be a class index and four fractions of the image, but has {1 + len(values)} numbers")
+    if len(values) > 5 and len(values) % 2:
+        raise ValueError(f"must have an even number of polygon coordinates, but has {len(values)}")
+    return int(index), values
 
 
 def find_images(folders: Sequence[Path]) -> dict[str, list[Path]]:
@@ -229,7 +237,7 @@ def find_images(folders: Sequence[Path]) -> dict[str, list[Path]]:
 
 
 def flat_name(stem: str, taken: Mapping[str, object], source: Path) -> str:
-    """A name without folders, which VOC's split files do not allow."""
+    """An image name with _ for /, since VOC's split files do not allow folders; raises FileError if it is taken."""
     name = stem.replace("/", "_")
     if not fits_on_line(name):
         raise FileError(source, f"has an image named {name!r}, which cannot be listed in a split file; rename it")

@@ -11,8 +11,8 @@ from xml.sax.saxutils import escape
 from utils.data.image_io import upright_size
 from utils.data.label_readers import DECIMALS, EVERYTHING, LabelSet, refuse_hidden_orientation
 from utils.data.voc_xml import EDGES, LabeledObject
-from utils.system.errors import FileError, make_folder
-from utils.system.files import write_text
+from utils.system.errors import FileError
+from utils.system.files import make_folder, write_text
 
 FRACTION_DIGITS = 12  # significant digits of YOLO's fractions of the image, enough for DECIMALS of a pixel
 

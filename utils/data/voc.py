@@ -13,13 +13,13 @@ import numpy as np
 from tqdm import tqdm
 
 from nets.spec import MAX_CLASSES
+from utils.data.image_io import IMAGE_SUFFIXES
 from utils.data.voc_xml import read_voc_xml
 from utils.system.diagnostics import Diagnostic, Diagnostics
 from utils.system.errors import FileError, UserError
 from utils.system.files import read_lines, read_text
 from utils.system.text import BOM, printable
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 MIN_SIMILARITY = 0.8  # minimum similarity, from 0 to 1, of a misspelled class name and the suggested one
 
 UnknownClasses = dict[str, list[tuple[Path, str]]]  # class name -> files and places where it occurs
@@ -142,16 +142,16 @@ def load_set(
     """The samples of one set, with the labels in `indices`; other classes are added to `unknown`."""
     source, folder = split_file(devkit, name), devkit / name.rpartition("/")[0]
     ids = read_split(devkit, name, diagnostics)
-    images = index_images(folder / "JPEGImages")
+    images, annotations = index_images(folder / "JPEGImages"), folder / "Annotations"
     samples = []
     for image_id in tqdm(ids, desc=f"annotations of {name}", leave=False, disable=None):
         with diagnostics.capture():
             stem = match_spelling(image_id, images.__contains__)
-            xml = match_spelling(image_id, lambda form: os.path.lexists(folder / "Annotations" / f"{form}.xml"))
-            if stem != image_id or xml != image_id:
+            annotation_stem = match_spelling(image_id, lambda form: os.path.lexists(annotations / f"{form}.xml"))
+            if stem != image_id or annotation_stem != image_id:
                 diagnostics.record_repair(source, "encodes accents differently than the file", printable(image_id))
             image = single_image(images, stem, source)
-            path = folder / "Annotations" / f"{xml}.xml"
+            path = annotations / f"{annotation_stem}.xml"
             size, objects = read_voc_xml(path, diagnostics)
             for number, item in objects.items():
                 if item.class_name not in indices:
@@ -193,18 +193,21 @@ def single_image(images: Mapping[str, Sequence[Path]], stem: str, source: Path) 
 
 def check_unique(samples: Sequence[Sample], sets: Sequence[str], diagnostics: Diagnostics) -> None:
     """Add an error if `sets` list an image more than once, since an evaluation would count it more than once."""
-    counts = Counter(sample.image.resolve() for sample in samples)
+    counts = Counter(os.path.realpath(sample.image) for sample in samples)
     repeated = [path for path, count in counts.items() if count > 1]
     if repeated:
-        reason = f"list {len(repeated)} images more than once, such as {repeated[0]}; each must be counted once"
+        images = "1 image" if len(repeated) == 1 else f"{len(repeated)} images"
+        verb = "lists" if len(sets) == 1 else "list"
+        reason = f"{verb} {images} more than once, such as {repeated[0]}; each must be counted once"
         diagnostics.add(Diagnostic("error", ", ".join(sets), "", reason))
 
 
 def check_overlap(train: Sequence[Sample], val: Sequence[Sample], diagnostics: Diagnostics) -> None:
     """Add an error if an image is in both the training and the validation sets, which would invalidate validation."""
-    known = {sample.image for sample in train}
-    shared = [sample for sample in val if sample.image in known]
+    known = {os.path.realpath(sample.image) for sample in train}
+    shared = [sample for sample in val if os.path.realpath(sample.image) in known]
     if shared:
-        more = f", and so are {len(shared) - 1} others" if len(shared) > 1 else ""
+        others = len(shared) - 1
+        more = f", and so {'is 1 other' if others == 1 else f'are {others} others'}" if others else ""
         reason = f"is in both the training and the validation sets{more}; tools/make_splits.py can make new splits"
         diagnostics.add(Diagnostic("error", str(shared[0].image), "", reason))

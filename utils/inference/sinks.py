@@ -16,9 +16,8 @@ import cv2
 import numpy as np
 import supervision as sv
 
-from utils.data.image_io import write_image
+from utils.data.image_io import IMAGE_SUFFIXES, write_image
 from utils.data.label_writers import CocoFile, format_voc, format_yolo, spans_a_pixel
-from utils.data.voc import IMAGE_SUFFIXES
 from utils.data.voc_xml import LabeledObject
 from utils.inference.drawing import draw_detections
 from utils.inference.video import Frame, Video, VideoWriter

@@ -11,8 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
-from utils.data.image_io import decode_image, read_image
-from utils.data.voc import IMAGE_SUFFIXES
+from utils.data.image_io import IMAGE_SUFFIXES, decode_image, read_image
 from utils.inference.streams import Camera, Stream
 from utils.inference.video import Frame, VideoFile
 from utils.system.errors import UserError

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from nets.attention import AttentionBlock
 from nets.spec import ATTENTION_PLACES
-from nets.yolo import YoloBody
+from nets.yolo import YoloBody, read_gains
 from utils.detection.anchors import decode_head, head_levels, reshape_head
 from utils.detection.boxes import batched_iou
 from utils.detection.letterbox import Fit
@@ -166,11 +166,6 @@ def compute_attention(model: YoloBody, pixels: Tensor) -> dict[str, AttentionMap
         place: AttentionMaps(features[place], block.gates(features[place]), gains.get(place))
         for place, block in blocks.items()
     }
-
-
-def read_gains(model: YoloBody) -> dict[str, float]:
-    """The learned gain of each block with identity start, by place; 0 disables the attention."""
-    return {place: float(gain) for place, gain in model.attention_gain.items()}
 
 
 def compute_cam(features: Tensor, gradient: Tensor) -> Tensor:

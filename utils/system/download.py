@@ -17,7 +17,8 @@ from urllib.request import Request, urlopen
 
 from tqdm import tqdm
 
-from utils.system.errors import UserError, make_folder
+from utils.system.errors import UserError
+from utils.system.files import make_folder
 
 PARTIAL = "partial-"  # prefix of incomplete files
 CHUNK = 1 << 18  # bytes read at a time

@@ -1,6 +1,5 @@
 """Errors that a user can fix, reported in one sentence, and checks that raise them."""
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from math import inf
@@ -48,16 +47,6 @@ def check_range(settings: object, low: float, high: float, *names: str) -> None:
 def check_choice(settings: object, name: str, choices: Sequence[str]) -> None:
     if getattr(settings, name) not in choices:
         raise UserError(f"{name} is {getattr(settings, name)!r}, but must be one of {', '.join(choices)}")
-
-
-def make_folder(path: Path) -> None:
-    """Create an output folder and its parents; raises UserError if that fails or the folder is not writable."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to {path}: {error.strerror}; choose another folder") from None
-    if not os.access(path, os.W_OK):
-        raise UserError(f"cannot write to {path}: permission denied; choose another folder")
 
 
 def refuse_overwrite(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Atomic writes, reads that cannot block, and file locks that end with their process."""
+"""Output folders, atomic writes, reads that cannot block, and file locks that end with their process."""
 
 import errno
 import os
@@ -87,7 +87,7 @@ def atomic_write(path: str | Path, previous: str | Path | None = None) -> Iterat
     The replaced file is kept as `previous` if that is given.
     """
     path = Path(path)
-    temporary = path.with_name(path.name + TEMPORARY)
+    temporary, outcome = path.with_name(path.name + TEMPORARY), "any earlier version is unchanged"
     try:
         with open(temporary, "wb") as file:
             yield file
@@ -95,13 +95,25 @@ def atomic_write(path: str | Path, previous: str | Path | None = None) -> Iterat
             os.fsync(file.fileno())
         if previous is not None and path.exists():
             os.replace(path, previous)
+            outcome = f"the earlier version is now {previous}"
         os.replace(temporary, path)
+        outcome = "the file is replaced, but may not be on disk yet"
         fsync_folder(path.parent)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}; any earlier version is unchanged") from None
+        raise UserError(f"cannot write {path}: {error.strerror or error}; {outcome}") from None
     finally:
         with suppress(OSError):  # the cause has been reported already
             temporary.unlink(missing_ok=True)
+
+
+def make_folder(path: Path) -> None:
+    """Create an output folder and its parents; raises UserError if that fails or the folder is not writable."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {path}: {error.strerror}; choose another folder") from None
+    if not os.access(path, os.W_OK):
+        raise UserError(f"cannot write to {path}: permission denied; choose another folder")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -123,17 +135,19 @@ def fsync_folder(folder: Path) -> None:
 
 def lock(path: Path, wait: bool = False) -> IO[bytes] | None:
     """Lock a file until it is closed or the process ends; if another process holds the lock, wait or return None."""
-    file = None
-    try:
-        file = open(path, "a+b")  # noqa: SIM115, closed by the caller
-        if fcntl is None:
-            file.seek(LOCKED_BYTE)
-            msvcrt.locking(file.fileno(), msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)
-        else:
-            fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except OSError as error:
-        if file is None or error.errno not in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
-            raise UserError(f"cannot lock {path}: {error.strerror}; choose another folder") from None
-        file.close()
-        return lock(path, wait) if wait else None  # Windows stops waiting after 10 s
-    return file
+    while True:
+        file = None
+        try:
+            file = open(path, "a+b")  # noqa: SIM115, closed by the caller
+            if fcntl is None:
+                file.seek(LOCKED_BYTE)
+                msvcrt.locking(file.fileno(), msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)
+            else:
+                fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            return file
+        except OSError as error:
+            if file is None or error.errno not in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
+                raise UserError(f"cannot lock {path}: {error.strerror}; choose another folder") from None
+            file.close()
+            if not wait:  # otherwise try again, as Windows stops waiting after 10 s
+                return None

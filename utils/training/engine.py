@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from nets.yolo import read_gains
 from utils.data.augment import render_batch
 from utils.data.cache import ImageCache
 from utils.data.loader import EpochBatches
@@ -23,9 +24,9 @@ from utils.evaluation.metrics import evaluate, filter_confident
 from utils.inference.detector import Detector
 from utils.inference.drawing import draw_sheet, draw_targets
 from utils.reports.evaluation_report import EvaluationReport
-from utils.reports.explain import compute_attention, read_gains
+from utils.reports.explain import compute_attention
 from utils.system.distributed import ProcessGroup
-from utils.system.errors import make_folder
+from utils.system.files import make_folder
 from utils.system.signals import StopSignals
 from utils.training.batch_size import explain_out_of_memory
 from utils.training.run_folder import RunData, RunFolder

@@ -18,8 +18,8 @@ from tqdm import tqdm
 from utils.data.cache import ImageCache
 from utils.data.image_io import write_image
 from utils.reports.plots import draw_training
-from utils.system.errors import UserError, make_folder
-from utils.system.files import TEMPORARY, lock, write_text
+from utils.system.errors import UserError
+from utils.system.files import TEMPORARY, lock, make_folder, write_text
 from utils.weights.checkpoint import BEST, LAST, PREVIOUS, Checkpoint, save_checkpoint
 
 CONFIG, DATA, METRICS, LOCK = "config.json", "data.json", "metrics.jsonl", "run.lock"
