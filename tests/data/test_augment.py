@@ -11,7 +11,7 @@ import torch
 from utils.data.augment import (
     FILL,
     AugmentSettings,
-    colour_matrices,
+    color_matrices,
     plan_batch,
     render_batch,
     render_image,
@@ -123,15 +123,15 @@ def test_sample_does_not_depend_on_its_batch(cache):
             torch.testing.assert_close(ours[0], theirs[i], atol=1e-5, rtol=0)
 
 
-def test_colour_matrices_keep_gray_and_change_hue():
+def test_color_matrices_keep_gray_and_change_hue():
     one = torch.ones(1)
-    identity = colour_matrices(0 * one, one, one)
+    identity = color_matrices(0 * one, one, one)
     torch.testing.assert_close(identity[0], torch.eye(3), atol=1e-5, rtol=0)
     gray = torch.tensor([0.5, 0.5, 0.5])
-    turned = colour_matrices(0.3 * tau * one, 1.7 * one, one)[0]
+    turned = color_matrices(0.3 * tau * one, 1.7 * one, one)[0]
     torch.testing.assert_close(turned @ gray, gray, atol=1e-3, rtol=0)  # gray has no hue and no saturation
     assert not torch.allclose(turned @ torch.tensor([1.0, 0, 0]), torch.tensor([1.0, 0, 0]), atol=0.2)
-    washed = colour_matrices(0 * one, 0 * one, 0.5 * one)[0] @ torch.tensor([1.0, 0, 0])
+    washed = color_matrices(0 * one, 0 * one, 0.5 * one)[0] @ torch.tensor([1.0, 0, 0])
     torch.testing.assert_close(washed, torch.full((3,), 0.299 / 2), atol=1e-3, rtol=0)
 
 

@@ -12,7 +12,7 @@ from tests.conftest import ANCHORS, SHARED, needs_shared
 from utils.data.cache import build_cache
 from utils.data.image_checks import clip_objects
 from utils.data.image_io import write_image
-from utils.data.voc import load_classes, load_samples
+from utils.data.voc import check_overlap, check_unique, load_classes, load_samples
 from utils.data.voc_xml import count_truncated
 from utils.system.diagnostics import Diagnostics
 from utils.system.errors import UserError
@@ -63,6 +63,28 @@ def test_reads_several_sets_in_order(tmp_path):
     (devkit / "VOC" / "ImageSets" / "Main" / "val.txt").write_text("a\n")
     samples = load_samples(devkit, ["VOC/train", "VOC/val"], ("cat",))
     assert [sample.name for sample in samples] == ["b", "a", "a"]
+
+
+@pytest.mark.parametrize("linked", [1, 2, 3])
+def test_finds_images_that_are_listed_twice_through_links(tmp_path, linked):
+    names = "abc"[:linked]
+    devkit = make_set(tmp_path, {name: annotation() for name in names})
+    for name in names:
+        folder = devkit / "VOC"
+        (folder / "JPEGImages" / f"link_{name}.jpg").symlink_to(f"{name}.jpg")
+        (folder / "Annotations" / f"link_{name}.xml").write_text(annotation())
+    (devkit / "VOC" / "ImageSets" / "Main" / "val.txt").write_text("\n".join(f"link_{name}" for name in names))
+    train, val = (load_samples(devkit, [f"VOC/{split}"], ("cat",)) for split in ("train", "val"))
+    others = ("", ", and so is 1 other", ", and so are 2 others")[linked - 1]
+    with pytest.raises(UserError, match=rf"link_a\.jpg is in both the training and the validation sets{others}; "):
+        check_overlap(train, val, Diagnostics())
+    images = ("1 image", "2 images", "3 images")[linked - 1]
+    with pytest.raises(UserError, match=f"^VOC/train, VOC/val list {images} more than once, such as .*a.jpg; "):
+        check_unique(train + val, ("VOC/train", "VOC/val"), Diagnostics())
+    with pytest.raises(UserError, match=f"^VOC/all lists {images} more than once"):
+        check_unique(train + val, ("VOC/all",), Diagnostics())
+    check_overlap(train, [], Diagnostics())
+    check_unique(val, ("VOC/val",), Diagnostics())
 
 
 BOX = (1, 1, 5, 5)

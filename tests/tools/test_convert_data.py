@@ -108,7 +108,7 @@ def test_reports_what_voc_cannot_store(tmp_path, capsys):
     assert labels.class_names == ("early", "late")
     assert [item[1] for item in labels.images["a"].objects] == [[0, 0, 10, 10]]
     printed = capsys.readouterr().out
-    assert "skip: has no width or height: truth.json" in printed
+    assert "skip: has zero width or height: truth.json" in printed
     for words in ("segmentation", "category ids", "1 objects less than a pixel"):
         assert words in printed
 
@@ -216,9 +216,9 @@ def test_names_fault_of_source(voc, expect_failure, tmp_path):
     convert(voc, "yolo", tmp_path / "yolo")
     label = tmp_path / "yolo" / "labels" / "c.txt"
     for text, words in (
-        ("7 0.5 0.5 0.1 0.1", "class 7 of 3"),
+        ("7 0.5 0.5 0.1 0.1", "class 7 does not exist: there are 3 classes"),
         ("0 0.5 x 0.1 0.1", "'x' is not a number"),
-        ("0 1", "1 num"),
+        ("0 1", "but has 2 numbers"),
     ):
         label.write_text(f"0 0.5 0.5 0.1 0.1\n{text}\n")
         expect(tmp_path / "yolo", f"{label}, line 2", words)

@@ -51,7 +51,7 @@ class BatchPlan(NamedTuple):
     x: Tensor  # (T, output width) source coordinate of each output pixel, in grid_sample's -1..1
     y: Tensor  # (T, output height)
     rows: Tensor  # (T,) position in the batch
-    colours: Tensor  # (B, 3, 3) colour transformation on RGB
+    colors: Tensor  # (B, 3, 3) color transformation on RGB
     boxes: Tensor  # (B, 2M, 4) xyxy in pixels of the output, where M is the maximum number of objects per image
     labels: Tensor  # (B, 2M) padded with -1
 
@@ -62,8 +62,8 @@ def plan_batch(cache: ImageCache, indices: Tensor, random: Tensor, settings: Aug
     boxes, labels = transform_boxes(cache, tiles, len(indices))
     height, width = cache.images.shape[2:]
     x, y = source_coordinates(tiles, 0, width), source_coordinates(tiles, 1, height)
-    images, colours = gather_images(cache.images, tiles.sources), plan_colours(random, settings)
-    return BatchPlan(images, x, y, tiles.rows, colours, boxes, labels)
+    images, colors = gather_images(cache.images, tiles.sources), plan_colors(random, settings)
+    return BatchPlan(images, x, y, tiles.rows, colors, boxes, labels)
 
 
 def gather_images(images: Tensor, sources: Tensor) -> Tensor:
@@ -77,30 +77,30 @@ def gather_images(images: Tensor, sources: Tensor) -> Tensor:
 
 def render_batch(batch: BatchPlan) -> Tensor:
     """Render the images (B, 3, H, W), float in 0..1 and channels-last, on the device of the plan."""
-    count, width, height = len(batch.colours), batch.x.shape[1], batch.y.shape[1]
-    fill = FILL / 255 * batch.colours.sum(dim=2, keepdim=True)  # (B, 3, 1)
-    colours = batch.colours / 255
+    count, width, height = len(batch.colors), batch.x.shape[1], batch.y.shape[1]
+    fill = FILL / 255 * batch.colors.sum(dim=2, keepdim=True)  # (B, 3, 1)
+    colors = batch.colors / 255
     form = {"device": batch.x.device, "memory_format": torch.channels_last}
     images = torch.empty(count, 3, height, width, **form)
     if batch.images.is_cuda:  # renders all tiles at once, each at the full output size
         drawn = render_tiles(batch)
-        return images.copy_(torch.baddbmm(fill, colours, drawn.flatten(2)).clamp_(0, 1).view_as(drawn))
+        return images.copy_(torch.baddbmm(fill, colors, drawn.flatten(2)).clamp_(0, 1).view_as(drawn))
     ends = torch.searchsorted(batch.rows, torch.arange(count + 1)).tolist()
     for row, (start, stop) in enumerate(pairwise(ends)):
         drawn = render_image(batch, range(start, stop))
-        images[row] = torch.addmm(fill[row], colours[row], drawn.flatten(1)).clamp_(0, 1).view_as(drawn)
+        images[row] = torch.addmm(fill[row], colors[row], drawn.flatten(1)).clamp_(0, 1).view_as(drawn)
     return images
 
 
 def render_tiles(batch: BatchPlan) -> Tensor:
-    """All images (B, 3, H, W) before the colour transformation, as differences from FILL."""
+    """All images (B, 3, H, W) before the color transformation, as differences from FILL."""
     images = torch.sub(batch.images, FILL)  # makes zero padding equal to FILL
     x, y = batch.x[:, None, :], batch.y[:, :, None]
     grid = torch.stack(torch.broadcast_tensors(x, y), dim=-1)  # (T, H, W, 2)
     drawn = F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
-    if len(drawn) == len(batch.colours):  # one tile each, in order
+    if len(drawn) == len(batch.colors):  # one tile each, in order
         return drawn
-    return drawn.new_zeros(len(batch.colours), *drawn.shape[1:]).index_add_(0, batch.rows, drawn)
+    return drawn.new_zeros(len(batch.colors), *drawn.shape[1:]).index_add_(0, batch.rows, drawn)
 
 
 def render_image(batch: BatchPlan, tiles: range) -> Tensor:
@@ -199,13 +199,13 @@ def transform_boxes(cache: ImageCache, tiles: Tiles, batch: int) -> tuple[Tensor
     return all_boxes.gather(1, order[..., None].expand(-1, -1, 4)), all_labels.gather(1, order)
 
 
-def plan_colours(random: Tensor, settings: AugmentSettings) -> Tensor:
-    """A colour matrix per image (B, 3, 3) that shifts the hue and scales saturation and value."""
+def plan_colors(random: Tensor, settings: AugmentSettings) -> Tensor:
+    """A color matrix per image (B, 3, 3) that shifts the hue and scales saturation and value."""
     hue, saturation, value = (2 * random[:, [HUE, SATURATION, VALUE]] - 1).unbind(1)
-    return colour_matrices(hue * settings.hue * tau, 1 + saturation * settings.saturation, 1 + value * settings.value)
+    return color_matrices(hue * settings.hue * tau, 1 + saturation * settings.saturation, 1 + value * settings.value)
 
 
-def colour_matrices(angle: Tensor, saturation: Tensor, value: Tensor) -> Tensor:
+def color_matrices(angle: Tensor, saturation: Tensor, value: Tensor) -> Tensor:
     """(B,) each -> RGB matrices (B, 3, 3) that rotate and scale the chroma plane of NTSC's YIQ, then scale it all."""
     to_yiq = torch.tensor([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
     chroma = torch.zeros(len(angle), 3, 3)

@@ -87,7 +87,7 @@ def build_cache(
     """
     group, diagnostics = group or ProcessGroup(), diagnostics or Diagnostics(skips=False)
     place = choose_place(place, len(samples) * prod((3, *spec.input_size)), device)
-    if group.any_rank(place == "disk" or group.local_size > 1):  # decode_to_disk synchronises the processes
+    if group.any_rank(place == "disk" or group.local_size > 1):  # decode_to_disk synchronizes the processes
         images, records = decode_to_disk(samples, spec, group, diagnostics)
         place = "disk" if place == "ram" else place
     else:

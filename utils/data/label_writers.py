@@ -34,7 +34,7 @@ def format_voc(file_name: str, size: tuple[int, int], objects: Sequence[LabeledO
 
 
 def format_yolo(size: tuple[int, int], objects: Sequence[LabeledObject], class_names: Sequence[str]) -> list[str]:
-    """A line per object: class index, then centre x, y, width and height as fractions of the image (height, width)."""
+    """A line per object: class index, then center x, y, width and height as fractions of the image (height, width)."""
     height, width = size
     lines = []
     for class_name, (x1, y1, x2, y2), _ in objects:
