@@ -79,13 +79,13 @@ class Config:
     patience: int = 0  # stop after this many validations without a better AP; 0: never
     checkpoint_every: int = 0  # optimizer steps between checkpoints within an epoch; 0: only after each epoch
     cache: str = "auto"  # where decoded images are kept: auto, device, ram or disk
-    seed: int = 0  # of initialisation, sample order and augmentation
+    seed: int = 0  # of initialization, sample order and augmentation
     device: str = "auto"  # auto, cpu or cuda
     precision: str = "auto"  # of training: auto, bf16, fp16 or fp32
     compile: str = "auto"  # torch.compile: on, off, or auto: on GPUs
-    sync_bn: bool = False  # synchronise batch norm between GPUs; helps if each has few images
+    sync_bn: bool = False  # synchronize batch norm between GPUs; helps if each has few images
 
-    # optimisation
+    # optimization
     lr: float = 0.014  # peak learning rate of Muon, with cosine decay; AdamW uses a fixed share of it
     weight_decay: float = 0.1  # not applied to norms and biases
     warmup: float = 0.1  # fraction of the run during which the learning rate rises
@@ -98,7 +98,7 @@ class Config:
     aspect: float = 0.1  # change width / height by a factor of 1 / (1 + aspect) to 1 + aspect
     translate: float = 0.1  # maximum shift, as a fraction of the side
     flip: float = 0.5  # probability of a horizontal flip
-    hue: float = 0.015  # maximum hue rotation, as a fraction of the colour circle
+    hue: float = 0.015  # maximum hue rotation, as a fraction of the color circle
     saturation: float = 0.5  # scale saturation by a factor of 1 - saturation to 1 + saturation
     value: float = 0.3  # scale brightness by a factor of 1 - value to 1 + value
 
@@ -133,7 +133,7 @@ def main(config: Config, given: Collection[str] | None = None) -> Path:
 
 
 def train(config: Config, given: Collection[str], stop: StopSignals, group: ProcessGroup) -> Path:
-    """Start or resume a run, and train to its end."""
+    """Start or resume a run, and train to its end; `config` is what the user gave, `settings` what the run uses."""
     with closing(open_run(config, group)) as run:
         settings, checkpoint = resume_settings(config, given, run, group)
         progress = Progress(end=settings.epochs)
@@ -155,7 +155,7 @@ def train(config: Config, given: Collection[str], stop: StopSignals, group: Proc
         group.print_once(f"stopped early after {settings.patience} validations without improvement")
     best_on = f"best on {', '.join(settings.val_sets)}" if settings.val_sets else "identical, without validation"
     group.print_once(f"done: {run.path / LAST} (last epoch) and {BEST} ({best_on})")
-    if group.any_rank(stop.requested):
+    if group.any_rank(stop.requested):  # also waits until the checkpoints are saved
         stop.raise_stopped()
     if data.val is not None:
         folder = write_report(run, settings.devkit, settings.val_sets, data.val, trainer.device, group)
@@ -222,22 +222,22 @@ def prepare(
         batches = epoch_batches(trainer, settings, data)
         for number in range(min(2, len(batches))):
             draw = partial(draw_batch, batches, number, spec.class_names)
-            run.attempt(run.write_picture, f"batch_{number}", draw, 0)
+            run.attempt("pictures", run.write_picture, f"batch_{number}", draw, 0)
     return trainer, data
 
 
-def new_spec(config: Config, weights: dict[str, Tensor], diagnostics: Diagnostics) -> ModelSpec:
+def new_spec(settings: Config, weights: dict[str, Tensor], diagnostics: Diagnostics) -> ModelSpec:
     """The specification of a new run; without identity start for published weights of the same attention."""
     with as_user_error():
         spec = ModelSpec(
-            class_names=load_classes(config.classes, diagnostics),
-            anchors=load_anchors(config.anchors),
-            phi=config.phi,
-            attention_args=config.attention_args,
-            places=config.attention_places,
-            identity_start=config.identity_start and config.phi > 0,
-            input_size=config.input_size,
-            letterbox=config.letterbox,
+            class_names=load_classes(settings.classes, diagnostics),
+            anchors=load_anchors(settings.anchors),
+            phi=settings.phi,
+            attention_args=settings.attention_args,
+            places=settings.attention_places,
+            identity_start=settings.identity_start and settings.phi > 0,
+            input_size=settings.input_size,
+            letterbox=settings.letterbox,
         )
         spec.check()
         model = build_model(spec)
@@ -245,20 +245,20 @@ def new_spec(config: Config, weights: dict[str, Tensor], diagnostics: Diagnostic
 
 
 def load_data(
-    config: Config, spec: ModelSpec, device: torch.device, group: ProcessGroup, diagnostics: Diagnostics
+    settings: Config, spec: ModelSpec, device: torch.device, group: ProcessGroup, diagnostics: Diagnostics
 ) -> RunData:
     """Read the annotations and decode the images."""
-    val_diagnostics = Diagnostics(config.strict, skips=False)  # skipping would change what is measured
-    samples = load_samples(config.devkit, config.train_sets, spec.class_names, diagnostics)
+    val_diagnostics = Diagnostics(settings.strict, skips=False)  # skipping would change what is measured
+    samples = load_samples(settings.devkit, settings.train_sets, spec.class_names, diagnostics)
     val_samples: list[Sample] = []
-    if config.val_sets:
-        val_samples = load_samples(config.devkit, config.val_sets, spec.class_names, val_diagnostics)
-        check_unique(val_samples, config.val_sets, val_diagnostics)
+    if settings.val_sets:
+        val_samples = load_samples(settings.devkit, settings.val_sets, spec.class_names, val_diagnostics)
+        check_unique(val_samples, settings.val_sets, val_diagnostics)
     check_overlap(samples, val_samples, diagnostics)
-    if config.train_difficult:
+    if settings.train_difficult:
         samples = [replace(sample, difficult=np.zeros_like(sample.difficult)) for sample in samples]
-    train = build_cache(samples, spec, device, config.cache, group, diagnostics)
-    val = build_cache(val_samples, spec, device, config.cache, group, val_diagnostics) if val_samples else None
+    train = build_cache(samples, spec, device, settings.cache, group, diagnostics)
+    val = build_cache(val_samples, spec, device, settings.cache, group, val_diagnostics) if val_samples else None
     diagnostics.check_skip_limit(len(samples), sum(len(sample.labels) for sample in samples))
     diagnostics.print_summary("training", group.print_once)
     val_diagnostics.print_summary("validation", group.print_once)

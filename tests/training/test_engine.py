@@ -82,4 +82,4 @@ def test_step_does_not_wait_for_the_gpu(config, place):
             torch.cuda.set_sync_debug_mode("error" if number >= 2 else "default")  # the first steps allocate
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert trainer.check_batches(batches, 3)
+    assert trainer.commit_or_roll_back(batches, 3)

@@ -24,7 +24,7 @@ try:
 except ImportError:  # Windows
     resource = None
 
-TRIAL_STEPS = 3  # the first is not timed, since it also initialises the device
+TRIAL_STEPS = 3  # the first is not timed, since it also initializes the device
 MEMORY_SHARE = 0.9  # usable share of GPU memory; the rest is left for validation and fragmentation
 SIZE_MULTIPLE = 8  # batch sizes found above this are multiples of it
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")

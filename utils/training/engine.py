@@ -1,4 +1,7 @@
-"""The training loop: the steps of an epoch, its validation, its row of metrics and its checkpoints."""
+"""The training loop: the steps of an epoch, its validation, its row of metrics and its checkpoints.
+
+`settings` is the `Config` of train.py that the run uses.
+"""
 
 import time
 from collections.abc import Sequence
@@ -114,30 +117,32 @@ def train_one_epoch(trainer: Trainer, batches: EpochBatches, settings: Any, run:
             numbers = range(state.progress.batch, total)
             accumulated = 0  # batches since the last step
             with closing(batches.load([n for n in numbers if n not in skipped], trainer.device)) as loaded:
-                for done, number in enumerate(numbers, numbers.start + 1):
+                for number in numbers:
+                    done = number + 1
                     at_step = done % trainer.batching.accumulate == 0 or done == total
                     if number not in skipped:
+                        # the last batch of a step may be skipped, so batches next to a skipped one are all synchronized
                         state.losses[number] = trainer.backward(*next(loaded), sync=at_step or bool(skipped))
                         accumulated += 1
                     if at_step and accumulated:
                         state.step()
                         accumulated = 0
                     bar.update(done - bar.n)
-                    if at_step and not check_and_save(trainer, batches, done, settings, run, stop):
+                    if at_step and not finish_step(trainer, batches, done, settings, run, stop):
                         break
 
 
-def check_and_save(
+def finish_step(
     trainer: Trainer, batches: EpochBatches, done: int, settings: Any, run: RunFolder, stop: StopSignals
 ) -> bool:
-    """Check, save and stop when these are due after a step; returns False after a rollback."""
+    """Commit or roll back, save a checkpoint and raise Stopped when these are due; returns False after a rollback."""
     stopping = trainer.group.any_rank(stop.requested)
     steps, interval = ceil(done / trainer.batching.accumulate), settings.checkpoint_every
     saving = interval > 0 and steps % interval == 0
     unchecked = done - trainer.state.progress.batch
     if not (stopping or saving or unchecked >= CHECK_INTERVAL or done == len(batches)):
         return True
-    if not trainer.check_batches(batches, done):
+    if not trainer.commit_or_roll_back(batches, done):
         return False
     if saving or stopping:
         run.save_checkpoints(trainer.snapshot)
@@ -183,7 +188,7 @@ def validate(
     evaluation = evaluate(cache.samples, detections, cache.sizes, spec.class_names)
     metrics = evaluation.metrics
     draw = partial(draw_examples, detections, evaluation.thresholds, cache, spec.class_names)
-    run.attempt(run.write_picture, "val_examples", draw, trainer.state.progress.epoch + 1)
+    run.attempt("pictures", run.write_picture, "val_examples", draw, trainer.state.progress.epoch + 1)
     losses = sum(losses for losses, _ in gathered).tolist()
     values = {f"val/{name}": value for name, value in zip(TERMS, losses, strict=True)}
     values |= {f"val/{name}": metrics["coco"][name] for name in ("AP", "AP50", "AP75")}
@@ -209,14 +214,14 @@ def log_gates(trainer: Trainer, cache: ImageCache, run: RunFolder) -> None:
         pixels = cache.images[:GATE_IMAGES].to(trainer.device).float() / 255
         attention = compute_attention(trainer.build_detector().network.model, pixels)
         gates = {f"gate/{place}": attended.gate.cpu().numpy() for place, attended in attention.items()}
-        run.attempt(run.write_histograms, gates, trainer.state.progress.epoch + 1)
+        run.attempt("TensorBoard events", run.write_histograms, gates, trainer.state.progress.epoch + 1)
 
 
 def write_report(
     run: RunFolder, devkit: str, val_sets: tuple[str, ...], cache: ImageCache, device: torch.device, group: ProcessGroup
 ) -> Path:
     """Write the report of `eval.py` on the best checkpoint and the validation sets; returns its folder."""
-    weights, folder = group.broadcast(run.path / BEST), run.path / "val"
+    weights, folder = run.path / BEST, run.path / "val"
     detector = Detector.load(weights, device, thresholds=EVALUATION_THRESHOLDS)
     detections = detector.detect_cached(cache, VALIDATION_BATCH, group)
     if group.is_main:

@@ -119,7 +119,7 @@ def lr_factor(total_steps: int, warmup_steps: int) -> Callable[[int], float]:
 class WeightAverage:
     """An exponential moving average of weights and buffers, in `module`.
 
-    Computed by torch.optim.swa_utils, whose AveragedModel would synchronise with the GPU at every update.
+    Computed by torch.optim.swa_utils, whose AveragedModel would synchronize with the GPU at every update.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -129,7 +129,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """Move towards the weights of the model; integers, and at the first update all values, are copied."""
+        """Move toward the weights of the model; integers, and at the first update all values, are copied."""
         own, new = ([*module.parameters(), *module.buffers()] for module in (self.module, model))
         floats = [value.is_floating_point() and self.updates > 0 for value in own]
         if self.updates:

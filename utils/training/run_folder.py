@@ -1,4 +1,7 @@
-"""The folder of a run: its settings, data fingerprints, metrics, checkpoints, TensorBoard events and pictures."""
+"""The folder of a run: its settings, data fingerprints, metrics, checkpoints, TensorBoard events and pictures.
+
+Also loads the settings of a resumed run, and verifies that its data have not changed.
+"""
 
 import json
 import os
@@ -8,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import IO, Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -37,13 +40,14 @@ class RunFolder:
         self.path, self.read_only = path, read_only
         self.records: list[dict[str, Any]] = []
         self.board: SummaryWriter | None = None
-        self.warned = False
+        self.failed: set[str] = set()  # kinds of optional output that could not be written
         self.writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
         self.writing: Future[None] | None = None
+        self.lock_file: IO[bytes] | None = None
         if not read_only:
             make_folder(path)
-            self.lock = lock(path / LOCK)
-            if self.lock is None:
+            self.lock_file = lock(path / LOCK)
+            if self.lock_file is None:
                 raise UserError(f"another process is training in {path}; wait for it, or choose another --run-dir")
             for file in path.glob(f"*{TEMPORARY}"):  # left by a process that was killed
                 file.unlink(missing_ok=True)
@@ -55,7 +59,7 @@ class RunFolder:
         path = self.path / METRICS
         self.records = [record for record in read_records(path) if record["epoch"] <= epoch]
         write_text(path, "".join(json.dumps(record) + "\n" for record in self.records))
-        self.attempt(self.open_board, epoch)
+        self.attempt("TensorBoard events", self.open_board, epoch)
 
     def open_board(self, epoch: int) -> None:
         self.board = SummaryWriter(str(self.path / "tensorboard"), purge_step=epoch + 1)
@@ -67,9 +71,9 @@ class RunFolder:
         record: dict[str, Any] = {"epoch": epoch, **values}
         self.records.append(record)
         append_line(self.path / METRICS, json.dumps(record))
-        self.attempt(self.write_scalars, epoch, values)
+        self.attempt("TensorBoard events", self.write_scalars, epoch, values)
         if any(name.startswith("val/") for name in values):  # drawing is too slow for every epoch
-            self.attempt(draw_training, self.records, self.path / "curves.png")
+            self.attempt("curves", draw_training, self.records, self.path / "curves.png")
 
     def write_scalars(self, epoch: int, values: dict[str, float]) -> None:
         for name, value in values.items():
@@ -84,18 +88,18 @@ class RunFolder:
         """Draw an RGB picture (H, W, 3), and save it as a file and in TensorBoard."""
         image = draw()
         write_image(self.path / f"{name}.jpg", image)
-        self.board.add_image(name, image, epoch, dataformats="HWC")
+        if self.board is not None:
+            self.board.add_image(name, image, epoch, dataformats="HWC")
 
-    def attempt(self, write: Callable[..., None], *arguments: Any) -> None:
-        """Call a method that writes something optional; only the first failure is reported."""
+    def attempt(self, kind: str, write: Callable[..., None], *arguments: Any) -> None:
+        """Call a method that writes optional output; the first failure of each kind of output is reported."""
         try:
             if not self.read_only:
                 write(*arguments)
         except Exception as error:
-            if not self.warned:
-                text = f"warning: cannot write TensorBoard events, curves or pictures ({error!r}); training continues"
-                tqdm.write(text, file=sys.stderr)
-            self.warned = True
+            if kind not in self.failed:
+                tqdm.write(f"warning: cannot write {kind} ({error!r}); training continues", file=sys.stderr)
+            self.failed.add(kind)
 
     def save_checkpoints(self, last: Checkpoint, best: Checkpoint | None = None) -> None:
         """Start to write checkpoints; raises the error of the previous call if that one failed."""
@@ -126,10 +130,10 @@ class RunFolder:
         finally:
             self.writer.shutdown()
             if self.board is not None:
-                self.attempt(draw_training, self.records, self.path / "curves.png")
-                self.attempt(self.board.close)
-            if not self.read_only:
-                self.lock.close()
+                self.attempt("curves", draw_training, self.records, self.path / "curves.png")
+                self.attempt("TensorBoard events", self.board.close)
+            if self.lock_file is not None:
+                self.lock_file.close()
                 with suppress(OSError):
                     if [path.name for path in self.path.iterdir()] == [LOCK]:
                         (self.path / LOCK).unlink()

@@ -76,9 +76,10 @@ class Trainer:
         self.frozen = frozen
 
     def backward(self, images: Tensor, boxes: Tensor, labels: Tensor, sync: bool = True) -> Tensor:
-        """Accumulate the gradients of a batch; returns its loss terms and the norm of the gradients so far (COLUMNS,).
+        """Accumulate the gradients of a batch; returns its loss terms and the gradient norm (COLUMNS,), on the device.
 
-        With `sync`, as for the last batch of a step, the gradients are averaged over the processes.
+        The norm is that of the gradients accumulated since the last step; in fp16 it is 0. With `sync`, as for the last
+        batch of a step, the gradients are averaged over the processes.
         """
         local = self.group.size > 1 and not sync
         with self.network.no_sync() if local else nullcontext():
@@ -120,10 +121,11 @@ class Trainer:
         self.state.restore(checkpoint)
         self.take_snapshot()
 
-    def check_batches(self, batches: EpochBatches, done: int) -> bool:
-        """Take a snapshot after `done` batches if losses and weights are finite; otherwise roll back, return False.
+    def commit_or_roll_back(self, batches: EpochBatches, done: int) -> bool:
+        """Take a snapshot after `done` batches and return True, or roll back to the last one and return False.
 
-        The first bad batch is then skipped. Raises UserError for too many of them, or for non-finite weights.
+        Rolls back if a loss or gradient is not finite; the first bad batch will be skipped. Raises UserError for too
+        many of them, or for non-finite weights.
         """
         first, skipped = self.state.progress.batch, self.state.progress.skipped_batches(batches.epoch)
         losses = self.group.all_reduce(self.state.losses[first:done].clone())  # also waits for the device
@@ -165,10 +167,10 @@ class Trainer:
 def build_trainer(
     settings: Any, spec: ModelSpec, batching: Batching, progress: Progress, device: torch.device, group: ProcessGroup
 ) -> Trainer:
-    """A freshly initialised network with its optimizer, schedule, weight average and loss."""
+    """A newly initialized network with its optimizer, schedule, weight average and loss."""
     steps = math.ceil(batching.batches / batching.accumulate) * (progress.end - progress.start)
     dtype = choose_precision(settings.precision, device)
-    compiled = choose_compile(settings.compile, device) and not settings.sync_bn  # syncing breaks the graph
+    compiled = choose_compile(settings.compile, device) and not settings.sync_bn  # SyncBatchNorm would split the graph
     torch.manual_seed(settings.seed)
     model = build_model(spec)
     if settings.sync_bn and group.size > 1:

@@ -25,19 +25,19 @@ class Progress:
     epoch: int = 0  # finished epochs, including their validation
     batch: int = 0  # finished batches of the next epoch
     best: float = -1.0  # best validation AP
-    stale: int = 0  # validations since the best one
+    stale: int = 0  # validations in a row that did not exceed `best`, for early stopping
     thresholds: list[float] = field(default_factory=list)  # confidence per class suggested by the last validation
     skipped: list[tuple[int, int]] = field(default_factory=list)  # (epoch, batch) with a non-finite loss or gradient
 
     def is_finished(self, patience: int) -> bool:
-        """Whether all epochs are done, or the last `patience` validations (0: no limit) were no improvement."""
+        """Whether all epochs are done, or the last `patience` validations (0: no limit) brought no improvement."""
         return self.epoch >= self.end or 0 < patience <= self.stale
 
     def skipped_batches(self, epoch: int) -> set[int]:
         return {batch for skipped_epoch, batch in self.skipped if skipped_epoch == epoch}
 
     def record_validation(self, ap: float, thresholds: list[float]) -> bool:
-        """Update the best AP and the early-stopping counter; returns whether this AP is the best so far."""
+        """Update the best AP and the early-stopping counter; returns whether no earlier AP was higher."""
         is_best = ap >= self.best
         self.stale = 0 if ap > self.best else self.stale + 1
         self.best, self.thresholds = max(self.best, ap), thresholds
@@ -45,12 +45,15 @@ class Progress:
 
 
 def read_progress(checkpoint: Checkpoint) -> Progress:
-    values = {item.name: checkpoint.info[item.name] for item in fields(Progress) if item.name in checkpoint.info}
+    """The progress in a checkpoint; raises UserError for a checkpoint without training state."""
+    if not checkpoint.training:
+        raise UserError(f"this checkpoint contains only weights and cannot be resumed; use {LAST}")
+    values = {item.name: checkpoint.info[item.name] for item in fields(Progress)}
     return Progress(**values | {"skipped": [tuple(pair) for pair in values["skipped"]]})
 
 
 def find_progress(checkpoint: Checkpoint, extend: int, patience: int, group: ProcessGroup) -> Progress:
-    """The progress to resume from; raises UserError if an unfinished run should be extended."""
+    """The progress to resume from, with `extend` more epochs; raises UserError if an unfinished run is extended."""
     progress = read_progress(checkpoint)
     if progress.is_finished(patience):
         end = progress.epoch + extend
@@ -75,7 +78,7 @@ class TrainingState:
     scaler: torch.amp.GradScaler
     ema: WeightAverage
     progress: Progress
-    losses: Tensor  # (batches, terms) of the current epoch
+    losses: Tensor  # (batches, COLUMNS) of the current epoch; this process's share until checked, then the sums
 
     def step(self) -> None:
         """One optimizer step with the accumulated gradients, then the learning rate and the weight average."""
@@ -99,10 +102,7 @@ class TrainingState:
 
     def restore(self, snapshot: Checkpoint) -> None:
         """The inverse of `take_snapshot`; raises UserError for a checkpoint without training state."""
-        if not snapshot.training:
-            raise UserError(f"this checkpoint contains only weights and cannot be resumed; use {LAST}")
-        info = snapshot.info
-        self.progress = read_progress(snapshot)
+        self.progress, info = read_progress(snapshot), snapshot.info
         parts: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}}
         for name, value in snapshot.training.items():
             part, _, rest = name.partition("/")

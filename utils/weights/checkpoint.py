@@ -32,6 +32,14 @@ DAMAGED = "damaged.safetensors"  # a `last` that could not be read
 
 @dataclass(frozen=True)
 class Checkpoint:
+    """A network, and in `last.safetensors` and `previous.safetensors` also the state of its training run.
+
+    `weights` are the moving average (`TrainingState.ema`). `best.safetensors` holds those of the validation with the
+    best AP, with its metrics and thresholds but without `training`; a run without validation sets stores its last
+    epoch. `training` holds the weights being trained, the optimizer's state and the losses of the current epoch, see
+    `TrainingState.take_snapshot` in training/training_state.py.
+    """
+
     spec: ModelSpec
     weights: dict[str, Tensor]
     info: dict[str, Any]  # epoch, metrics, thresholds and, with training state, the progress of the run
