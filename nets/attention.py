@@ -122,15 +122,15 @@ class CA_Block(AttentionBlock):
 class SimAM(AttentionBlock):
     """SimAM, PMLR v139 yang21o: a gate per value from its distance to its channel's mean; has no parameters."""
 
-    def __init__(self, channels: int, regularization: float = 1e-4) -> None:
+    def __init__(self, channels: int, regularisation: float = 1e-4) -> None:
         super().__init__()
-        self.regularization = regularization  # lambda of the paper
+        self.regularisation = regularisation  # lambda of the paper; the name is stored in checkpoints
 
     def gates(self, x: Tensor) -> tuple[Tensor, ...]:
         others = max(1, x.shape[2] * x.shape[3] - 1)
         distance = (x - x.mean(dim=(2, 3), keepdim=True)).square()
         variance = distance.sum(dim=(2, 3), keepdim=True) / others  # (B, C, 1, 1)
-        return ((distance / (4 * (variance + self.regularization)) + 0.5).sigmoid(),)
+        return ((distance / (4 * (variance + self.regularisation)) + 0.5).sigmoid(),)
 
 
 class EMAAttention(AttentionBlock):
