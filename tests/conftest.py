@@ -1,4 +1,4 @@
-"""Settings, paths and small data sets shared by all tests."""
+"""Settings, paths and small datasets shared by all tests."""
 
 import os
 import subprocess
@@ -26,7 +26,8 @@ REFERENCE = SHARED / "reference"
 ANCHORS = ((10.0, 14.0), (23.0, 27.0), (37.0, 58.0), (81.0, 82.0), (135.0, 169.0), (344.0, 319.0))
 MASKS = [[3, 4, 5], [1, 2, 3]]
 SLOWEST_FILES = (  # run first, so that the workers finish at about the same time
-    "test_distributed.py", "test_exporters.py", "test_train.py", "test_predict.py", "test_attention_report.py",
+    "test_exporters.py", "test_distributed.py", "test_documentation.py", "test_killed_runs.py", "test_train.py",
+    "test_benchmarks.py", "test_compare_attention.py", "test_attention.py", "test_backends.py",
 )  # fmt: skip
 
 needs_shared = pytest.mark.skipif(not REFERENCE.is_dir(), reason=f"the reference values are not in {REFERENCE}")
@@ -100,6 +101,18 @@ def small_run(devkit: Path, **changes: Any) -> train.Config:
         "device": "cpu",
     }
     return train.Config(**settings | changes)
+
+
+def trained_config(devkit: Path, run_dir: str = "") -> train.Config:
+    """The settings of `trained_run`."""
+    changes = {"epochs": 4, "batch_size": 8, "nominal_batch": 16, "freeze_epochs": 1, "eval_every": 2, "phi": 4}
+    return small_run(devkit, input_size=(96, 128), run_dir=run_dir, **changes)
+
+
+@pytest.fixture(scope="session")
+def trained_run(devkit: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run with attention; do not change it."""
+    return make_once(tmp_path_factory, "trained_run", lambda folder: train.main(trained_config(devkit, str(folder))))
 
 
 def run(*arguments: object, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:

@@ -30,7 +30,7 @@ from utils.training.trainer import COLUMNS, Batching, build_trainer
 from utils.training.training_state import Progress
 from utils.weights.checkpoint import BEST, LAST, PREVIOUS, digest, load_checkpoint
 
-WORKER = ROOT / "tests" / "training" / "worker.py"
+LAUNCHER = ROOT / "tests" / "training" / "launcher.py"
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 TIMEOUT = 240  # seconds per command
 
@@ -60,9 +60,10 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def config(devkit, folder) -> train.Config:
     """Two epochs of six batches and three steps, and three validation batches."""
-    (devkit / "Same").symlink_to(devkit / "Demo")
+    for name in ("Demo", "Same"):
+        shutil.copytree(devkit / "Demo", folder / "devkit" / name)
     return small_run(
-        devkit,
+        folder / "devkit",
         train_sets=("Demo/train",) * 4,
         val_sets=("Same/train", "Demo/val", "Demo/test"),
         run_dir=str(folder / "whole"),
@@ -133,7 +134,7 @@ def compared(config, folder) -> dict[str, Any]:
         "stopped": vars(stopped),
     }
     (folder / "plan.json").write_text(json.dumps(plan))
-    out, _ = run(WORKER, 0, "compare", folder / "plan.json", folder / "found.pt", cwd=folder)
+    out, _ = run(LAUNCHER, 0, "compare", folder / "plan.json", folder / "found.pt", cwd=folder)
     return {"configs": runs, "out": out, **torch.load(folder / "found.pt", weights_only=True)}
 
 
@@ -215,7 +216,7 @@ def test_accuracy_equals_that_of_one_process(config, compared, whole, folder, mo
 def test_restarted_processes_resume_the_run(config, whole, folder):
     """One process is killed before the first checkpoint, then one after it."""
     again = replace(config, run_dir=str(folder / "killed"))
-    out, errors = run(WORKER, 2, "die", *flags(again), cwd=folder)
+    out, errors = run(LAUNCHER, 2, "die", *flags(again), cwd=folder)
     assert out.count("a step of 16 images") == 3, errors
     assert re.findall(r"resuming after epoch 0, batch (\d+)", out) == ["2"], out
     assert [record["epoch"] for record in records(folder / "killed")] == [1, 2]
@@ -225,14 +226,14 @@ def test_restarted_processes_resume_the_run(config, whole, folder):
 def test_signal_to_torchrun_stops_all_processes_with_a_checkpoint(config, whole, folder, monkeypatch):
     stopped = replace(config, run_dir=str(folder / "signalled"))
     last = folder / "signalled" / LAST
-    out, errors = run(WORKER, 0, "terminate", *flags(stopped), cwd=folder, fails=True)
+    out, errors = run(LAUNCHER, 0, "terminate", *flags(stopped), cwd=folder, fails=True)
     assert time.monotonic() - float(last.with_name("signalled").read_text()) < 10
     assert out.count("stopped; resume exactly here with --resume --run-dir") == 1, errors
     assert errors.count("stopped by SIGTERM") == 2
     _, info = contents(last)
     assert (info["epoch"], info["batch"]) == (0, 4)
     shutil.copytree(last.parent, folder / "alone")
-    out, errors = run(WORKER, 0, "train", "--resume", "--run-dir", last.parent, cwd=folder)
+    out, errors = run(LAUNCHER, 0, "train", "--resume", "--run-dir", last.parent, cwd=folder)
     starts = [
         "resuming after epoch 0, batch 4 of the next",
         "training: 96 images",
@@ -248,6 +249,7 @@ def test_signal_to_torchrun_stops_all_processes_with_a_checkpoint(config, whole,
     assert "warning" not in (out + errors).lower()
     assert contents(last) == contents(whole / LAST)
     monkeypatch.chdir(folder)
+    monkeypatch.setattr(train, "write_report", lambda run, *_: run.path)
     train.main(train.Config(run_dir=str(folder / "alone"), resume=True))
     assert [record["epoch"] for record in records(folder / "alone")] == [1, 2]
     assert contents(folder / "alone" / LAST)[1]["batch"] == 0
@@ -270,7 +272,7 @@ def test_restarts_need_a_run_folder(monkeypatch, expect_failure):
 
 
 def test_restarted_process_resumes_its_run_if_the_settings_agree(config, whole):
-    """Except for the batch size, which may have been 0 or larger than the data set."""
+    """Except for the batch size, which may have been 0 or larger than the dataset."""
     restarted = ProcessGroup(restarted=True)
     for change, error in (({"batch_size": 0}, ""), ({"batch_size": 200}, ""), ({"epochs": 3}, "epochs is 2 in ")):
         own = replace(config, **change)
@@ -283,7 +285,7 @@ def test_restarted_process_resumes_its_run_if_the_settings_agree(config, whole):
         train.open_run(config, ProcessGroup())
 
 
-def test_synchronised_batch_norm_keeps_all_names_in_a_checkpoint(config):
+def test_synchronized_batch_norm_keeps_all_names_in_a_checkpoint(config):
     """The layers are converted before the average and the optimizer are created."""
     spec, batching = train.new_spec(config, {}, Diagnostics()), Batching.plan(96, 16, 32)
     own, plain = (

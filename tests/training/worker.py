@@ -1,4 +1,4 @@
-"""Tasks for two processes: python tests/training/worker.py MAX_RESTARTS TASK ARGUMENTS"""
+"""Tasks for two processes, which launcher.py starts."""
 
 import json
 import os
@@ -15,9 +15,6 @@ from unittest.mock import patch
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import eval as eval_script
 import train
@@ -182,7 +179,7 @@ def terminate() -> None:
         if number == 2:
             if int(os.environ["RANK"]) == 0:
                 last_checkpoint().with_name("signalled").write_text(str(time.monotonic()))
-                os.kill(os.getppid(), signal.SIGTERM)
+                os.kill(int(os.environ["AGENT_PID"]), signal.SIGTERM)
             assert received.wait(60)
 
     with patch.object(StopSignals, "receive", receive_and_tell):
@@ -193,16 +190,11 @@ TASKS: dict[str, Callable[..., None]] = {"compare": compare, "die": die, "termin
 TASKS["train"] = lambda: run_script(train.main, train.Config)
 
 
-def launch(max_restarts: int, task: str, *arguments: str) -> None:
-    """Run a task in two processes as torchrun does, but forked from this one, which saves the time of imports."""
+def run_task(task: str, *arguments: str) -> None:
+    """Run a task with its command-line arguments and a narrow network."""
     sys.argv = [__file__, *arguments]
-    use_narrow_network(pytest.MonkeyPatch())
-    config = LaunchConfig(
-        min_nodes=1, max_nodes=1, nproc_per_node=2, max_restarts=max_restarts, monitor_interval=0.1,
-        rdzv_backend="c10d", rdzv_endpoint="localhost:0", start_method="fork",
-    )  # fmt: skip
-    elastic_launch(config, TASKS[task])(*(arguments if task == "compare" else ()))
-
-
-if __name__ == "__main__":
-    launch(int(sys.argv[1]), *sys.argv[2:])
+    patch = pytest.MonkeyPatch()
+    use_narrow_network(patch)
+    if task != "compare":
+        patch.setattr(train, "write_report", lambda run, *_: run.path)  # which takes long
+    TASKS[task](*(arguments if task == "compare" else ()))
