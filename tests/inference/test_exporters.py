@@ -122,7 +122,8 @@ def test_detector_runs_exported_network(exported, pictures, name):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
-def test_benchmarks_run_exported_networks(exported, capsys):
+def test_benchmarks_run_exported_networks(exported, capsys, monkeypatch):
+    monkeypatch.setattr(benchmark_inference, "SMALL_FRAMES", 20)
     path, folder, _ = exported
     onnx, xml = str(folder / "best.onnx"), str(folder / "best.xml")
     network = {"exported": (onnx, xml), "rounds": 1, "compile": False}

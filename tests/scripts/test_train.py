@@ -16,6 +16,7 @@ import eval as eval_script
 import predict
 import train
 from tests.conftest import trained_config
+from tests.narrow_network import use_narrow_network
 from utils.data.image_io import read_image
 from utils.system.cli import run_script
 from utils.training import engine
@@ -115,7 +116,8 @@ def test_uses_the_newest_run_by_default(trained_run, tmp_path, monkeypatch, expe
     expect_failure(train, ["--resume"], "logs/new", "before its first checkpoint")
 
 
-def test_trains_on_fewer_images_than_a_batch(config, tmp_path):
+def test_trains_on_fewer_images_than_a_batch(config, tmp_path, monkeypatch):
+    use_narrow_network(monkeypatch)
     small = replace(config, batch_size=64, nominal_batch=256, epochs=2, freeze_epochs=0, run_dir=str(tmp_path / "a"))
     folder = train.main(small)
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 2

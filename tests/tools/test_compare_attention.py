@@ -8,6 +8,7 @@ import tyro
 
 import eval as eval_script
 import train
+from tests.narrow_network import use_narrow_network
 from tools import compare_attention
 from utils.weights.checkpoint import load_checkpoint
 
@@ -36,6 +37,7 @@ def trained(monkeypatch):
         module = {"train.py": train, "eval.py": eval_script}[script]
         module.main(tyro.cli(module.Config, args=[*map(str, words)]))
 
+    use_narrow_network(monkeypatch)
     monkeypatch.setattr(compare_attention.Run, "call", call)
     monkeypatch.setattr(compare_attention, "TIMED_CALLS", 2)
     return started
