@@ -121,7 +121,7 @@ def train_one_epoch(trainer: Trainer, batches: EpochBatches, settings: Any, run:
                     done = number + 1
                     at_step = done % trainer.batching.accumulate == 0 or done == total
                     if number not in skipped:
-                        # the last batch of a step may be skipped, so batches next to a skipped one are all synchronized
+                        # the last batch of a step may be skipped: in an epoch with skipped batches, synchronize after each
                         state.losses[number] = trainer.backward(*next(loaded), sync=at_step or bool(skipped))
                         accumulated += 1
                     if at_step and accumulated:
