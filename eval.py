@@ -1,6 +1,6 @@
 """Evaluate checkpoints on a split: python eval.py --weights logs/RUN/best.safetensors --sets VOC2007/test
 
-Change the defaults in `Config`, or override them on the command line. Several checkpoints are also compared.
+Change the defaults in `Config`, or override them on the command line. Two or more checkpoints are also compared.
 """
 
 from collections.abc import Sequence
@@ -35,14 +35,14 @@ class Config:
     """Evaluate checkpoints on a split."""
 
     weights: tuple[str, ...] = ()  # checkpoints or run folders; empty: the newest run in logs/
-    devkit: str = "VOCdevkit"  # folder of the datasets
+    devkit: str = "VOCdevkit"  # folder with the datasets
     sets: tuple[str, ...] = ("VOC2007/test",)  # sets to evaluate on, as folder/split
     coco: str = ""  # COCO JSON file to evaluate on instead of sets, such as annotations/instances_val2017.json
     images: str = ""  # image folder of the COCO file
-    out: str = ""  # output folder; empty: a folder in eval/ or compare/ beside the (first) checkpoint
+    out: str = ""  # output folder; empty: a folder in eval/ or compare/ next to the (first) checkpoint
     classes: str = ""  # class file that must match the classes of the checkpoints; empty: no check
-    confidence: float = 0.001  # minimum score; low, to cover the whole precision-recall curve
-    nms_iou: float = 0.5  # NMS removes boxes that overlap a better one of their class by more than this IoU
+    confidence: float = 0.001  # minimum confidence; low, to cover the whole precision-recall curve
+    nms_iou: float = 0.5  # IoU above which NMS suppresses a lower-scoring box of the same class
     batch_size: int = 16  # images per batch
     cache: str = "auto"  # where to keep decoded images: auto, device, ram or disk
     device: str = "auto"  # auto, cpu or cuda
@@ -50,7 +50,7 @@ class Config:
 
     def __post_init__(self) -> None:
         check_range(self, 1, inf, "batch_size")
-        check_range(self, 0, MISSED_CONFIDENCE, "confidence")  # higher ones would hide best thresholds and label errors
+        check_range(self, 0, MISSED_CONFIDENCE, "confidence")  # more would hide best thresholds and label errors
         check_range(self, 0, 1, "nms_iou")
         check_choice(self, "cache", PLACES)
         if bool(self.coco) != bool(self.images):
@@ -128,7 +128,7 @@ def load_split(
 
 
 def make_folders(config: Config, paths: Sequence[Path]) -> list[Path]:
-    """Create an output folder for each checkpoint; those of several are subfolders of a common one."""
+    """Create an output folder for each checkpoint; several checkpoints get subfolders of a common folder."""
     sets = [Path(name).stem if name.endswith(".json") else name.replace("/", "_") for name in config.source_sets]
     out = Path(config.out or paths[0].parent / ("compare" if len(paths) > 1 else "eval") / "_".join(sets))
     names = [f"{i}_{path.parent.name}_{path.stem}" for i, path in enumerate(paths, start=1)]

@@ -59,19 +59,19 @@ class Config:
     classes: str = ""  # class file that must match the classes of the network; empty: no check
 
     # detection
-    confidence: float | Literal["auto"] = "auto"  # minimum score; auto: per class, as suggested by the validation
-    class_confidence: dict[str, float] = field(default_factory=dict)  # minimum scores of single classes: helmet 0.5
+    confidence: float | Literal["auto"] = "auto"  # minimum confidence; auto: per class, as suggested by validation
+    class_confidence: dict[str, float] = field(default_factory=dict)  # minimum confidence per class, such as helmet 0.5
     class_filter: tuple[str, ...] = ()  # classes to detect; empty: all
-    nms_iou: float = 0.5  # NMS removes boxes that overlap a better one of their class by more than this IoU
+    nms_iou: float = 0.5  # IoU above which NMS suppresses a lower-scoring box of the same class
     agnostic_nms: bool = False  # class-agnostic NMS: boxes also suppress boxes of other classes
     tta: bool = False  # test-time augmentation with the mirrored image, which doubles the time
-    tile: int = 0  # divide images into tiles with this side in pixels; 0: no tiles
+    tile: int = 0  # divide images into square tiles of this size in pixels; 0: no tiling
     track: bool = False  # assign track IDs to the objects in videos
 
     # speed and devices
-    frame_stride: int = 1  # detect in every Nth frame of a video; the frames in between keep its detections
-    reconnect_timeout: float = 30.0  # seconds after which a lost camera or stream is given up
-    batch_size: int = 0  # images or tiles per batch; 0: 1 for cameras and streams, otherwise 4, on a GPU 16
+    frame_stride: int = 1  # process every Nth frame of a video; the frames in between reuse its detections
+    reconnect_timeout: float = 30.0  # seconds to keep reconnecting to a lost camera or stream
+    batch_size: int = 0  # images or tiles per batch; 0: 1 for cameras and streams, otherwise 4, or 16 on a GPU
     device: str = "auto"  # auto, cpu or cuda
     precision: str = "auto"  # precision of the network: auto, bf16, fp16 or fp32
     compile: str = "auto"  # torch.compile: auto (on a GPU), on or off
@@ -139,7 +139,7 @@ def open_all(config: Config) -> list[Source]:
     """Open the sources; raises UserError if there are none or the output would overwrite them."""
     sources = [source for name in config.source for source in open_sources(name, config.reconnect_timeout)]
     if not sources:
-        raise UserError("no source was given; name an image, a video, a folder or a glob")
+        raise UserError("no source was given; specify an image, a video, a folder or a glob")
     if any(path.parent.resolve() == config.folder.resolve() for path in input_files(sources)):
         raise UserError(f"out is {config.folder}, where the results would overwrite the input; choose another folder")
     return sources
@@ -218,11 +218,11 @@ def print_summary(config: Config, pipeline: Pipeline, totals: Totals) -> None:
 
 def shorten(errors: Sequence[str], max_shown: int) -> str:
     hidden = len(errors) - max_shown
-    return "; ".join(errors[:max_shown]) + (f" (and {hidden} more like this)" if hidden > 0 else "")
+    return "; ".join(errors[:max_shown]) + (f" (and {hidden} more)" if hidden > 0 else "")
 
 
 def run_benchmark(batch_sizes: Sequence[int], pipeline: Pipeline) -> None:
-    """Print the time of the network alone and of the detection in images in memory, for each batch size."""
+    """Print the time of the network alone and of end-to-end detection on images in memory, by batch size."""
     detector = pipeline.detector
     images = [frame.image for frame in islice(pipeline.frames(), max(batch_sizes))]
     if not images:

@@ -56,11 +56,11 @@ class Config:
     classes: str = "model_data/voc_classes.txt"  # file with one class name per line
     anchors: str = "model_data/yolo_anchors.txt"  # file with six width, height pairs in input pixels
     train_difficult: bool = False  # also train on objects marked as difficult
-    strict: bool = False  # stop at images and objects that would otherwise be skipped or repaired
+    strict: bool = False  # treat everything that would be skipped or repaired as an error
 
     # network
     phi: Annotated[int, PHI] = 0  # attention: 0 none 1 se 2 cbam 3 eca 4 ca 5 simam 6 ema 7 ela 8 mlca 9 triplet
-    attention_args: dict[str, int | float] = field(default_factory=dict)  # arguments of the block, such as: ratio 8
+    attention_args: dict[str, int | float] = field(default_factory=dict)  # arguments of the block, such as ratio 8
     attention_places: tuple[str, ...] = ModelSpec.places  # where blocks are inserted: feat1, feat2, upsample
     identity_start: bool = True  # start attention blocks as the identity, so that they cannot harm the first steps
     input_size: Annotated[tuple[int, int], INPUT_SIZE] = (416, 416)  # input height and width, multiples of 32
@@ -76,18 +76,18 @@ class Config:
     batch_size: int = 8  # images per batch over all GPUs; 0: the largest that fits into memory
     nominal_batch: int = 8  # images per optimizer step; gradients of smaller batches are accumulated
     eval_every: int = 5  # epochs between validations; the last epoch is always validated
-    patience: int = 0  # stop after this many validations without a better AP; 0: never
+    patience: int = 0  # stop after this many validations without an AP improvement; 0: never
     checkpoint_every: int = 0  # optimizer steps between checkpoints within an epoch; 0: only after each epoch
     cache: str = "auto"  # where decoded images are kept: auto, device, ram or disk
-    seed: int = 0  # of initialization, sample order and augmentation
+    seed: int = 0  # random seed for initialization, sample order and augmentation
     device: str = "auto"  # auto, cpu or cuda
-    precision: str = "auto"  # of training: auto, bf16, fp16 or fp32
-    compile: str = "auto"  # torch.compile: on, off, or auto: on GPUs
-    sync_bn: bool = False  # synchronize batch norm between GPUs; helps if each has few images
+    precision: str = "auto"  # precision of training: auto, bf16, fp16 or fp32
+    compile: str = "auto"  # torch.compile: auto (on a GPU), on or off
+    sync_bn: bool = False  # synchronize batch norm across GPUs; helps if each has few images
 
     # optimization
-    lr: float = 0.014  # peak learning rate of Muon, with cosine decay; AdamW uses a fixed share of it
-    weight_decay: float = 0.1  # not applied to norms and biases
+    lr: float = 0.014  # peak learning rate of Muon, with cosine decay; AdamW uses a fixed fraction of it
+    weight_decay: float = 0.1  # weight decay, not applied to normalization layers and biases
     warmup: float = 0.1  # fraction of the run during which the learning rate rises
     ema: float = 0.05  # horizon of the moving average of the weights, as a fraction of the run
 
@@ -96,7 +96,7 @@ class Config:
     mosaic_until: float = 0.5  # fraction of the run after which mosaics stop
     scale: float = 0.3  # resize by a factor of 1 - scale to 1 + scale
     aspect: float = 0.1  # change width / height by a factor of 1 / (1 + aspect) to 1 + aspect
-    translate: float = 0.1  # maximum shift, as a fraction of the side
+    translate: float = 0.1  # maximum shift, as a fraction of the width or height
     flip: float = 0.5  # probability of a horizontal flip
     hue: float = 0.015  # maximum hue rotation, as a fraction of the color circle
     saturation: float = 0.5  # scale saturation by a factor of 1 - saturation to 1 + saturation
@@ -127,7 +127,7 @@ class Config:
 
 
 def main(config: Config, given: Collection[str] | None = None) -> Path:
-    """Train, and return the run's folder; `given` names the settings that the user set, by default all changed ones."""
+    """Train, and return the run's folder; `given` names the settings that the user set, by default the changed ones."""
     with StopSignals() as stop, join_process_group(choose_device(config.device)) as group:
         return train(config, changed_settings(config) if given is None else given, stop, group)
 
@@ -148,7 +148,7 @@ def train(config: Config, given: Collection[str], stop: StopSignals, group: Proc
             train_epochs(trainer, settings, data, run, stop)
         except Stopped:
             run.finish_saving()
-            resume = f"resume exactly here with --resume --run-dir {run.path}"
+            resume = f"resume from here with --resume --run-dir {run.path}"
             group.print_once(f"stopped; {resume if is_resumable(run.path) else 'there is no checkpoint yet'}")
             raise
     if trainer.state.progress.epoch < trainer.state.progress.end:
@@ -178,7 +178,7 @@ def open_run(config: Config, group: ProcessGroup) -> RunFolder:
 def resume_settings(
     config: Config, given: Collection[str], run: RunFolder, group: ProcessGroup
 ) -> tuple[Config, Checkpoint | None]:
-    """The settings to train with, and the checkpoint to continue from, which a new run does not have."""
+    """The settings to train with, and the checkpoint to continue from, or None for a new run."""
     if not (config.resume or is_resumable(run.path)):
         return config, None
     checkpoint = load_last(run.path, group.print_once)
@@ -194,7 +194,7 @@ def prepare(
     device = choose_device(settings.device)
     if device.type == "cpu":
         if settings.sync_bn:
-            raise UserError("sync_bn needs GPUs; leave it out on the CPU")
+            raise UserError("sync_bn needs GPUs; remove --sync-bn to train on the CPU")
         keep_freed_memory()
     diagnostics = Diagnostics(settings.strict)
     weights = read_weights(settings.weights, diagnostics) if settings.weights and checkpoint is None else {}
@@ -227,7 +227,7 @@ def prepare(
 
 
 def new_spec(settings: Config, weights: dict[str, Tensor], diagnostics: Diagnostics) -> ModelSpec:
-    """The specification of a new run; without identity start for published weights of the same attention."""
+    """The specification of a new run; no identity start if the published weights include its attention block."""
     with as_user_error():
         spec = ModelSpec(
             class_names=load_classes(settings.classes, diagnostics),

@@ -1,6 +1,6 @@
 """Attention blocks. Each takes `channels` first and multiplies a feature (B, C, H, W) by gates.
 
-Class names follow the best-known YOLOv4-tiny repository, parameter names the published weights.
+Class names follow bubbliiiing/yolov4-tiny-pytorch; parameter names follow the published weights.
 """
 
 from abc import ABC, abstractmethod
@@ -134,7 +134,7 @@ class SimAM(AttentionBlock):
 
 
 class EMAAttention(AttentionBlock):
-    """Efficient Multi-scale Attention, doi 10.1109/ICASSP49357.2023.10096516: a spatial gate for each channel group."""
+    """Efficient Multi-Scale Attention, doi 10.1109/ICASSP49357.2023.10096516: a spatial gate for each channel group."""
 
     def __init__(self, channels: int, factor: int = 32) -> None:
         super().__init__()
@@ -229,11 +229,11 @@ class TripletGate(nn.Module):
 
 
 class TripletAttention(AttentionBlock):
-    """Triplet attention, arXiv 2010.03045: the mean of the gates across height, width and channels."""
+    """Triplet Attention, arXiv 2010.03045: the mean of the gates across height, width and channels."""
 
     def __init__(self, channels: int, kernel_size: int = 7) -> None:
         super().__init__()
-        check_odd("Triplet attention", kernel_size)
+        check_odd("Triplet Attention", kernel_size)
         self.along = nn.ModuleList(TripletGate(axis, kernel_size) for axis in (2, 3, 1))
 
     def gates(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -263,7 +263,7 @@ def eca_kernel_size(channels: int, b: int, gamma: int) -> int:
 class AttentionOption(NamedTuple):
     """What a value of `phi` stands for."""
 
-    name: str  # accepted by `--phi` as well as the number
+    name: str  # `--phi` accepts this name or the number
     block: type[AttentionBlock] | None
 
 

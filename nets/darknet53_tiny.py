@@ -23,7 +23,7 @@ class BasicConv(nn.Module):
 
 
 class ResblockBody(nn.Module):
-    """Cross-stage partial block: half of the channels pass two convolutions, then all are concatenated and pooled.
+    """Cross-stage partial block: half the channels pass through two convolutions; then all are concatenated and pooled.
 
     (B, C, H, W) -> the pooled output (B, 2C, H/2, W/2) and the feature before pooling (B, C, H, W).
     """
@@ -64,7 +64,7 @@ class CSPDarkNet(nn.Module):
 
 
 def darknet53_tiny(pretrained: bool = False) -> CSPDarkNet:
-    """The backbone, with the published ImageNet weights if `pretrained`; raises FileNotFoundError without the file."""
+    """The backbone, with the published ImageNet weights if `pretrained`; raises FileNotFoundError if missing."""
     model = CSPDarkNet()
     if pretrained:
         if not BACKBONE_WEIGHTS.is_file():

@@ -5,7 +5,7 @@ from typing import Any
 
 STRIDES = (32, 16)  # P5, P4
 ATTENTION_PLACES = {"feat1": 256, "feat2": 512, "upsample": 128}  # where a block can be inserted -> channels there
-MAX_CLASSES, MAX_INPUT_SIDE = 10_000, 8192  # upper limits that catch damaged files and typing errors
+MAX_CLASSES, MAX_INPUT_SIDE = 10_000, 8192  # upper limits that catch damaged files and typos
 MIN_ANCHOR_SIDE, MAX_ANCHOR_SIDE = 0.1, 100_000  # pixels
 
 
@@ -20,7 +20,7 @@ class ModelSpec:
     """Everything needed to turn weights into a detector; stored in each checkpoint."""
 
     class_names: tuple[str, ...]
-    anchors: tuple[tuple[float, float], ...]  # (6, 2) width, height in pixels of the network's input
+    anchors: tuple[tuple[float, float], ...]  # (6, 2) width, height in input pixels
     anchors_mask: tuple[tuple[int, ...], ...] = ((3, 4, 5), (1, 2, 3))  # anchor indices per head, P5 first
     phi: int = 0
     attention_args: dict[str, Any] = field(default_factory=dict)
@@ -46,7 +46,7 @@ class ModelSpec:
         if len(self.anchors_mask) != len(STRIDES) or not all(map(len, self.anchors_mask)):
             raise ValueError(f"anchors_mask must contain {len(STRIDES)} lists of anchor indices, one for each head")
         if not all(isinstance(index, int) and 0 <= index < len(self.anchors) for index in indices):
-            raise ValueError(f"anchors_mask is {self.anchors_mask}, but the anchors are 0 to {len(self.anchors) - 1}")
+            raise ValueError(f"anchors_mask is {self.anchors_mask}, but valid indices are 0 to {len(self.anchors) - 1}")
         check_input_size(self.input_size)
         if not 1 <= self.scale_xy <= 10:
             raise ValueError(f"scale_xy is {self.scale_xy}, but must be between 1 and 10")
@@ -56,7 +56,7 @@ class ModelSpec:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "ModelSpec":
-        """The inverse of `to_dict`, also after JSON turned tuples into lists; raises as `check` does."""
+        """The inverse of `to_dict`, also after JSON has turned tuples into lists; raises as `check` does."""
 
         def freeze(value: Any) -> Any:
             return tuple(freeze(item) for item in value) if isinstance(value, list) else value

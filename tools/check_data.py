@@ -38,7 +38,7 @@ class Config:
     test_sets: tuple[str, ...] = ()  # test sets
     classes: str = "model_data/voc_classes.txt"  # file with one class name per line
     anchors: str = "model_data/yolo_anchors.txt"  # file with six width, height pairs in input pixels
-    input_size: Annotated[tuple[int, int], INPUT_SIZE] = (416, 416)  # network input: height and width, or one number
+    input_size: Annotated[tuple[int, int], INPUT_SIZE] = (416, 416)  # input height and width, multiples of 32
     letterbox: bool = False  # keep the aspect ratio of images, as in training with --letterbox
     strict: bool = False  # treat everything that would be skipped or repaired as an error
     out: str = "logs/check"  # folder for check.txt, check.json and check.html
@@ -80,7 +80,7 @@ def read_parts(config: Config, class_names: Sequence[str]) -> dict[str, Part]:
             inspected = inspect_samples(samples, ", ".join(sets), diagnostics)
             parts[name] = Part(sets, inspected, diagnostics, stops=name != "test")
     if "train" not in parts:
-        raise UserError("no training set was given; name one such as VOC2007/train")
+        raise UserError("no training set was given; specify one, such as VOC2007/train")
     train, diagnostics = parts["train"], parts["train"].diagnostics
     if "val" in parts:
         check_overlap(train.samples, parts["val"].samples, diagnostics)

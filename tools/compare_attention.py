@@ -3,8 +3,8 @@
 python tools/compare_attention.py --phis 0 2 3 --seeds 0 1 2 3 4 --train-sets MySet/trainval --test-sets MySet/test \
     --classes model_data/my_classes.txt --epochs 30 -- --batch-size 16
 
-Settings of train.py follow the --. Runs with the same seed share the initial weights of common layers and see the
-same batches. The same command continues an interrupted comparison.
+Arguments after -- are passed to train.py. Runs with the same seed share the initial weights of common layers and see
+the same batches. The same command continues an interrupted comparison.
 """
 
 import json
@@ -40,7 +40,7 @@ from utils.weights.checkpoint import LAST, is_resumable, load_checkpoint
 ROOT = Path(__file__).resolve().parent.parent
 SPEEDS = "speeds.json"  # latency of each phi in milliseconds
 TIMED_CALLS = 30  # per network
-CHANGEABLE = ("phis", "seeds", "out", "device")  # settings that may differ when a comparison continues
+CHANGEABLE = ("phis", "seeds", "out", "device")  # settings that may differ when a comparison is continued
 
 
 @dataclass(frozen=True)
@@ -49,14 +49,14 @@ class Config:
 
     flags: Annotated[
         tyro.conf.Positional[tuple[str, ...]],
-        tyro.conf.arg(metavar="-- FLAGS", help="settings of train.py, such as -- --batch-size 16 --lr 0.01"),
+        tyro.conf.arg(metavar="-- FLAGS", help="arguments for train.py, such as -- --batch-size 16 --lr 0.01"),
     ] = ()
     phis: tuple[int, ...] = tuple(ATTENTION)  # attention blocks to compare, including 0 (no attention)
     seeds: tuple[int, ...] = (0, 1, 2)  # seeds to train each phi with; use five or more for small differences
     out: str = "logs/attention"  # folder for the runs and the report
-    devkit: str = "VOCdevkit"  # folder of the datasets
+    devkit: str = "VOCdevkit"  # folder with the datasets
     train_sets: tuple[str, ...] = ("VOC2007/trainval",)  # training sets
-    test_sets: tuple[str, ...] = ("VOC2007/test",)  # sets to evaluate on, without images of the training sets
+    test_sets: tuple[str, ...] = ("VOC2007/test",)  # sets to evaluate on; may not share images with the training sets
     classes: str = "model_data/voc_classes.txt"  # file with one class name per line
     epochs: int = 30  # epochs per run
     device: str = "auto"  # auto, cpu or cuda
@@ -66,7 +66,7 @@ class Config:
         if unknown:
             raise UserError(f"phis contains {', '.join(map(str, unknown))}, but each must be one of {describe_phi()}")
         if 0 not in self.phis or len(set(self.phis)) < 2:
-            raise UserError("phis must contain 0, the baseline, and at least one other")
+            raise UserError("phis must contain 0, the baseline, and at least one attention block")
         if not self.seeds:
             raise UserError("seeds is empty, but must contain at least one seed")
         check_range(self, 1, 1e9, "epochs")
@@ -114,7 +114,7 @@ class Run:
                 raise
         if code:
             reason = output.read_text(encoding="utf-8").strip().splitlines()[-1:]
-            raise UserError(f"{script} failed for phi {self.phi} and seed {self.seed}, see {output}: {''.join(reason)}")
+            raise UserError(f"{script} failed for phi {self.phi} and seed {self.seed}; see {output}: {''.join(reason)}")
 
     def read_result(self) -> Result:
         coco = json.loads(self.metrics.read_text(encoding="utf-8"))["coco"]
@@ -158,7 +158,7 @@ def check_sets(config: Config) -> None:
     if shared:
         raise UserError(
             f"{len(shared)} images are in both the training and the test sets, such as {shared[0][1]} of "
-            f"{shared[0][0]}; tools/make_splits.py makes disjoint sets"
+            f"{shared[0][0]}; use tools/make_splits.py to create disjoint sets"
         )
 
 

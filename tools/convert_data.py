@@ -1,8 +1,8 @@
 """Convert labels between VOC, COCO and YOLO: python tools/convert_data.py --source DATA --to voc --out VOCdevkit/MySet
 
-The source format is detected: VOC (Annotations/, or XML files beside the images, as exported by LabelImg, CVAT and
-Label Studio), COCO (a .json file, or a folder with some) or YOLO (images/ and labels/). VOC's `difficult` becomes
-COCO's `iscrowd`. Images are copied unchanged. Contents that the target format cannot store are reported.
+The source format is detected: VOC (Annotations/, or XML files next to the images, as exported by LabelImg, CVAT and
+Label Studio), COCO (a .json file, or a folder with one) or YOLO (images/ and labels/). VOC's `difficult` becomes
+COCO's `iscrowd`. Images are copied unchanged. Fields that the target format cannot store are reported.
 """
 
 import sys
@@ -28,8 +28,8 @@ class Config:
     source: str  # folder of the dataset, or a COCO JSON file
     to: Literal["voc", "coco", "yolo"]  # target format
     out: str  # new folder for the result
-    images: str = ""  # folder of the images; empty: found by the layout
-    classes: str = ""  # class file for VOC or YOLO; empty: found in the source, for VOC otherwise alphabetical
+    images: str = ""  # folder of the images; empty: detected from the folder layout
+    classes: str = ""  # class file for VOC or YOLO; empty: found in the source, or alphabetical for VOC
 
 
 def main(config: Config) -> LabelSet:
@@ -56,7 +56,7 @@ def main(config: Config) -> LabelSet:
     WRITERS[config.to](out, labels)
     diagnostics.print_summary(config.source, print)
     for what in lost:
-        print(f"not converted, since the {config.to.upper()} output cannot store it: {what}")
+        print(f"not converted, because the {config.to.upper()} format cannot store it: {what}")
     print(f"{out}: {len(labels.images)} images, {len(labels.objects)} objects of {len(labels.class_names)} classes")
     print("splits: " + (", ".join(f"{name} {len(names)}" for name, names in labels.splits.items()) or "none"))
     return labels
@@ -76,7 +76,7 @@ def read_labels(config: Config, diagnostics: Diagnostics) -> tuple[LabelSet, str
         return read_coco(source, images, diagnostics), "COCO"
     if source.is_dir() and next(source.rglob("*.xml"), None):
         return read_voc(source, images, classes, diagnostics), "VOC"
-    raise UserError(f"{source} has neither VOC's Annotations/, nor a COCO .json, nor YOLO's labels/")
+    raise UserError(f"{source} has neither VOC's Annotations/, nor a COCO .json file, nor YOLO's labels/")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Convert published weights to a checkpoint: python tools/convert_weights.py --weights model_data/yolov4-tiny.weights
 
 Reads `.pth` files with the parameter names of bubbliiiing/yolov4-tiny-pytorch, with or without attention, and
-`.weights` files of AlexeyAB/darknet's yolov4-tiny.cfg. A `.pth` from before February 2021 loads too, but detects
-nothing, because its heads' inputs are in another order.
+`.weights` files of AlexeyAB/darknet's yolov4-tiny.cfg. A `.pth` file from before February 2021 also loads, but
+detects nothing, because the inputs of its heads are in a different order.
 """
 
 import sys
@@ -36,11 +36,11 @@ CLASS_FILES = {20: "model_data/voc_classes.txt", 80: "model_data/coco_classes.tx
 class Config:
     """Convert published weights to a checkpoint."""
 
-    weights: str  # a .pth file or Darknet's .weights
-    out: str = ""  # the checkpoint; empty: beside the weights, with the suffix .safetensors
+    weights: str  # a .pth or Darknet .weights file
+    out: str = ""  # output checkpoint; empty: next to the weights, with the suffix .safetensors
     classes: str = ""  # file with the class names; empty: VOC for 20 classes, COCO for 80
     anchors: str = "model_data/yolo_anchors.txt"  # file with the anchors that the network was trained with
-    masks: tuple[int, int, int, int, int, int] = (3, 4, 5, 1, 2, 3)  # of P5 and P4; yolov4-tiny-custom.cfg: 3 4 5 0 1 2
+    masks: tuple[int, int, int, int, int, int] = (3, 4, 5, 1, 2, 3)  # P5, P4 anchors; yolov4-tiny-custom: 3 4 5 0 1 2
     input_size: Annotated[tuple[int, int], INPUT_SIZE] = (416, 416)  # input height and width, multiples of 32
 
     def __post_init__(self) -> None:
@@ -81,7 +81,7 @@ def infer_spec(config: Config, path: Path, weights: Mapping[str, Tensor]) -> Mod
         raise UserError(f"{path} has {rows} rows in {HEAD}, but three anchors need 3 * (5 + classes)")
     classes = config.classes or CLASS_FILES.get(num_classes)
     if classes is None:
-        raise UserError(f"{path} has {num_classes} classes; give a file with their names, in order, as --classes")
+        raise UserError(f"{path} has {num_classes} classes; pass a file with their names, in order, as --classes")
     class_names = load_classes(classes)
     if len(class_names) != num_classes:
         raise UserError(f"{path} has {num_classes} classes, but {classes} has {len(class_names)}")

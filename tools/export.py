@@ -51,13 +51,13 @@ class Config:
 
     weights: str = ""  # checkpoint or run folder; empty: the newest run in logs/
     formats: tuple[Format, ...] = ("onnx",)  # see docs/deployment.md
-    out: str = ""  # output folder; empty: export/ beside the checkpoint
+    out: str = ""  # output folder; empty: export/ next to the checkpoint
     images: tuple[str, ...] = ()  # images for the comparison: files, folders, globs or lists (.txt)
     calibration: tuple[str, ...] = ()  # images to calibrate int8, ideally training images; empty: --images
-    devkit: str = "VOCdevkit"  # folder of the datasets
+    devkit: str = "VOCdevkit"  # folder with the datasets
     sets: tuple[str, ...] = ()  # sets to measure the AP of each file on, such as VOC2007/test; empty: none
-    confidence: float | Literal["auto"] = "auto"  # minimum score in onnx-nms; auto: as suggested by the validation
-    nms_iou: float = 0.5  # IoU above which onnx-nms suppresses a box of the same class
+    confidence: float | Literal["auto"] = "auto"  # minimum confidence in onnx-nms; auto: as suggested by validation
+    nms_iou: float = 0.5  # IoU above which onnx-nms suppresses a lower-scoring box of the same class
 
 
 class Reference(NamedTuple):
@@ -76,7 +76,7 @@ class Difference:
     scores: float
 
     def __str__(self) -> str:
-        return f"boxes differ by at most {self.boxes:.2g} px, scores by at most {self.scores:.2g}"
+        return f"boxes differ by up to {self.boxes:.2g} px, scores by up to {self.scores:.2g}"
 
     @property
     def is_tolerable(self) -> bool:
@@ -84,7 +84,7 @@ class Difference:
 
 
 def run_checkpoint(job: ExportJob, paths: Sequence[Path], sizes: Sequence[tuple[int, int]]) -> list[Reference]:
-    """Run the checkpoint for all input and batch sizes; raises UserError if it detects nothing."""
+    """Run the checkpoint at all input and batch sizes; raises UserError if it detects nothing."""
     references: list[Reference] = []
     for size in sizes:
         images = load_images(paths, job.spec, size)
@@ -140,7 +140,7 @@ def compare_detections(job: ExportJob, path: Path, references: Sequence[Referenc
 
 
 def find_images(names: Sequence[str], max_images: int) -> list[Path]:
-    """Up to `max_images` image files, evenly spaced among all."""
+    """Up to `max_images` image files, evenly spaced among those found."""
     sources = [source for name in names for source in open_sources(name, reconnect_timeout=0)]
     paths = [path for source in sources if isinstance(source, Images) for path in source.paths]
     if not paths:
@@ -177,7 +177,7 @@ def export(job: ExportJob, name: str, references: Sequence[Reference], path: Pat
         difference = compare(network, references)
     if not (isfinite(difference.scores) if name == "int8" else difference.is_tolerable):
         raise UserError(
-            f"{path.name} was discarded: {difference} from the checkpoint, but rounding explains only {BOX_TOLERANCE} "
+            f"{path.name} was discarded: {difference} from the checkpoint, but the limits are {BOX_TOLERANCE} "
             f"px and {SCORE_TOLERANCE}; try another version of {', '.join(FORMATS[name].packages or ('torch',))}"
         )
     return difference, network
@@ -193,10 +193,10 @@ def load_job(config: Config) -> tuple[Path, ExportJob]:
     checkpoint = load_checkpoint(path)
     if "darknet" in config.formats and checkpoint.spec.phi:
         raise UserError(
-            f"Darknet does not support the attention of {path} (phi {checkpoint.spec.phi}); leave out darknet"
+            f"Darknet does not support the attention of {path} (phi {checkpoint.spec.phi}); omit darknet from --formats"
         )
     if not config.images:
-        raise UserError("images is empty; give images to compare the files on, such as those of the test set")
+        raise UserError("images is empty; specify images to compare the files on, such as those of the test set")
     calibration = find_images(config.calibration or config.images, MAX_CALIBRATION)
     model = checkpoint.build_model(path).eval().requires_grad_(False)
     return path, ExportJob(checkpoint.spec, model, checkpoint.info.get("thresholds", ()), thresholds, calibration)

@@ -28,7 +28,7 @@ class Config:
 
     parts: tuple[Part, ...] = ("2007", "2007-test", "2012")  # what to download
     devkit: str = "VOCdevkit"  # folder to download to
-    mirror: str = ""  # address of another folder that has the archives; empty: the official server
+    mirror: str = ""  # URL of another folder that contains the archives; empty: the official server
 
 
 def main(config: Config) -> None:

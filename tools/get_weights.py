@@ -21,7 +21,7 @@ from utils.weights.pretrained import read_weights
 DARKNET = "https://github.com/AlexeyAB/darknet/releases/download/darknet_yolo_v4_pre"
 PYTORCH = "https://github.com/bubbliiiing/yolov4-tiny-pytorch/releases/download/v1.0"
 SHA256 = "sha256:cf9fbfd0f6d4869b35762f56100f50ed05268084078805f0e7989efe5bb8ca87"
-FILES = (  # a checksum has been published for the first only
+FILES = (  # a checksum has been published only for the first
     RemoteFile(f"{DARKNET}/yolov4-tiny.weights", SHA256),
     RemoteFile(f"{DARKNET}/yolov4-tiny.conv.29"),
     *(
@@ -37,7 +37,7 @@ class Config:
 
     names: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="NAME")] = ()  # empty: list them
     folder: str = "model_data"  # folder to download to
-    mirror: str = ""  # address of another folder that has the files; empty: where they were published
+    mirror: str = ""  # URL of another folder that contains the files; empty: where they were published
 
 
 def main(config: Config) -> None:

@@ -27,7 +27,7 @@ from utils.system.errors import UserError, as_user_error, check_range, refuse_ov
 from utils.system.files import make_folder, write_text
 
 MAX_ROUNDS = 100  # of k-means
-MAX_SAMPLE = 20_000  # objects to cluster, drawn at random; more do not change the leading digits
+MAX_SAMPLE = 20_000  # objects to cluster, drawn at random; more objects do not change the leading digits
 SETTLED = 1e-3  # stop once a smaller fraction of the objects changes its anchor
 USED = sorted(set(chain(*ModelSpec.anchors_mask)))  # anchors that the heads use; Darknet's masks omit the first
 
@@ -41,7 +41,7 @@ class Config:
     classes: str = "model_data/voc_classes.txt"  # file with one class name per line
     anchors: str = "model_data/yolo_anchors.txt"  # anchors to compare with
     out: str = "model_data/my_anchors.txt"  # output file; a plot is written beside it
-    input_size: Annotated[tuple[int, int], INPUT_SIZE] = (416, 416)  # network input: height and width, or one number
+    input_size: Annotated[tuple[int, int], INPUT_SIZE] = (416, 416)  # input height and width, multiples of 32
     letterbox: bool = False  # keep the aspect ratio of images, as in training with --letterbox
     starts: int = 5  # number of random starts, of which the best is used
     seed: int = 0  # random seed
@@ -79,7 +79,7 @@ def find_anchors(sides: Tensor, count: int, starts: int, seed: int) -> Tensor:
     """The anchors (count, 2) with the highest mean IoU of several starts, rounded to 0.1 pixel and sorted by area."""
     shapes = len(sides.unique(dim=0))
     if shapes < count:
-        raise UserError(f"{count} anchors need objects of {count} shapes, but found {shapes}; add annotations")
+        raise UserError(f"{count} anchors need {count} different object sizes, but found {shapes}; add annotations")
     generator = torch.Generator().manual_seed(seed)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # faster for tensors this small

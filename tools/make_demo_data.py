@@ -1,7 +1,7 @@
-"""Draw a synthetic detection dataset in VOC layout: python tools/make_demo_data.py
+"""Generate a synthetic detection dataset in VOC layout: python tools/make_demo_data.py
 
 Overlapping colored shapes of six classes and a wide range of sizes on textured backgrounds, written to
-VOCdevkit/Demo. The same seed draws the same dataset.
+VOCdevkit/Demo. The same seed generates the same dataset.
 """
 
 import sys
@@ -33,7 +33,7 @@ CURVE_POINTS = 64
 
 @dataclass(frozen=True)
 class Config:
-    """Draw a synthetic detection dataset in VOC layout."""
+    """Generate a synthetic detection dataset in VOC layout."""
 
     folder: str = "VOCdevkit/Demo"  # output folder
     train: int = 520  # number of training images
@@ -122,7 +122,7 @@ def write_sample(folder: Path, seed: int, item: tuple[int, str]) -> None:
 def main(config: Config) -> None:
     folder = Path(config.folder)
     if folder.exists() and not (folder / MARKER).is_file() and any(folder.iterdir()):
-        raise UserError(f"{folder} exists and was not made by this tool; choose another --folder")
+        raise UserError(f"{folder} already exists and was not created by this tool; choose another --folder")
     for part in ("JPEGImages", "Annotations"):
         make_folder(folder / part)
     write_lines(folder / MARKER, ["This folder is written by tools/make_demo_data.py, which may overwrite it."])

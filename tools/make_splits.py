@@ -2,7 +2,7 @@
 
 Assigns every annotated image to test, val or train, so that each split has about its share of every class; trainval is
 train and val together. With --groups, similar images (frames of one video, photos of one place) stay in one split. The
-same seed makes the same splits. Existing split files are never replaced unless they are empty.
+same seed produces the same splits. Existing split files are replaced only if they are empty.
 """
 
 import random
@@ -35,7 +35,7 @@ class Config:
     val: float = 0.1  # fraction of the images for validation
     test: float = 0.1  # fraction of the images held out for testing
     folds: int = 0  # cross-validation: write train_1, val_1, ... instead of train and val; 0: off
-    groups: str = ""  # regular expression; images with the same match stay together, such as ^[a-z]+_
+    groups: str = ""  # regular expression such as ^[a-z]+_; images with the same match stay together
     seed: int = 0  # random seed
 
     def __post_init__(self) -> None:
@@ -90,7 +90,7 @@ def count_objects(folder: Path, names: Sequence[str]) -> Counts:
             counts[name] = Counter(item.class_name for item in annotation.objects.values())
     errors = [item for item in diagnostics.found if item.kind == "error"]
     if errors:
-        print(f"{len(errors)} errors in the annotations, whose objects are not counted; the first: {errors[0]}")
+        print(f"{len(errors)} errors in the annotations; the affected objects are not counted. The first: {errors[0]}")
     return counts
 
 
@@ -103,7 +103,7 @@ def split_names(names: Sequence[str], config: Config, counts: Counts | None = No
     if parts > len(groups) or sum(wanted) >= len(names):
         kind = "groups of images" if config.groups else "images"
         raise UserError(
-            f"{len(groups)} {kind} are too few to split like this; add images, or use --val 0, --test 0 or fewer folds"
+            f"{len(groups)} {kind} are too few for these splits; add images, or use --val 0, --test 0 or fewer folds"
         )
     rng = random.Random(config.seed)
     test, val, train = stratify(groups, [*wanted, len(names) - sum(wanted)], counts, rng)
@@ -125,7 +125,7 @@ def group_names(names: Sequence[str], pattern: str) -> list[list[str]]:
         text = (match[1] if match.re.groups else match[0]) if match else name
         groups.setdefault((text, match is not None), []).append(name)
     if pattern and not any(matched for _, matched in groups):
-        raise UserError(f"groups is {pattern!r}, which matches no image name, such as {names[0]!r}")
+        raise UserError(f"groups is {pattern!r}, which does not match any image name, such as {names[0]!r}")
     return list(groups.values())
 
 
@@ -135,7 +135,7 @@ def stratify(
     """Distribute groups of names over parts of about `wanted` names, each with its share of every class.
 
     Iterative stratification (doi 10.1007/978-3-642-23808-6_10): groups with the rarest class first, each to the part
-    that lacks most of that class.
+    that lacks the most objects of that class.
     """
     contents = [sum((counts.get(name, Counter()) for name in group), Counter()) for group in groups]
     totals = sum(contents, Counter())

@@ -122,7 +122,7 @@ def test_training_stops_if_too_many_images_are_skipped(tmp_path, monkeypatch, ca
         outcome = call_script(lambda _: read_for_training(scene, Diagnostics()))
         assert outcome.code == (2 if broken == 5 else 0)
         assert ("training: 4 skipped" in outcome.output) == (broken == 4)
-    assert "5 unusable images of 402" in outcome.errors[0]
+    assert "5 unusable images out of 402" in outcome.errors[0]
     assert "000.jpg is empty" in outcome.errors[0]
 
 

@@ -36,7 +36,7 @@ def test_other_input_sizes_are_rejected(size):
         ({"anchors": ((0.0, 2.0),) * 6}, "between 0.1 and 100,000 pixels"),
         ({"anchors": ((float("nan"), 2.0),) * 6}, "between 0.1 and 100,000 pixels"),
         ({"anchors_mask": ((0, 1, 2),)}, "2 lists of anchor indices"),
-        ({"anchors_mask": ((3, 4, 6), (1, 2, 3))}, "the anchors are 0 to 5"),
+        ({"anchors_mask": ((3, 4, 6), (1, 2, 3))}, "valid indices are 0 to 5"),
         ({"scale_xy": 0.5}, "scale_xy is 0.5"),
     ],
 )

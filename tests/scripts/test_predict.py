@@ -77,7 +77,7 @@ def test_progress_bar_shows_rate_and_remaining_time(config, video, monkeypatch):
         (["99999999999"], ["match for '99999999999'"]),
         (["7"], ["camera 7"]),
         (["empty"], ["empty contains no images or videos"]),
-        (["broken"], ["broken/a.jpg is not a readable image", "(and 1 more like this)"]),
+        (["broken"], ["broken/a.jpg is not a readable image", "(and 1 more)"]),
         (["good.png", "--save"], ["save is empty"]),
         (["good.png", "--save", "pdf"], ["pdf", "pictures"]),
         (["good.png", "--confidence", "2"], ["confidence is 2"]),

@@ -101,8 +101,8 @@ def test_starts_again_without_a_checksum(server, tmp_path):
 @pytest.mark.parametrize(
     ("behavior", "message", "keeps_partial"),
     [
-        ("altered", "did not return the expected file, which was deleted: .* has the md5 checksum", False),
-        ("too_short", "did not return the expected file, which was deleted: .* has the md5 checksum", False),
+        ("altered", "returned an unexpected file, which was deleted: .* has the md5 checksum", False),
+        ("too_short", "returned an unexpected file, which was deleted: .* has the md5 checksum", False),
         ("no_length", "has no Content-Length", False),
         ("dead", r"closed 102,400 bytes before the end \(after 0 bytes\); run the same command", True),
         ("error", r"HTTP Error 503: .* \(after 0 bytes\)", False),
@@ -153,7 +153,7 @@ def test_get_weights_lists_downloads_and_verifies(server, expect_failure, monkey
     assert "no checksum" in printed
     assert (folder / "small.weights").read_bytes() == content
     flags = ["--mirror", mirror, "--folder", folder]
-    expect_failure(get_weights, ["page.pth", *flags], "page.pth did not return the expected file, which was deleted")
+    expect_failure(get_weights, ["page.pth", *flags], "page.pth returned an unexpected file, which was deleted")
     expect_failure(get_weights, ["yolo.pth", *flags], "no published weights named yolo.pth; choose from small.weights")
     assert sorted(path.name for path in folder.iterdir()) == ["good.pth", "small.weights"]
 
@@ -187,7 +187,7 @@ def test_get_voc_downloads_and_extracts_into_one_folder(server, expect_failure, 
     monkeypatch.setattr(get_voc, "DATASET_YEAR_DICT", about)
     devkit, parts = tmp_path / "devkit", ("2007", "2007-test")
     flags = ["--devkit", devkit, "--parts", "2007", "--mirror"]
-    expect_failure(get_voc, [*flags, f"{server.root}/altered"], "did not return the expected file, which was deleted")
+    expect_failure(get_voc, [*flags, f"{server.root}/altered"], "returned an unexpected file, which was deleted")
     get_voc.main(get_voc.Config(parts, str(devkit), f"{server.root}/breaking"))
     files = sorted(str(path.relative_to(devkit / "VOC2007")) for path in devkit.rglob("*") if path.is_file())
     splits, images = "ImageSets/Main", "JPEGImages"

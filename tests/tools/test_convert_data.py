@@ -211,7 +211,7 @@ def test_names_fault_of_source(voc, expect_failure, tmp_path):
 
     expect(tmp_path / "none", "does not exist")
     (tmp_path / "nothing").mkdir()
-    expect(tmp_path / "nothing", "neither VOC's Annotations/, nor a COCO .json, nor YOLO's labels/")
+    expect(tmp_path / "nothing", "neither VOC's Annotations/, nor a COCO .json file, nor YOLO's labels/")
     expect(voc, "is not empty", out=voc)
     convert(voc, "yolo", tmp_path / "yolo")
     label = tmp_path / "yolo" / "labels" / "c.txt"

@@ -20,7 +20,7 @@ def test_finds_centres_of_known_shapes():
     found = kmeans_anchors.find_anchors(sides, 5, starts=5, seed=0)
     torch.testing.assert_close(found, middles, rtol=0.02, atol=0)
     assert anchor_fit(sides, found).mean_iou > 0.88
-    with pytest.raises(UserError, match="5 anchors need objects of 5 shapes, but found 1"):
+    with pytest.raises(UserError, match="5 anchors need 5 different object sizes, but found 1"):
         kmeans_anchors.find_anchors(torch.ones(9, 2), 5, starts=1, seed=0)
 
 

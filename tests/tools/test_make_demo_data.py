@@ -19,5 +19,5 @@ def test_same_seed_makes_same_valid_dataset(devkit, tmp_path):
 
 def test_does_not_write_to_other_folders(expect_failure, tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
-    expect_failure(make_demo_data, ["--folder", tmp_path], "was not made by this tool")
+    expect_failure(make_demo_data, ["--folder", tmp_path], "was not created by this tool")
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]

@@ -71,9 +71,9 @@ def test_groups_stay_together(seed):
     videos = [{name.partition("_")[0] for name in splits[split]} for split in ("train", "val", "test")]
     assert all(videos)
     assert sum(map(len, videos)) == len(set().union(*videos)) == 14
-    with pytest.raises(UserError, match="3 groups of images are too few to split"):
+    with pytest.raises(UserError, match="3 groups of images are too few for these splits"):
         make_splits.split_names(names[:15], make_splits.Config(folds=4, test=0, groups="^video.."))
-    with pytest.raises(UserError, match="matches no image name, such as 'video00_0'"):
+    with pytest.raises(UserError, match="does not match any image name, such as 'video00_0'"):
         make_splits.split_names(names, make_splits.Config(groups="clip"))
     with pytest.raises(UserError, match="not a regular expression"):
         make_splits.Config(groups="(")
@@ -99,5 +99,5 @@ def test_annotated_classes_are_in_every_split(devkit, tmp_path, capsys):
     (folder / "Annotations" / "val_0000.xml").write_text("broken")
     make_splits.main(make_splits.Config(str(folder), val=0.3, test=0.3))
     printed = capsys.readouterr().out
-    assert "1 errors in the annotations, whose objects are not counted; the first:" in printed
+    assert "1 errors in the annotations; the affected objects are not counted. The first:" in printed
     assert "no objects of" not in printed  # all six classes are in all splits

@@ -228,7 +228,7 @@ def test_signal_to_torchrun_stops_all_processes_with_a_checkpoint(config, whole,
     last = folder / "signalled" / LAST
     out, errors = run(LAUNCHER, 0, "terminate", *flags(stopped), cwd=folder, fails=True)
     assert time.monotonic() - float(last.with_name("signalled").read_text()) < 10
-    assert out.count("stopped; resume exactly here with --resume --run-dir") == 1, errors
+    assert out.count("stopped; resume from here with --resume --run-dir") == 1, errors
     assert errors.count("stopped by SIGTERM") == 2
     _, info = contents(last)
     assert (info["epoch"], info["batch"]) == (0, 4)

@@ -118,7 +118,7 @@ def test_conversion_rejects_unsuitable_files(voc_file, pair_file, expect_failure
     classes = ["--classes", ROOT / "model_data" / "coco_classes.txt"]
     expect_failure(convert_weights, ["--weights", voc_file, *classes], "has 20 classes, but", "has 80")
     expect_failure(convert_weights, ["--weights", pair, "--masks", 3, 4, 5, 0, 1, 6], "six anchors are numbered 0 to 5")
-    expect_failure(convert_weights, ["--weights", voc_file, "--out", start], f"{start} exists; remove it, or choose")
+    expect_failure(convert_weights, ["--weights", voc_file, "--out", start], f"{start} already exists; remove it")
     other = tmp_path / "other.pth"
     torch.save({"layer.weight": torch.zeros(3)}, other)
     expect_failure(convert_weights, ["--weights", other], "no parameter matches this network")

@@ -29,7 +29,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_precision(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of mixed precision for "bf16", "fp16", "fp32" or "auto", the fastest that the hardware supports."""
+    """The dtype for mixed precision: "bf16", "fp16", "fp32" or "auto", the fastest that the hardware supports."""
     if name != "auto":
         if name not in DTYPES:
             raise UserError(f"precision is {name!r}, but must be one of auto, {', '.join(DTYPES)}")
@@ -73,7 +73,7 @@ def keep_freed_memory() -> None:
 
 
 def available_memory() -> float:
-    """Bytes of RAM available to this process, considering a container's limit; infinity if unknown."""
+    """Bytes of RAM available to this process, subject to a container's limit; infinity if unknown."""
     free = [inf]
     with suppress(OSError, ValueError, StopIteration):
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()

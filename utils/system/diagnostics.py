@@ -66,11 +66,11 @@ class Diagnostics:
             self.add(diagnostic)
 
     def check_skip_limit(self, images: int, objects: int) -> None:
-        """Add an error if too many of this number of images and objects were skipped."""
+        """Add an error if too many of the given numbers of images and objects were skipped."""
         for name, total in (("images", images), ("objects", objects)):
             skipped = [item for item in self.found if item.kind == "skip" and bool(item.place) == (name == "objects")]
             if len(skipped) > max(MAX_SKIPPED, MAX_SKIPPED_SHARE * total):
-                reason = f"contains {len(skipped)} unusable {name} of {total}; fix them. The first: {skipped[0]}"
+                reason = f"contains {len(skipped)} unusable {name} out of {total}; fix them. The first: {skipped[0]}"
                 self.add(Diagnostic("error", "the data", "", reason))
 
     def summarize(self) -> list[str]:

@@ -36,7 +36,7 @@ class RemoteFile:
         return PurePosixPath(urlsplit(self.url).path).name
 
     def at_mirror(self, mirror: str) -> "RemoteFile":
-        """The same file in the folder with the address `mirror`; empty: this one."""
+        """The same file in the folder with the URL `mirror`, or this one if that is empty."""
         return RemoteFile(f"{mirror.rstrip('/')}/{self.name}", self.checksum) if mirror else self
 
     def check(self, path: Path, verify: Callable[[Path], object] | None) -> None:
@@ -68,13 +68,13 @@ def download(remote: RemoteFile, folder: Path, verify: Callable[[Path], object] 
         remote.check(partial, verify)
     except UserError as error:
         partial.unlink()
-        raise UserError(f"{remote.url} did not return the expected file, which was deleted: {error}") from None
+        raise UserError(f"{remote.url} returned an unexpected file, which was deleted: {error}") from None
     os.replace(partial, path)
     return path
 
 
 def receive_all(remote: RemoteFile, partial: Path) -> None:
-    """Complete `partial`, retrying as long as data arrive; raises UserError if they do not."""
+    """Complete `partial`, retrying as long as data arrives; raises UserError if it does not."""
     retries, size = 0, size_of(partial)
     while True:
         try:

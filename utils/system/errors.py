@@ -51,4 +51,4 @@ def check_choice(settings: object, name: str, choices: Sequence[str]) -> None:
 
 def refuse_overwrite(path: Path) -> None:
     if path.exists():
-        raise UserError(f"{path} exists; remove it, or choose another --out")
+        raise UserError(f"{path} already exists; remove it, or choose another --out")

@@ -46,7 +46,7 @@ def read_text(path: str | Path) -> str:
     except UnicodeDecodeError:
         raise FileError(path, "is not UTF-8 text; save it as UTF-8") from None
     if "\0" in text:
-        raise FileError(path, "contains zero bytes, so it is not text; save it as UTF-8")
+        raise FileError(path, "contains null bytes, so it is not text; save it as UTF-8")
     return text
 
 

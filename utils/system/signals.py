@@ -19,7 +19,7 @@ class Stopped(KeyboardInterrupt):
 
 
 class StopSignals:
-    """Context manager in which the first SIGINT or SIGTERM raises `Stopped`; others do not interrupt the clean-up."""
+    """Context manager in which the first SIGINT or SIGTERM raises `Stopped`; later ones do not interrupt cleanup."""
 
     def __init__(self) -> None:
         self.signum: signal.Signals | None = None  # the first signal received

@@ -9,7 +9,7 @@ NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNOREC
 
 
 def strip(text: str) -> str:
-    """Remove white space and byte-order marks at both ends."""
+    """Remove whitespace and byte-order marks from both ends."""
     return text.strip().strip(BOM).strip()
 
 
