@@ -25,7 +25,7 @@ def test_to_original_inverts_to_input(height, width, letterbox, rows, columns):
     np.testing.assert_allclose([placed[0, 3] - placed[0, 1], placed[0, 2] - placed[0, 0]], inner, rtol=1e-4)
 
 
-def test_letterbox_keeps_the_aspect_ratio_and_centres():
+def test_letterbox_keeps_the_aspect_ratio_and_centers():
     fit, inner = fit_to_input((200, 400), (416, 416), letterbox=True)
     assert inner == (208, 416)
     assert fit == pytest.approx((1.04, 1.04, 0, 104))

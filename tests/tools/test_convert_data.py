@@ -1,4 +1,4 @@
-"""Labels survive conversion to other formats and back, and are read as labelling programs export them."""
+"""Labels survive conversion to other formats and back, and are read as labeling programs export them."""
 
 import json
 from itertools import pairwise
@@ -114,7 +114,7 @@ def test_reports_what_voc_cannot_store(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("program", ["LabelImg", "CVAT", "Label Studio"])
-def test_reads_exports_of_labelling_programs(tmp_path, program, capsys):
+def test_reads_exports_of_labeling_programs(tmp_path, program, capsys):
     """LabelImg writes XML beside the images; CVAT has folders, floats and a label map; Label Studio has images/."""
     folder = tmp_path / "export"
     images, xml = {

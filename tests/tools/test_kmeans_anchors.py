@@ -12,7 +12,7 @@ from utils.detection.anchors import load_anchors
 from utils.system.errors import UserError
 
 
-def test_finds_centres_of_known_shapes():
+def test_finds_centers_of_known_shapes():
     """Five groups of shapes, whose centers the anchors must be."""
     middles = torch.tensor([[12.0, 20.0], [40.0, 30.0], [60.0, 90.0], [160.0, 120.0], [300.0, 350.0]])
     noise = torch.rand(5, 200, 2, generator=torch.Generator().manual_seed(0)) * 0.2 + 0.9
