@@ -1,8 +1,8 @@
-# make demo     train, evaluate and predict on a small generated data set (about 6 minutes on two cores)
+# make demo     train, evaluate and predict on a small generated dataset (about 6 minutes on two cores)
 # make test     ruff and all tests, in WORKERS processes
 # make stress   long versions of the stress tests; random files for SECONDS per file reader
 # make clean    delete the virtual environment and the demo
-# Every target but the last first installs the dependencies into .venv.
+# Every target except clean first installs the dependencies into .venv.
 PYTHON ?= python3
 WORKERS ?= 2
 SECONDS ?= 600

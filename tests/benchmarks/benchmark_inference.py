@@ -1,9 +1,9 @@
 """Measure prediction: python tests/benchmarks/benchmark_inference.py network|folder|video|memory
 
 network: latency of a batch, from pixels to boxes and scores, of networks in PyTorch and exported networks
-folder: seconds of predicting on images, writing JSON lines, relative to decoding them and running the network
+folder: time to predict on images and write JSON lines, relative to decoding them and running the network
 video: the network's share of the time for reading and annotating a generated 1080p video
-memory: growth of memory with the frames of consecutive videos
+memory: growth of memory over the frames of consecutive videos
 """
 
 import json
@@ -44,8 +44,8 @@ from utils.system.signals import StopSignals
 from utils.weights.checkpoint import find_checkpoint, load_checkpoint
 
 VIDEO_SIZE, FRAME_RATE = (1080, 1920), Fraction(30)  # (height, width), frames per second
-SMALL_SIZE, SMALL_FRAMES = (96, 128), 300  # of the videos for memory
-READINGS = 50  # of the memory
+SMALL_SIZE, SMALL_FRAMES = (96, 128), 300  # size and length of the videos for the memory benchmark
+READINGS = 50  # number of memory readings
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ def write_video(path: Path, frames: int, size: tuple[int, int]) -> None:
 
 
 def benchmark_video(config: Config) -> dict[str, float]:
-    """Seconds in total and of the network, which runs in parallel with reading and writing."""
+    """Total seconds, and those of the network, which runs in parallel with reading and writing."""
     detector = load_detector(config)
     detector.network = network = TimedNetwork(detector.network)
     with tempfile.TemporaryDirectory() as name:

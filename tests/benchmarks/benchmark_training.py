@@ -46,9 +46,9 @@ from utils.weights.checkpoint import LAST, find_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 MAX_GENERATED = 320  # images; larger datasets repeat them
-EPOCHS = 4  # of a run of train.py; the first one is a warm-up and not measured
+EPOCHS = 4  # per run of train.py; the first one is a warm-up and is not measured
 WARMUP_STEPS = 5
-PARTS = ("augmentation", "forward", "backward", "optimizer")  # of a step
+PARTS = ("augmentation", "forward", "backward", "optimizer")  # parts of a step
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Config:
 
 
 def generate_images(devkit: Path, images: int) -> None:
-    """Generate a dataset Demo with a split `repeated` of `images`, of which at most MAX_GENERATED differ."""
+    """Generate a dataset Demo with a split `repeated` of `images` images, of which at most MAX_GENERATED differ."""
     make_demo_data.main(make_demo_data.Config(str(devkit / "Demo"), train=min(images, MAX_GENERATED), val=1, test=1))
     splits = devkit / "Demo" / "ImageSets" / "Main"
     names = (splits / "train.txt").read_text(encoding="utf-8").split()
@@ -220,7 +220,7 @@ def measure_peak_memory(config: Config, folder: Path, images: int) -> float:
     try:
         while process.poll() is None:
             status = Path(f"/proc/{process.pid}/status").read_text(encoding="ascii")
-            found = re.search(r"^RssAnon:\s+(\d+) kB$", status, re.MULTILINE)  # None of a process that is exiting
+            found = re.search(r"^RssAnon:\s+(\d+) kB$", status, re.MULTILINE)  # None for a process that is exiting
             peak = max(peak, 1024 * int(found[1]) / 1e9) if found else peak
             if not stopping and (folder / "run" / LAST).exists():
                 process.send_signal(SIGTERM)

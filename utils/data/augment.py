@@ -19,7 +19,7 @@ from utils.detection.boxes import box_area
 
 FILL = 114.0  # gray level, of 255, outside the images
 MIN_SIDE = 2.0  # minimum width and height in pixels; smaller boxes are dropped
-MIN_VISIBLE = 0.25  # minimum visible fraction of a box's area; less visible boxes are dropped
+MIN_VISIBLE = 0.25  # minimum visible fraction of a box's area; boxes that are less visible are dropped
 OUTSIDE = 3.0  # coordinate beyond grid_sample's -1..1, for output pixels outside the tile
 MOSAIC_SPLIT = (0.3, 0.7)  # range of the point where the tiles of a mosaic meet, as a fraction of the side
 
@@ -57,7 +57,7 @@ class BatchPlan(NamedTuple):
 
 
 def plan_batch(cache: ImageCache, indices: Tensor, random: Tensor, settings: AugmentSettings) -> BatchPlan:
-    """Plan a batch of the samples `indices` (B,) with random numbers (B, NUM_COLUMNS), on the CPU except for images."""
+    """Plan a batch of samples `indices` (B,) from random numbers (B, NUM_COLUMNS); only `images` may be on a GPU."""
     tiles = plan_tiles(indices, random, settings, cache)
     boxes, labels = transform_boxes(cache, tiles, len(indices))
     height, width = cache.images.shape[2:]
@@ -67,7 +67,7 @@ def plan_batch(cache: ImageCache, indices: Tensor, random: Tensor, settings: Aug
 
 
 def gather_images(images: Tensor, sources: Tensor) -> Tensor:
-    """Rows (T,) of images (N, 3, H, W); in pinned memory with CUDA, for asynchronous copies."""
+    """Images (T, 3, H, W) at the indices `sources` (T,); those in RAM are pinned with CUDA, for asynchronous copies."""
     if images.is_cuda:
         return images[sources.pin_memory().to(images.device, non_blocking=True)]
     gathered = torch.empty(len(sources), *images.shape[1:], dtype=images.dtype, pin_memory=torch.cuda.is_initialized())
@@ -104,7 +104,7 @@ def render_tiles(batch: BatchPlan) -> Tensor:
 
 
 def render_image(batch: BatchPlan, tiles: range) -> Tensor:
-    """One image (3, H, W) made of `tiles`, equal to that of `render_tiles`."""
+    """One image (3, H, W) made of `tiles`, equal to that drawn by `render_tiles`."""
     canvas = torch.zeros(3, batch.y.shape[1], batch.x.shape[1])
     for tile in tiles:
         columns, rows = ((line != OUTSIDE).nonzero() for line in (batch.x[tile], batch.y[tile]))
@@ -206,7 +206,7 @@ def plan_colors(random: Tensor, settings: AugmentSettings) -> Tensor:
 
 
 def color_matrices(angle: Tensor, saturation: Tensor, value: Tensor) -> Tensor:
-    """(B,) each -> RGB matrices (B, 3, 3) that rotate and scale the chroma plane of NTSC's YIQ, then scale it all."""
+    """(B,) each -> RGB matrices (B, 3, 3) that rotate and scale the chroma of NTSC's YIQ, then scale all channels."""
     to_yiq = torch.tensor([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
     chroma = torch.zeros(len(angle), 3, 3)
     chroma[:, 0, 0] = 1

@@ -106,7 +106,7 @@ def build_cache(
 
 
 def choose_place(place: str, size: int, device: torch.device) -> str:
-    """Resolve the place "auto" for an array of `size` bytes."""
+    """Resolve the place "auto" for an array of `size` bytes; raises UserError for "device" on the CPU."""
     if place == "device" and device.type == "cpu":
         raise UserError("cache is device, but training runs on the CPU; use auto, ram or disk")
     if place != "auto":
@@ -119,7 +119,7 @@ def choose_place(place: str, size: int, device: torch.device) -> str:
 def decode_images(
     samples: Sequence[Sample], spec: ModelSpec, diagnostics: Diagnostics
 ) -> Iterator[tuple[np.ndarray | None, ImageRecord]]:
-    """Decode the images in order; stops at the first one that `diagnostics` does not accept, but adds nothing to it."""
+    """Decode the images in order; raises for the first that `diagnostics` does not accept, but adds nothing to it."""
     policy = replace(diagnostics, found=[])
     with closing(prefetch_map(partial(load_sample, spec=spec), samples, cpu_count())) as decoded:
         for image, record in tqdm(decoded, "decoding images", len(samples), disable=None):
@@ -141,7 +141,7 @@ def load_sample(sample: Sample, spec: ModelSpec) -> tuple[np.ndarray | None, Ima
 def decode_to_memory(
     samples: Sequence[Sample], spec: ModelSpec, diagnostics: Diagnostics
 ) -> tuple[Tensor, list[ImageRecord]]:
-    """The usable images (N, 3, H, W), and the records of all."""
+    """The usable images (N, 3, H, W), and the records of all images."""
     images = torch.empty(len(samples), 3, *spec.input_size, dtype=torch.uint8)
     records, done = [], 0
     for image, record in decode_images(samples, spec, diagnostics):
@@ -155,7 +155,7 @@ def decode_to_memory(
 def decode_to_disk(
     samples: Sequence[Sample], spec: ModelSpec, group: ProcessGroup, diagnostics: Diagnostics
 ) -> tuple[Tensor, list[ImageRecord]]:
-    """As `decode_to_memory`, but into a cache file, unless it exists; one process writes it, the others wait."""
+    """Like `decode_to_memory`, but with a cache file, reused if it exists; one process writes it, the others wait."""
     path = CACHE_FOLDER / f"{fingerprint(samples, spec)}.images"
     if group.local_rank == 0 and map_images(path, len(samples), spec) is None:
         make_folder(CACHE_FOLDER)
@@ -169,7 +169,7 @@ def decode_to_disk(
 
 
 def write_images(path: Path, samples: Sequence[Sample], spec: ModelSpec, diagnostics: Diagnostics) -> None:
-    """Write the usable images, the records of all as JSON, and the length of the JSON in 8 bytes."""
+    """Write the usable images, the records of all as JSON, and its length in 8 bytes; delete unused cache files."""
     for old in CACHE_FOLDER.glob("*.images*"):
         with suppress(OSError):  # in use, owned by another user, or already deleted
             if old.suffix == TEMPORARY or time.time() - old.stat().st_mtime > UNUSED_DAYS * 24 * 3600:

@@ -16,7 +16,7 @@ from utils.system.errors import UserError
 from utils.system.files import read_file
 from utils.system.text import printable
 
-MAX_BYTES = 500_000_000  # size limit of a JSON file; instances_train2017.json has 470 MB
+MAX_BYTES = 500_000_000  # size limit of a JSON file; instances_train2017.json is 470 MB
 
 Entry = dict[str, Any]
 
@@ -35,7 +35,7 @@ def load_coco_samples(
 ) -> tuple[list[Sample], CocoDataset]:
     """Read a COCO JSON file, whose images are in the folder `images`; crowds count as difficult.
 
-    The samples leave out objects without width or height. Raises UserError for missing images and unknown classes.
+    The samples leave out objects of zero width or height. Raises UserError for missing images and unknown classes.
     """
     path, folder = Path(path), Path(images)
     truth = read_truth(path)

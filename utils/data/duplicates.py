@@ -6,8 +6,8 @@ import cv2
 import numpy as np
 
 SIDE = 8  # side of the hash, which has SIDE * SIDE bits
-MAX_BITS = 6  # maximum differing bits, of 64, between near-duplicates; unrelated images differ in about 32
-MAX_LEVELS = 12.0  # maximum mean difference of their grayscale copies; tells plain images apart
+MAX_BITS = 6  # maximum number of differing bits, of 64, between near-duplicates; unrelated images differ in about 32
+MAX_LEVELS = 12.0  # maximum mean difference of their copies, in gray levels; distinguishes plain images
 ROWS = 1024  # number of images compared at a time
 
 
@@ -19,7 +19,7 @@ class ImageHash(NamedTuple):
 class Pair(NamedTuple):
     first: int  # index in the first list
     second: int  # index in the second list
-    bits: int  # differing bits of their hashes
+    bits: int  # number of bits in which their hashes differ
 
 
 def hash_image(image: np.ndarray) -> ImageHash:

@@ -1,4 +1,4 @@
-"""Read a sample's image and check that it agrees with the annotation: orientation, size, and boxes outside."""
+"""Read a sample's image and check that it agrees with the annotation: orientation, size, and boxes beyond its edges."""
 
 from dataclasses import replace
 from zlib import crc32
@@ -70,7 +70,7 @@ def clip_objects(sample: Sample, size: tuple[int, int], diagnostics: Diagnostics
 
 
 def check_size(sample: Sample, size: tuple[int, int], is_clipped: bool, diagnostics: Diagnostics) -> None:
-    """Compare the size that the annotation states with the image's own."""
+    """Record a missing or wrong stated size; raises FileError for a wrong one if boxes were clipped (`is_clipped`)."""
     if sample.size == size:
         return
     stated = "no <size>" if sample.size is None else "a wrong <size>" if min(sample.size) else "an invalid <size>"

@@ -18,7 +18,7 @@ from utils.system.diagnostics import Diagnostics
 from utils.system.errors import FileError, SkippableError
 from utils.system.files import check_regular_file, read_file
 
-MAX_PIXELS = 120_000_000  # enough for 108-megapixel phones; decoding takes less than 1 GB
+MAX_PIXELS = 120_000_000  # enough for 108-megapixel phone cameras; decoding takes less than 1 GB
 MAX_BYTES = 500_000_000  # size limit of an image file
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF")  # JPEG includes MPO; others, such as EPS, are never opened
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
@@ -26,7 +26,7 @@ PADDING = 114  # gray level around a letterboxed image
 ORIENTATION = 0x0112  # EXIF tag
 END_OF_JPEG = b"\xff\xd9"
 TAILS = (bytes(64), b"\xaa" * 64)  # two continuations that decode differently if image data are missing
-LOSSLESS_MODES = {"1", "L", "P", "RGB", "RGBX", "YCbCr"}  # Pillow's modes that are, or exactly become, RGB
+LOSSLESS_MODES = {"1", "L", "P", "RGB", "RGBX", "YCbCr"}  # Pillow's modes that are RGB, or convert to it without loss
 LOSSY_MODES = {
     "CMYK": "has CMYK colors, which are converted to RGB",
     **dict.fromkeys(("LA", "La", "PA", "RGBA", "RGBa"), "has transparency, which is ignored"),
@@ -48,13 +48,13 @@ def read_encoded(path: str | Path) -> bytes:
 
 
 def write_image(path: str | Path, image: np.ndarray) -> None:
-    """Write uint8 RGB (H, W, 3) in the format of the path's suffix, which must be in IMAGE_SUFFIXES."""
+    """Write a uint8 RGB image (H, W, 3) in the format of the path's suffix, which must be in IMAGE_SUFFIXES."""
     path = Path(path)
     path.write_bytes(encode_image(image, path.suffix.lower()))
 
 
 def encode_image(image: np.ndarray, suffix: str) -> bytes:
-    """Encode uint8 RGB (H, W, 3) in the format of a suffix such as .jpg."""
+    """Encode a uint8 RGB image (H, W, 3) in the format of a suffix such as .jpg."""
     _, encoded = cv2.imencode(suffix, cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
     return encoded.tobytes()
 
@@ -88,7 +88,7 @@ def decode_stored(encoded: bytes, path: str | Path, diagnostics: Diagnostics) ->
 
 
 def decode_with_opencv(encoded: bytes, picture: Image.Image, chunks: set[bytes]) -> np.ndarray | None:
-    """Decode a complete 8-bit JPEG or PNG file without transparency, animation or EXIF; None for any other file."""
+    """Decode a complete 8-bit JPEG, or PNG without transparency, animation and EXIF; None for any other file."""
     complete = {"JPEG": encoded.endswith(END_OF_JPEG), "MPO": encoded.endswith(END_OF_JPEG), "PNG": b"IEND" in chunks}
     special = not complete.get(picture.format) or picture.mode not in ("L", "RGB") or "transparency" in picture.info
     if special or not chunks.isdisjoint((b"acTL", b"eXIf")):
@@ -132,7 +132,7 @@ def load_unterminated_jpeg(encoded: bytes, path: str | Path) -> Image.Image:
 
 
 def png_chunks(encoded: bytes, path: str | Path) -> set[bytes]:
-    """The types of the complete chunks in a PNG file; raises SkippableError for a wrong checksum, unlike decoders."""
+    """The types of the complete chunks in a PNG file; raises SkippableError for a wrong checksum."""
     view, types, start = memoryview(encoded), set(), 8
     while start + 12 <= len(view) and b"IEND" not in types:
         end = start + 12 + int.from_bytes(view[start : start + 4])
@@ -184,7 +184,7 @@ def turn_upright(image: np.ndarray, orientation: int) -> np.ndarray:
 
 
 def fit_image(image: np.ndarray, input_size: tuple[int, int], letterbox: bool) -> tuple[np.ndarray, Fit]:
-    """Resize uint8 (H, W, 3) to (*input_size, 3), stretched or letterboxed; also returns the placement."""
+    """Resize a uint8 image (H, W, 3) to (*input_size, 3), stretched or letterboxed; also returns the placement."""
     fit, inner_size = fit_to_input(image.shape[:2], input_size, letterbox)
     shrinks = inner_size[0] < image.shape[0] or inner_size[1] < image.shape[1]
     inner = cv2.resize(image, inner_size[::-1], interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)

@@ -1,4 +1,4 @@
-"""Labels in the formats of VOC, COCO and YOLO, read as common labeling programs write them."""
+"""Labels in the formats of VOC, COCO and YOLO, as written by common labeling tools."""
 
 import os
 import re
@@ -67,7 +67,7 @@ def read_voc(folder: Path, images: Path | None, classes: Path | None, diagnostic
     splits = {}
     for path in sorted((folder / "ImageSets" / "Main").glob("*.txt")):
         lines = [line.strip('"').replace("/", "_") for line in read_lines(path) if line]
-        if any(line in labeled for line in lines):  # others list one class, with a number after each name
+        if any(line in labeled for line in lines):  # other files list one class, with a number after each name
             splits[path.stem] = unique_names(lines, labeled, path)
     used = {item.class_name for image in labeled.values() for item in image.objects}
     names = find_voc_classes(folder, classes) or tuple(sorted(used))
@@ -92,14 +92,14 @@ def find_voc_classes(folder: Path, classes: Path | None) -> tuple[str, ...] | No
     path = classes or folder / "classes.txt"
     if path.is_file():
         return load_classes(path)
-    if (folder / "labelmap.txt").is_file():  # CVAT's, with lines name:color:parts:actions
+    if (folder / "labelmap.txt").is_file():  # written by CVAT, with lines of name:color:parts:actions
         lines = [line for line in read_lines(folder / "labelmap.txt") if line and not line.startswith("#")]
         return tuple(name for name in (line.rsplit(":", 3)[0] for line in lines) if name != "background")
     return None
 
 
 def read_coco(path: Path, images: Path | None, diagnostics: Diagnostics) -> LabelSet:
-    """Read a COCO JSON file, or those in a folder and its annotations/, one split each; classes are in order of id."""
+    """Read a COCO JSON file, or those in a folder and its annotations/, one split each; classes are sorted by id."""
     files = [path] if path.is_file() else sorted([*path.glob("*.json"), *path.glob("annotations/*.json")])
     folder = path if path.is_dir() else path.parent
     roots = [images] if images else [folder / name for name in (*IMAGE_FOLDERS, "..", "../images")]
@@ -170,7 +170,7 @@ def read_yolo(folder: Path, images: Path | None, classes: Path | None, diagnosti
 
 
 def refuse_hidden_orientation(image: Path) -> None:
-    """Raise FileError if EXIF mirrors or turns an image and keeps its size, which VOC and COCO cannot express."""
+    """Raise FileError if EXIF mirrors or turns an image at the same size, which VOC and COCO cannot express."""
     (height, width), orientation = read_header(image)
     if orientation > 1 and (orientation <= 4 or height == width):
         reason = "is mirrored or turned by EXIF, which YOLO programs apply and others ignore"
@@ -187,7 +187,7 @@ def load_yolo_classes(folder: Path, classes: Path | None) -> tuple[str, ...]:
 def read_yolo_label(
     path: Path, size: tuple[int, int], names: Sequence[str], diagnostics: Diagnostics
 ) -> list[LabeledObject]:
-    """The objects in a label file, each a class index with a box (center, width, height) or polygon, as fractions."""
+    """The objects in a label file: each a class index with a box (center, width, height) or a polygon in fractions."""
     objects = []
     for number, line in enumerate(read_lines(path) if path.exists() else [], start=1):
         if not line:
@@ -212,7 +212,7 @@ def read_yolo_label(
 
 
 def parse_yolo_line(line: str, num_classes: int) -> tuple[int, list[float]]:
-    """The class index, and a box with or without a confidence or the coordinates of a polygon; raises ValueError."""
+    """The class index, and a box (with or without a confidence) or the coordinates of a polygon; raises ValueError."""
     index, *values = map(parse_number, line.split())
     if index not in range(num_classes):
         known = "is 1 class" if num_classes == 1 else f"are {num_classes} classes"
@@ -247,7 +247,7 @@ def flat_name(stem: str, taken: Mapping[str, object], source: Path) -> str:
 
 
 def unique_names(lines: Sequence[str], images: Mapping[str, object], path: Path) -> list[str]:
-    """The lines of a split file without repetitions; raises FileError for a line that is not an image."""
+    """The lines of a split file without repetitions; raises FileError for a line that is not in `images`."""
     missing = [line for line in lines if line not in images]
     if missing:
         raise FileError(path, f"lists {printable(missing[0])!r}, but there is no image with labels of that name")

@@ -14,7 +14,7 @@ from utils.data.voc_xml import EDGES, LabeledObject
 from utils.system.errors import FileError
 from utils.system.files import make_folder, write_text
 
-FRACTION_DIGITS = 12  # significant digits of YOLO's fractions of the image, enough for DECIMALS of a pixel
+FRACTION_DIGITS = 12  # significant digits of YOLO's fractions of the image, enough for DECIMALS decimals of a pixel
 
 
 def format_voc(file_name: str, size: tuple[int, int], objects: Sequence[LabeledObject]) -> str:
@@ -98,7 +98,7 @@ def spans_a_pixel(box: Sequence[float]) -> bool:
 
 
 def write_coco(folder: Path, labels: LabelSet) -> None:
-    """Write images/, and in annotations/ a JSON file per split, and one of all images if some are in no split."""
+    """Write images/, and annotations/ with a JSON file per split, plus one of all images if some are in no split."""
     copy_images(folder / "images", labels)
     make_folder(folder / "annotations")
     splits = dict(labels.splits)

@@ -59,7 +59,7 @@ class EpochBatches:
         def plan_and_copy(number: int) -> tuple[BatchPlan, torch.cuda.Event | None]:
             if stream is None:
                 return self.plan(number), None
-            torch.cuda.set_device(device)  # sets the device of this thread
+            torch.cuda.set_device(device)  # the current device is set per thread
             with torch.cuda.stream(stream):
                 batch = BatchPlan(*(value if value.is_cuda else to_gpu(value, device) for value in self.plan(number)))
                 return batch, stream.record_event()
@@ -75,5 +75,5 @@ class EpochBatches:
 
 
 def to_gpu(values: Tensor, device: torch.device) -> Tensor:
-    """Copy to the GPU asynchronously, through pinned memory."""
+    """Copy a tensor to the GPU asynchronously, through pinned memory."""
     return (values if values.is_pinned() else values.pin_memory()).to(device, non_blocking=True)

@@ -1,4 +1,4 @@
-"""Statistics of a dataset: numbers and sizes of images and objects, and how well anchors fit the objects."""
+"""Statistics of a dataset: counts and sizes of images and objects, and how well anchors fit the objects."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -66,7 +66,7 @@ class InspectedSample:
 
 
 def inspect_sample(sample: Sample) -> InspectedSample:
-    """Decode the image and apply all checks that training does, collecting what they find."""
+    """Decode the image and run the same checks as training, collecting their findings."""
     diagnostics, checked, image_hash = Diagnostics(collect=True), None, None
     with diagnostics.capture():
         image, _ = read_sample(sample, diagnostics)

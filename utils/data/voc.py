@@ -20,7 +20,7 @@ from utils.system.errors import FileError, UserError
 from utils.system.files import read_lines, read_text
 from utils.system.text import BOM, printable
 
-MIN_SIMILARITY = 0.8  # minimum similarity, from 0 to 1, of a misspelled class name and the suggested one
+MIN_SIMILARITY = 0.8  # minimum similarity, from 0 to 1, between a misspelled class name and the suggested one
 
 UnknownClasses = dict[str, list[tuple[Path, str]]]  # class name -> files and places where it occurs
 

@@ -20,7 +20,7 @@ from utils.system.files import read_file
 from utils.system.text import parse_number, printable, strip
 
 MAX_BYTES = 8_000_000  # size limit of an annotation file; 10,000 objects take about 3 MB
-MAX_DEPTH = 100  # limit of nested elements; VOC's own files have five levels
+MAX_DEPTH = 100  # maximum depth of nested elements; VOC's own files have five levels
 ENCODING = re.compile(rb"""<\?xml[^>]*?encoding\s*=\s*["']([\w.:-]+)["']""")
 # Python's text codecs; the others do not return text, or do not terminate on malicious input
 TEXT_CODECS = re.compile(r"ascii|big5|cp\d|euc|gb|hz|iso|johab|koi8|latin|mac|ptcp|shift|tis|utf")
@@ -72,7 +72,7 @@ def count_truncated(path: Path) -> int:
 
 
 def decode_text(path: Path, content: bytes) -> str:
-    """Decode an XML file by its byte-order mark or declared encoding; the XML parser itself knows only a few."""
+    """Decode an XML file by its byte-order mark or declared encoding; the XML parser supports only a few."""
     declared = ENCODING.match(content[:200])
     detected = next((encoding for start, encoding in SIGNATURES.items() if content.startswith(start)), None)
     encoding = detected or (declared[1].decode("ascii") if declared else "utf-8")
@@ -125,7 +125,7 @@ def parse_size(root: Element) -> tuple[int, int] | None:
 
 
 def parse_object(element: Element, path: Path, number: int, diagnostics: Diagnostics) -> LabeledObject:
-    """An <object> element; raises SkippableError if its box is empty, and FileError if it is invalid otherwise."""
+    """Parse an <object> element; raises SkippableError if its box is inverted, FileError if it is otherwise invalid."""
     written = element.findtext("name") or ""
     name, place = strip(written), f"object {number}"
     if not name:

@@ -12,7 +12,7 @@ from utils.system.errors import FileError
 from utils.system.files import read_lines
 from utils.system.text import parse_number
 
-MIN_ANCHOR_IOU = 0.3  # minimum IoU of the shapes of an object and an anchor assigned to it
+MIN_ANCHOR_IOU = 0.3  # an anchor is assigned to an object if the IoU of their shapes exceeds this
 MAX_LOG_SIZE = 8.0  # keeps exp() finite and above 0; no box is e^8 times as large as its anchor
 
 

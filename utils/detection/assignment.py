@@ -11,7 +11,7 @@ from utils.detection.boxes import shape_iou
 
 
 class Assignment(NamedTuple):
-    """Predictions of one head and their targets, in P = M * A * 3 slots per image, of which `mask` marks the used."""
+    """Predictions of one head and their targets, in P = M * A * 3 slots per image; `mask` marks the used ones."""
 
     mask: Tensor  # (B, P) bool
     index: Tensor  # (B, P) into the head's A*H*W predictions
@@ -32,7 +32,7 @@ def match_anchors(boxes: Tensor, levels: Sequence[Level], min_iou: float) -> tup
 
 
 def assign_targets(boxes: Tensor, labels: Tensor, matches: Tensor, level: Level, grid: tuple[int, int]) -> Assignment:
-    """Assign objects (B, M, 4) xyxy in pixels, with labels (B, M) or -1, to the predictions of a head of size (H, W).
+    """Assign objects (B, M, 4) xyxy in pixels, with padded labels (B, M), to the predictions of a head of size (H, W).
 
     The anchors in `matches` (B, M, A) predict in the cell of the object's center and in its two nearest neighbors.
     """

@@ -10,7 +10,7 @@ from torchvision.ops import box_iou
 
 from utils.detection.letterbox import Fit
 
-EPSILON = 1e-7  # avoids division by zero; the value of torchvision
+EPSILON = 1e-7  # avoids division by zero; same value as in torchvision
 
 
 def project_to_image(cells: Tensor, fit: Fit, input_size: tuple[int, int], size: tuple[int, int]) -> np.ndarray:

@@ -23,7 +23,7 @@ class Fit(NamedTuple):
 
 
 def fit_to_input(size: tuple[int, int], input_size: tuple[int, int], letterbox: bool) -> tuple[Fit, tuple[int, int]]:
-    """The transform of an image of `size` into an input of `input_size` (both height, width), and its size there."""
+    """The transform of an image of `size` to an input of `input_size` (both height, width), and the resized size."""
     (height, width), (input_height, input_width) = size, input_size
     if not letterbox:
         return Fit(input_width / width, input_height / height, 0.0, 0.0), input_size

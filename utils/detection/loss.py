@@ -106,5 +106,5 @@ class YoloLoss:
 
 
 def gather_rows(values: Tensor, index: Tensor) -> Tensor:
-    """(B, N, D) and (B, P) -> (B, P, D)."""
+    """The rows of values (B, N, D) at the indices (B, P): (B, P, D)."""
     return values.gather(1, index[..., None].expand(-1, -1, values.shape[-1]))

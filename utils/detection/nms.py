@@ -26,7 +26,7 @@ class Thresholds:
     class_filter: tuple[str, ...] = ()  # classes to detect; empty: all
     nms_iou: float = 0.5  # boxes of a class with a higher IoU are suppressed
     class_agnostic: bool = False  # suppress overlapping boxes of different classes too
-    top_k: int = 3000  # candidates per image that enter NMS
+    top_k: int = 3000  # maximum number of candidates per image that enter NMS
     max_detections: int = 300  # maximum number of detections per image
 
     def __post_init__(self) -> None:

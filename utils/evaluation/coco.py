@@ -56,7 +56,7 @@ def build_results(dataset: CocoDataset, detections: Sequence[sv.Detections]) -> 
 
 
 def write_results(folder: Path, dataset: CocoDataset | None, detections: Sequence[sv.Detections]) -> None:
-    """Write RESULTS for the COCO server; without a `dataset`, remove that of an earlier evaluation."""
+    """Write RESULTS for the COCO server; without a `dataset`, remove the file of an earlier evaluation."""
     if dataset is None:
         (folder / RESULTS).unlink(missing_ok=True)
         return
@@ -97,7 +97,7 @@ class ClassMatches:
 def evaluate_coco(
     dataset: CocoDataset, detections: Sequence[sv.Detections], class_names: Sequence[str]
 ) -> tuple[dict[str, Any], list[ClassMatches]]:
-    """COCO_NAMES and the AP "per_class", -1 where there are no objects; and the matches of each class with objects."""
+    """The COCO_NAMES metrics and AP "per_class", -1 without objects; and the matches of each class with objects."""
     results = build_results(dataset, detections)
     truth = COCO()
     truth.dataset = dataset.truth
@@ -132,7 +132,7 @@ class FastCOCOeval(COCOeval):
         self._paramsEval = copy.deepcopy(settings)
 
     def match(self, image: int, category: int) -> list[dict[str, Any] | None]:
-        """The result of `evaluateImg` for each of the A areas.
+        """The result of `evaluateImg` for each of the A area ranges.
 
         In order of score, each detection matches the unmatched object with the highest IoU. Objects that count in the
         area take precedence over ignored ones, and a crowd can be matched any number of times.

@@ -10,9 +10,9 @@ from utils.data.voc import Sample
 from utils.detection.boxes import iou_matrix
 from utils.evaluation.metrics import MATCH_IOU, Curve, filter_confident, inside_difficult, pair_boxes
 
-MIN_SCORE = 0.5  # of reported label errors
+MIN_SCORE = 0.5  # minimum score of reported label errors
 SAME_OBJECT_IOU = 0.3  # boxes with a lower IoU belong to different objects
-MISSED_CONFIDENCE = 0.05  # an object without a detection of this confidence is not detected
+MISSED_CONFIDENCE = 0.05  # objects without a detection of at least this confidence count as not detected
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def find_label_errors(
 def check_detections(
     image: int, sample: Sample, found: sv.Detections, class_names: Sequence[str], labeled: Sequence[bool]
 ) -> Iterator[LabelError]:
-    """Confident detections of `labeled` classes without a label, or with one of another class or with another box."""
+    """Errors shown by confident detections of `labeled` classes: not labeled, wrong class or inaccurate box."""
     if not len(found):
         return
     iou = iou_matrix(found.xyxy, sample.boxes) if len(sample.labels) else np.zeros((len(found), 1))
@@ -76,7 +76,7 @@ def check_detections(
 def check_undetected(
     image: int, sample: Sample, found: sv.Detections, recalls: Sequence[float], class_names: Sequence[str]
 ) -> Iterator[LabelError]:
-    """Labels without a detection nearby, scored by the recall of their class."""
+    """Errors shown by labels without a detection nearby, scored by the recall of their class."""
     near, scores = np.zeros((1, len(sample.labels)), bool), np.zeros(1)
     if len(found):
         near, scores = iou_matrix(found.xyxy, sample.boxes) >= SAME_OBJECT_IOU, found.confidence

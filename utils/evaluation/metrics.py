@@ -82,7 +82,7 @@ def evaluate(
     class_names: Sequence[str],
     dataset: CocoDataset | None = None,
 ) -> Evaluation:
-    """Compute all metrics; `sizes` are (height, width), `dataset` is a COCO dataset, if any."""
+    """Compute all metrics; `sizes` are (height, width), `dataset` is the COCO ground truth, if any."""
     curves = compute_curves(samples, detections, len(class_names), crowds=dataset is not None)
     coco, matches = evaluate_coco(dataset or build_dataset(samples, sizes, class_names), detections, class_names)
     best = {name: curve.find_best_threshold() for name, curve in zip(class_names, curves, strict=True)}
@@ -190,7 +190,7 @@ def confusion_matrix(
 ) -> np.ndarray:
     """Counts (C + 1, C + 1) of true class (row) and predicted class (column) at the threshold of each class.
 
-    The last row counts detections of background, the last column objects that were not detected. Difficult objects and
+    The last row counts detections on background, the last column objects that were not detected. Difficult objects and
     the detections on them are ignored.
     """
     background = len(thresholds)

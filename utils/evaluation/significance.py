@@ -10,10 +10,10 @@ from tqdm import tqdm
 
 from utils.evaluation.coco import ClassMatches, average_precision
 
-CONFIDENCE = 0.95  # of all intervals
+CONFIDENCE = 0.95  # level of all confidence intervals
 RESOLUTION = 0.005  # smallest difference in AP that is worth training more seeds for
 MAX_SEEDS = 1000
-NUM_RESAMPLES = 1000  # of the bootstrap
+NUM_RESAMPLES = 1000  # number of bootstrap resamples
 
 
 class MeanEstimate(NamedTuple):
@@ -31,7 +31,7 @@ def estimate_mean(values: Sequence[float], comparisons: int = 1) -> MeanEstimate
 
 
 def margin_of_error(deviation: float, counts: np.ndarray, comparisons: int) -> np.ndarray:
-    """Half the width of the confidence interval, with Bonferroni's correction, for each sample size in `counts`."""
+    """Half the width of the confidence interval, with the Bonferroni correction, for each sample size in `counts`."""
     confidence = 1 - (1 - CONFIDENCE) / comparisons
     return stdtrit(counts - 1, (1 + confidence) / 2) * deviation / np.sqrt(counts)
 
@@ -52,7 +52,7 @@ def judge_differences(differences: Sequence[float], comparisons: int = 1) -> str
 
 
 def estimate_seeds_needed(differences: Sequence[float], comparisons: int = 1) -> int:
-    """The number of seeds for which this mean difference, but at least RESOLUTION, would be significant."""
+    """The number of seeds for which this mean difference, or RESOLUTION if larger, would be significant."""
     counts = np.arange(2, MAX_SEEDS + 1)
     wanted = max(abs(float(np.mean(differences))), RESOLUTION)
     enough = margin_of_error(np.std(differences, ddof=1), counts, comparisons) < wanted

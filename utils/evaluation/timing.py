@@ -1,4 +1,4 @@
-"""Latency of several functions, measured alternately so that changes in machine speed affect all alike."""
+"""Latency of several functions, measured alternately so that changes in machine speed affect all of them alike."""
 
 import statistics
 import time
@@ -9,8 +9,8 @@ import torch
 
 from utils.system.device import synchronize
 
-WARMUP = 5  # unmeasured rounds
-PAUSE = 0.1  # seconds, until the threads of the previous call are idle
+WARMUP = 5  # rounds that are not measured
+PAUSE = 0.1  # seconds before each call, until the threads of the previous one are idle
 
 Name = TypeVar("Name")
 
@@ -18,7 +18,7 @@ Name = TypeVar("Name")
 def time_alternately(
     calls: Mapping[Name, Callable[[], object]], rounds: int, device: torch.device
 ) -> dict[Name, float]:
-    """The median duration of each call in milliseconds; each round calls it twice and measures the second."""
+    """The median duration of each call in milliseconds; each round calls it twice and measures the second call."""
     times: dict[Name, list[float]] = {name: [] for name in calls}
     for turn in range(WARMUP + rounds):
         for name, call in calls.items():

@@ -72,10 +72,10 @@ class TorchNetwork:
 
 
 class CompiledNetwork(BoxOutputs):
-    """A `TorchNetwork` with torch.compile, from pixels to boxes and scores.
+    """A `TorchNetwork` compiled with torch.compile, from pixels to boxes and scores.
 
-    The first call compiles, which takes several seconds. Smaller batches are padded to the largest so far. CUDA graphs
-    are not used, since they are bound to one thread.
+    The first call compiles, which takes several seconds. Smaller batches are padded to the largest size so far. CUDA
+    graphs are not used, since they are bound to one thread.
     """
 
     def __init__(self, network: TorchNetwork) -> None:
@@ -121,7 +121,7 @@ class ExportedNetwork(BoxOutputs):
     @staticmethod
     def to_input(images: Tensor) -> np.ndarray:
         """uint8 images -> floats in 0..1."""
-        return np.multiply(images.numpy(), np.float32(1 / 255), order="C")  # threads of torch would slow the runtime
+        return np.multiply(images.numpy(), np.float32(1 / 255), order="C")  # torch's threads would slow the runtime
 
 
 class OnnxNetwork(ExportedNetwork):

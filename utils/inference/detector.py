@@ -21,7 +21,7 @@ from utils.system.distributed import ProcessGroup
 from utils.system.errors import UserError
 from utils.weights.checkpoint import load_checkpoint
 
-MAX_LISTED = 8  # maximum number of classes for listing each threshold
+MAX_LISTED = 8  # maximum number of classes whose thresholds are listed
 
 
 class NetworkInput(NamedTuple):
@@ -119,7 +119,7 @@ class Detector:
     def run_cached(
         self, cache: ImageCache, batch_size: int, group: ProcessGroup | None = None
     ) -> Iterator[tuple[slice, Sequence[Tensor]]]:
-        """Yield slices of a cached dataset with the raw outputs; the processes of a group take turns."""
+        """Yield slices of a cached dataset with their raw outputs; the processes of a group take turns."""
         group = group or ProcessGroup()
         for start in range(group.rank * batch_size, len(cache), group.size * batch_size):
             part = slice(start, min(start + batch_size, len(cache)))

@@ -13,9 +13,9 @@ from utils.detection.letterbox import Fit, clip_boxes
 
 VIEW_SIDE = 480  # longer side of a view, in pixels
 MIN_SIDE = 3  # minimum side of a box in a view, in pixels
-LETTER_WIDTH, MIN_TEXT_SCALE = 18, 0.4  # approximate pixels at text scale 1; smallest legible scale
+LETTER_WIDTH, MIN_TEXT_SCALE = 18, 0.4  # approximate pixels per letter at text scale 1; smallest legible scale
 MAX_ZOOM = 4
-CONTEXT = 1.5  # distance from the center of a box to the edges of its view, in longer sides of the box
+CONTEXT = 1.5  # distance from the center of a box to the edges of its view, relative to the longer side of the box
 COLUMNS = 4  # images in a row of a sheet
 MARK = (((0, 0, 0), 5), ((255, 230, 0), 2))  # colors and widths of two lines, visible on any background
 

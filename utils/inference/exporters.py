@@ -74,7 +74,7 @@ class ExportJob:
     model: nn.Module  # in eval mode, with unfolded batch norms
     suggested: Sequence[float]  # confidence thresholds per class, or empty
     thresholds: Thresholds  # for onnx-nms
-    calibration: Sequence[Path]  # images to calibrate int8
+    calibration: Sequence[Path]  # images for int8 calibration
 
     @property
     def metadata(self) -> str:
@@ -83,7 +83,7 @@ class ExportJob:
 
     @property
     def reference(self) -> Network:
-        """The checkpoint in fp32 with unfolded batch norms, to compare with."""
+        """The checkpoint in fp32 with unfolded batch norms, as the reference for comparisons."""
         return ModuleNetwork(DecodedModel(self.model, self.spec))
 
     @cached_property
@@ -91,7 +91,7 @@ class ExportJob:
         """The network with folded batch norms, for any batch size and any input size that is a multiple of 32."""
         model = DecodedModel(fold_batch_norms(copy.deepcopy(self.model)), self.spec).eval().requires_grad_(False)
         sides = {axis: STRIDES[0] * Dim(name, min=1) for axis, name in ((2, "rows"), (3, "columns"))}
-        example = torch.rand(2, 3, 2 * STRIDES[0], 3 * STRIDES[0])  # torch.export specializes equal sizes and 1
+        example = torch.rand(2, 3, 2 * STRIDES[0], 3 * STRIDES[0])  # torch.export specializes on equal sizes and on 1
         program = torch.export.export(model, (example,), dynamic_shapes={"images": {0: Dim("batch", min=1)} | sides})
         for node in program.graph.nodes:
             node.meta.pop("stack_trace", None)  # contains local paths
@@ -170,7 +170,7 @@ def write_int8(job: ExportJob, path: Path) -> None:
 
 
 def decoding_operations(model: Any) -> list[str]:
-    """Names of the operations after the last convolutions, since 8 bits are too coarse for coordinates."""
+    """Names of the operations after the last convolutions, not quantized: 8 bits are too coarse for coordinates."""
     names: set[str] = set()
     waiting = list(model.get_results())
     while waiting:
@@ -196,7 +196,7 @@ def write_darknet_files(job: ExportJob, path: Path) -> None:
 class ExportFormat(NamedTuple):
     suffix: str  # end of the file name
     write: Callable[[ExportJob, Path], None]
-    packages: tuple[str, ...] = ()  # required optional packages
+    packages: tuple[str, ...] = ()  # optional packages that it requires
 
 
 ONNX = ("onnx", "onnxscript")

@@ -8,7 +8,7 @@ from onnxscript import opset18 as op
 
 from utils.detection.nms import MIN_CONFIDENCE, VOTING_SIGMA
 
-MAX_PER_CLASS = 1000  # detections per class and image
+MAX_PER_CLASS = 1000  # maximum number of detections per class and image
 
 
 def append_nms(network: onnx.ModelProto, confidences: Sequence[float], nms_iou: float) -> onnx.ModelProto:
@@ -21,7 +21,7 @@ def append_nms(network: onnx.ModelProto, confidences: Sequence[float], nms_iou: 
 def build_nms(confidences: Sequence[float], nms_iou: float) -> onnx.ModelProto:
     """A graph that maps boxes (B, N, 4) xyxy and scores (B, N, C) to detections (D, 7).
 
-    A detection is image index, x1, y1, x2, y2, score, class index; `confidences` are thresholds per class (C,).
+    A detection is (image index, x1, y1, x2, y2, score, class index); `confidences` are thresholds per class (C,).
     """
     thresholds, lowest = list(confidences), [min(confidences)]
     max_per_class, iou = [MAX_PER_CLASS], [nms_iou]

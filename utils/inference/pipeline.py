@@ -23,7 +23,7 @@ BATCH_SIZES = {"cpu": 4, "cuda": 16}
 BATCHES_AHEAD, FRAMES_BEHIND = 2, 4  # batches that wait for the network, frames that wait to be written
 FRAMES_PER_BATCH = 16  # video frames read for a batch, including those skipped by the stride
 MAX_WAITING_FRAMES = 64  # upper limit of batch size times stride, since skipped frames also wait in memory
-MIN_TILE = 32  # pixels
+MIN_TILE = 32  # minimum side of a tile, in pixels
 TILE_OVERLAP = 5  # neighboring tiles share 1/5 of their width and height
 
 
@@ -146,7 +146,7 @@ class Pipeline:
         def detect_tiles(tiles: Any) -> Any:
             return self.detector.detect_batch(self.detector.prepare(tiles))
 
-        callback = self.detector if batch_size == 1 else detect_tiles  # InferenceSlicer passes a batch of 1 as an image
+        callback = self.detector if batch_size == 1 else detect_tiles  # InferenceSlicer passes a single image as it is
         return sv.InferenceSlicer(callback, tile, tile // TILE_OVERLAP, sv.OverlapFilter.NONE, batch_size=batch_size)
 
     def detect_in_tiles(self, frame: Frame) -> sv.Detections:
@@ -170,7 +170,7 @@ class Pipeline:
 
 
 def write_behind(results: Iterable[Result], sinks: Sequence[Sink]) -> Iterator[Result]:
-    """Yield the results while a thread, or with a `Window` this thread, writes them, even if `results` raises."""
+    """Yield the results while a thread (this one, if there is a `Window`) writes them, even if `results` raises."""
 
     def write(result: Result) -> None:
         for sink in sinks:

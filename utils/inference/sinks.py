@@ -123,7 +123,7 @@ class Window(Sink):
 
 
 class JsonLines(Sink):
-    """detections.jsonl: image, class, score and box (x1, y1, x2, y2 in pixels) of a detection per line."""
+    """detections.jsonl: one detection per line, with image, class, score and box (x1, y1, x2, y2 in pixels)."""
 
     def __init__(self, folder: Path, class_names: Sequence[str]) -> None:
         super().__init__(folder, class_names)
@@ -270,7 +270,7 @@ class HeatMap(Sink):
 
     def __init__(self, folder: Path, class_names: Sequence[str]) -> None:
         super().__init__(folder, class_names)
-        self.maps: dict[Any, tuple[sv.HeatMapAnnotator, np.ndarray]] = {}  # by video or size; with the latest picture
+        self.maps: dict[Any, tuple[sv.HeatMapAnnotator, np.ndarray]] = {}  # by video or size; with its latest picture
 
     def write(self, frame: Frame, detections: sv.Detections) -> None:
         height, width = frame.image.shape[:2]

@@ -23,7 +23,7 @@ VIDEO_SUFFIXES = frozenset(
 )
 STDIN = "-"
 MAX_CAMERA_DIGITS = 4
-MAX_READERS = 8  # threads that read images; each holds up to two
+MAX_READERS = 8  # threads that read images; each holds up to two images
 
 
 class Source(Protocol):
@@ -34,7 +34,7 @@ class Source(Protocol):
         """The approximate number of frames, or None if unknown."""
 
     def frames(self, errors: list[str], stop: Event) -> Iterator[Frame]:
-        """Yield frames, append the reasons for unreadable ones to `errors`, and stop reconnecting after `stop`."""
+        """Yield frames, append the reasons for unreadable ones to `errors`, and stop reconnecting if `stop` is set."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class EncodedImage:
 
 
 def open_sources(name: str, reconnect_timeout: float) -> list[Source]:
-    """Open a path, folder, glob, list, camera number or URL; raises UserError if there is nothing."""
+    """Open a path, folder, glob, list, camera number or URL; raises UserError if nothing is found."""
     name = name.removeprefix("file://")
     path = Path(name)
     if name == STDIN:

@@ -108,7 +108,7 @@ class Camera(LiveSource):
         return latest(self.read(), self.count_dropped)
 
     def read(self) -> Iterator[Frame]:
-        cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # it warns repeatedly if there is no camera
+        cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # OpenCV warns repeatedly without a camera
         capture = cv2.VideoCapture(self.number)
         try:
             if not capture.isOpened():

@@ -15,11 +15,11 @@ import numpy as np
 
 from utils.system.errors import UserError
 
-MAX_STEM = 100  # characters of a file name
+MAX_STEM = 100  # maximum number of characters in a file name
 DEFAULT_RATE = Fraction(30)  # frames per second, if the video does not state a rate
 CLOCK = 90_000  # time base of written videos, in ticks per second
 CODEC, ENCODER_OPTIONS = "libx264", {"crf": "23", "preset": "veryfast"}
-MAX_MISSING = 1.0  # seconds without frames at the end of a file that is not truncated
+MAX_MISSING = 1.0  # maximum seconds without frames at the end of a file that is not reported as truncated
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ class Row:
     AP50: MeanEstimate
     seconds: float  # median training time
     cost: Cost
-    differences: tuple[float, ...]  # AP minus AP of phi 0 with the same seed
+    differences: tuple[float, ...]  # AP minus the AP of phi 0 with the same seed
     difference: MeanEstimate | None  # None for phi 0, or if no seed is shared with it
     verdict: str
 

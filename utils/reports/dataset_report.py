@@ -1,4 +1,4 @@
-"""Dataset reports: statistics, diagnostics, near-duplicates and examples, as text, JSON and a self-contained page."""
+"""Dataset reports: statistics, diagnostics, near-duplicates and examples, as text, JSON and self-contained HTML."""
 
 import json
 from collections import Counter
@@ -27,8 +27,8 @@ TEXT, JSON, PAGE = "check.txt", "check.json", "check.html"
 TEMPLATE = "dataset_report.html"
 PLOTS = {"classes.png": "Objects per class", "shapes.png": "Training objects and anchors"}
 NUM_EXAMPLES = 6  # images of each part on the page
-MAX_PAIRS = 12  # near-duplicates on the page; the JSON contains all
-MAX_LISTED = 300  # diagnostics on the page; the JSON contains all
+MAX_PAIRS = 12  # maximum number of near-duplicates on the page; the JSON contains all
+MAX_LISTED = 300  # maximum number of diagnostics on the page; the JSON contains all
 MAX_SIZES = 1  # image sizes in the table, the most frequent ones
 STATISTICS = ("images", "unusable", "without_objects", "difficult", "truncated")
 STATISTICS += ("image_sizes", "image_aspect", "object_side", "object_aspect", "objects")  # rows of the table

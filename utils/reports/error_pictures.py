@@ -17,7 +17,7 @@ from utils.evaluation.metrics import Evaluation, filter_confident, inside_diffic
 from utils.inference.drawing import choose_region, draw_view
 from utils.reports.html import data_uri
 
-MAX_WORST = 12  # images on the page
+MAX_WORST = 12  # maximum number of images on the page
 
 
 @dataclass(frozen=True)

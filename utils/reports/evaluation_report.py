@@ -1,4 +1,4 @@
-"""Evaluation reports: metrics, plots and likely label errors, as files and as one self-contained page."""
+"""Evaluation reports: metrics, plots and likely label errors, as files and as a self-contained HTML page."""
 
 import json
 from collections import Counter
@@ -29,7 +29,7 @@ from utils.system.files import write_text
 from utils.system.text import format_table
 
 PAGE, TEMPLATE = "report.html", "evaluation_report.html"
-MAX_LABEL_ERRORS = 24  # on the page; label_errors.json lists all
+MAX_LABEL_ERRORS = 24  # maximum number on the page; label_errors.json lists all
 PLOTS = {
     "precision_recall.png": "Precision-recall curves",
     "confusion.png": "Confusion matrix",

@@ -25,7 +25,7 @@ from utils.system.errors import UserError
 
 HEADS = ("P5", "P4")
 STRIDE_16 = "stride 16"  # the input of the last CSP block, whose resolution shows parts of an object
-MAX_EXPLAINED = 4  # detections with a Grad-CAM map, the highest-scoring ones
+MAX_EXPLAINED = 4  # maximum number of detections with a Grad-CAM map, the highest-scoring ones
 
 
 class AttentionMaps(NamedTuple):
@@ -50,14 +50,14 @@ class AttentionMaps(NamedTuple):
 
     @property
     def factor(self) -> Tensor:
-        """The factor of the features: x + gain * (x * gate - x) = x * (1 + gain * (gate - 1))."""
+        """The factor that multiplies the features: x + gain * (x * gate - x) = x * (1 + gain * (gate - 1))."""
         return self.gate if self.gain is None else 1 + self.gain * (self.gate - 1)
 
 
 class DetectionMaps(NamedTuple):
     """Evidence for a detection; the maximum of each map is 1."""
 
-    detection: int  # index
+    detection: int  # index of the detection
     head: str  # the head that predicted it
     grad_cam: Tensor  # (H, W) at the head: evidence for all similar objects
     evidence: Tensor  # (H/16, W/16): evidence for this detection alone

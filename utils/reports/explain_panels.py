@@ -31,8 +31,8 @@ from utils.system.files import atomic_write
 
 VIEW_SIDE = 480  # longer side of the image, in pixels
 WIDTH, TITLE_HEIGHT, BAR_HEIGHT = 12.0, 0.6, 1.8  # inches, of the figure, a title and a row of bars
-MIN_RANGE = 0.01  # of a color scale for factors, so that negligible differences look negligible
-MAX_CHANNELS = 2  # shown for each attention block
+MIN_RANGE = 0.01  # minimum range of a color scale for factors, so that negligible differences look negligible
+MAX_CHANNELS = 2  # maximum number of channels shown for each attention block
 COLORMAP, OPACITY = "viridis", 0.55  # perceptually uniform, also in grayscale
 BLACK_LEVEL = 0.4  # gray level of black pixels under a map
 
@@ -70,7 +70,7 @@ class View:
         self.input_size = explanation.input_size
 
     def draw_map(self, axes: Axes, cells: Tensor, title: str, limits: tuple[float, float] | None = None) -> None:
-        """Overlay a map (H, W), with a color bar from `limits`, or from the minimum to the maximum."""
+        """Overlay a map (H, W), with a color bar that spans `limits`, or by default the range of its values."""
         axes.imshow(self.gray, cmap="gray", vmin=0, vmax=1)
         values = project_to_image(cells[None], self.fit, self.input_size, self.size)[0]
         low, high = limits or (None, None)
@@ -122,7 +122,7 @@ def draw_panel(
 def draw_found(
     view: View, detections: sv.Detections, explanation: Explanation, class_names: Sequence[str], part: SubFigure
 ) -> None:
-    """The image with its detections, and the objectness of each head."""
+    """Draw the image with its detections, and the objectness of each head."""
     first, *others = part.subplots(1, 1 + len(HEADS))
     first.imshow(draw_detections(view.picture, replace(detections, xyxy=detections.xyxy / view.shrink), class_names))
     first.set_title(f"Detections: {len(detections)}", fontsize="small")
@@ -169,7 +169,7 @@ def draw_amplified(view: View, attention: dict[str, AttentionMaps], part: SubFig
 
 
 def draw_evidence(view: View, detections: sv.Detections, explanation: Explanation, part: SubFigure) -> None:
-    """The evidence for the best detections: for all similar objects (top), and for this one alone (bottom)."""
+    """Draw the evidence for the best detections: for all similar objects (top), and for this one alone (bottom)."""
     panels = part.subplots(2, MAX_EXPLAINED)
     for axes in panels.flat:
         axes.set_axis_off()

@@ -28,11 +28,11 @@ CJK_FONTS = (
 logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # warns about CJK fonts that have a single weight
 installed = set(font_manager.get_font_names())
 matplotlib.rcParams["font.family"] = ["DejaVu Sans", *(name for name in CJK_FONTS if name in installed)]
-MAX_CELL_TEXTS = 25  # maximum number of classes for numbers in a confusion matrix
+MAX_CELL_TEXTS = 25  # maximum number of classes for which a confusion matrix shows numbers
 BINS = 40
 MAX_NAMED = 20  # maximum number of classes for a complete legend
-NUM_COLORS = 10  # in the color cycle of matplotlib; further lines are dashed
-MAX_NAME_LENGTH = 25  # characters of a class name in a plot
+NUM_COLORS = 10  # number of colors in matplotlib's color cycle; further lines are dashed
+MAX_NAME_LENGTH = 25  # maximum number of characters of a class name in a plot
 
 
 def save_figure(figure: Figure, path: Path) -> None:
@@ -48,7 +48,7 @@ def escape_label(name: str) -> str:
 
 
 def draw_training(records: Sequence[dict[str, Any]], path: Path) -> None:
-    """Loss per epoch, and validation AP, if there is any."""
+    """Draw the loss per epoch, and validation AP if there is any."""
     panels = [("Loss", {"train/loss": "training", "val/loss": "validation"})]
     if any("val/AP" in record for record in records):
         panels.append(("Accuracy on the validation split", {"val/AP": "AP", "val/AP50": "AP50"}))
@@ -69,7 +69,7 @@ def draw_training(records: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def draw_precision_recall(curves: Sequence[Curve], class_names: Sequence[str], path: Path) -> None:
-    """The precision-recall curves of the classes with objects, with AP in the legend."""
+    """Draw the precision-recall curves of the classes with objects, with AP in the legend."""
     figure, axes = plt.subplots(figsize=(8, 5.5), layout="constrained")
     title = f"Precision-recall curves at IoU {MATCH_IOU}, with VOC AP (area)"
     axes.set(xlabel="Recall", ylabel="Precision", title=title)
@@ -79,7 +79,7 @@ def draw_precision_recall(curves: Sequence[Curve], class_names: Sequence[str], p
 
 
 def draw_confidence(curves: Sequence[Curve], class_names: Sequence[str], path: Path) -> None:
-    """Precision, recall and F1 of each class by confidence threshold; a dot marks the best F1."""
+    """Draw precision, recall and F1 of each class by confidence threshold; a dot marks the best F1."""
     figure, panels = plt.subplots(1, 3, figsize=(12, 4), sharey=True, layout="constrained")
     for axes, title in zip(panels, ("Precision", "Recall", "F1 (dots: best threshold)"), strict=True):
         axes.set(xlabel="Confidence threshold", title=title)
@@ -129,7 +129,7 @@ def draw_curves(
 
 
 def draw_confusion(counts: np.ndarray, class_names: Sequence[str], path: Path) -> None:
-    """A confusion matrix of counts (C + 1, C + 1), background last, colored by row-normalized values."""
+    """Draw a confusion matrix of counts (C + 1, C + 1), background last, colored by row-normalized values."""
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     names = [*map(escape_label, class_names), "background"]
     side = min(14, 3.5 + 0.55 * len(names))
@@ -148,7 +148,7 @@ def draw_confusion(counts: np.ndarray, class_names: Sequence[str], path: Path) -
 
 
 def draw_shapes(sides: np.ndarray, anchors: np.ndarray, recall: float | None, path: Path) -> None:
-    """Histograms of the size and aspect ratio of objects (N, 2), with anchors (A, 2) as lines, all in input pixels."""
+    """Draw histograms of object sizes and aspect ratios (N, 2), with anchors (A, 2) as lines, all in input pixels."""
     figure, panels = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained")
     titles = "Size: square root of the area (input pixels)", "Aspect ratio (width / height)"
     shapes = ((np.sqrt(values.prod(axis=1)), values[:, 0] / values[:, 1]) for values in (sides, anchors))
@@ -168,7 +168,7 @@ def draw_shapes(sides: np.ndarray, anchors: np.ndarray, recall: float | None, pa
 
 
 def draw_counts(counts: dict[str, dict[str, int]], path: Path) -> None:
-    """A bar chart of the objects per class in each part of a dataset; `counts` are by part and class name."""
+    """Draw a bar chart of the objects per class in each part of a dataset; `counts` are by part and class name."""
     names = list(next(iter(counts.values())))
     figure, axes = plt.subplots(figsize=(9, 1.2 + 0.28 * len(names)), layout="constrained")
     height = 0.8 / len(counts)
@@ -182,7 +182,7 @@ def draw_counts(counts: dict[str, dict[str, int]], path: Path) -> None:
 
 
 def draw_means(panels: Mapping[str, Sequence[tuple[str, Sequence[float], MeanEstimate]]], path: Path) -> None:
-    """One panel per title; for each name, the values of all seeds and their mean with its confidence interval."""
+    """Draw one panel per title: for each name, the values of all seeds and their mean with its confidence interval."""
     figure, plots = plt.subplots(1, len(panels), figsize=(11, 4), layout="constrained")
     for axes, (title, entries) in zip(plots, panels.items(), strict=True):
         for place, (_, values, mean) in enumerate(entries):

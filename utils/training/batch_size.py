@@ -1,4 +1,4 @@
-"""What fits into memory: the largest batch size, and a dry run that measures the time and memory of a step."""
+"""The largest batch size that fits into memory, and a dry run that measures the time and memory of a step."""
 
 import sys
 import time
@@ -26,7 +26,7 @@ except ImportError:  # Windows
 
 TRIAL_STEPS = 3  # the first is not timed, since it also initializes the device
 MEMORY_SHARE = 0.9  # usable share of GPU memory; the rest is left for validation and fragmentation
-SIZE_MULTIPLE = 8  # batch sizes found above this are multiples of it
+SIZE_MULTIPLE = 8  # when searching, batch sizes above this are multiples of it
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
 VALIDATION_COST = 0.5  # estimated time of validation per image, relative to training
 
@@ -81,7 +81,7 @@ def format_duration(seconds: float) -> str:
 
 def try_steps(trainer: Trainer, images: int, cache: ImageCache) -> tuple[float, int]:
     """Run steps on blank images; returns the seconds per step and the peak memory in bytes."""
-    device, objects = trainer.device, 2 * cache.labels.shape[1]  # maximum of an augmented image
+    device, objects = trainer.device, 2 * cache.labels.shape[1]  # maximum number in an augmented image
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)

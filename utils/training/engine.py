@@ -121,7 +121,7 @@ def train_one_epoch(trainer: Trainer, batches: EpochBatches, settings: Any, run:
                     done = number + 1
                     at_step = done % trainer.batching.accumulate == 0 or done == total
                     if number not in skipped:
-                        # any batch of a step may be skipped, even the last: then synchronize after each
+                        # if batches are skipped, the last of a step may be among them: synchronize after each
                         state.losses[number] = trainer.backward(*next(loaded), sync=at_step or bool(skipped))
                         accumulated += 1
                     if at_step and accumulated:

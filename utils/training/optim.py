@@ -29,7 +29,7 @@ POLAR_EXPRESS = (  # a, b, c of odd polynomials ax + bx^3 + cx^5; applied in tur
 
 
 def parameter_groups(model: nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-    """Hidden convolutions for Muon; for AdamW, other weights, and biases, norms and gains without decay."""
+    """Hidden convolutions for Muon; for AdamW, the other weights, and without decay, biases, norms and gains."""
     convolutions = [module.conv for module in model.modules() if isinstance(module, BasicConv)]
     hidden = [conv.weight for conv in convolutions if conv.in_channels > 3]  # all but the first
     hidden_ids = set(map(id, hidden))
@@ -59,7 +59,7 @@ class Muon(AdamW):
             for weight in group["params"] if group["orthogonal"] else ():
                 if weight.grad is not None:
                     self.step_orthogonal(weight, group["lr"], group["weight_decay"])
-                    weight.grad = None  # AdamW skips it
+                    weight.grad = None  # so that AdamW skips it
         super().step(closure)
 
     def step_orthogonal(self, weight: Tensor, lr: float, weight_decay: float) -> None:
@@ -87,7 +87,7 @@ def orthogonalize(matrix: Tensor) -> Tensor:
         return orthogonalize(matrix.T).T
     wide = (matrix / (matrix.norm() + 1e-7)).to(choose_precision("auto", matrix.device))
     gram = wide @ wide.T
-    bound = gram.norm() + 1e-7  # upper bound of the squared singular values
+    bound = gram.norm() + 1e-7  # upper bound on the squared singular values
     wide, gram = wide * bound.rsqrt(), gram / bound
     (a, b, c), *others = POLAR_EXPRESS
     wide = torch.addmm(wide, torch.addmm(gram, gram, gram, beta=b, alpha=c), wide, beta=a)
@@ -145,7 +145,7 @@ def build_ema(model: nn.Module, total_steps: int, fraction: float) -> WeightAver
 
 
 def freeze_backbone(model: YoloBody, frozen: bool) -> None:
-    """Freeze or unfreeze the backbone with its batch-norm statistics; call it after `model.train()`."""
+    """Freeze or unfreeze the backbone, including its batch-norm statistics; call it after `model.train()`."""
     model.backbone.requires_grad_(not frozen)
     if frozen:
         model.backbone.eval()

@@ -26,14 +26,14 @@ from utils.system.files import TEMPORARY, lock, make_folder, write_text
 from utils.weights.checkpoint import BEST, LAST, PREVIOUS, Checkpoint, save_checkpoint
 
 CONFIG, DATA, METRICS, LOCK = "config.json", "data.json", "metrics.jsonl", "run.lock"
-MAX_SHOWN_CHANGES = 5  # changes of the data listed in a message
+MAX_SHOWN_CHANGES = 5  # maximum number of data changes listed in a message
 Settings = TypeVar("Settings")  # a dataclass whose fields all have defaults
 
 
 class RunFolder:
     """The locked folder of a run; with `read_only`, as in all processes but the first, nothing is written.
 
-    Checkpoints are written in a thread. Raises UserError if metrics or checkpoints cannot be written.
+    Checkpoints are written in a background thread. Raises UserError if metrics or checkpoints cannot be written.
     """
 
     def __init__(self, path: Path, read_only: bool = False) -> None:
@@ -102,14 +102,14 @@ class RunFolder:
             self.failed.add(kind)
 
     def save_checkpoints(self, last: Checkpoint, best: Checkpoint | None = None) -> None:
-        """Start to write checkpoints; raises the error of the previous call if that one failed."""
+        """Start writing checkpoints; raises the error of the previous call if it failed."""
         self.finish_saving()
         if not self.read_only:
             copied = torch.cuda.current_stream().record_event() if torch.cuda.is_initialized() else None
             self.writing = self.writer.submit(self.write_checkpoints, last, best, copied)
 
     def write_checkpoints(self, last: Checkpoint, best: Checkpoint | None, copied: torch.cuda.Event | None) -> None:
-        """Run in the writer thread; on a GPU in a separate stream that waits for the copies of the snapshot."""
+        """Runs in the writer thread; with a GPU, in a separate stream that waits for the copies of the snapshot."""
         with torch.cuda.stream(torch.cuda.Stream()) if copied else nullcontext():
             if copied:
                 copied.wait()
@@ -175,7 +175,7 @@ def load_settings(
     given: Collection[str] | None = None,
     hints: Mapping[str, str] | None = None,
 ) -> Settings:
-    """The settings of the run in `folder`, updated with those `given` (by default all changed ones) and `changeable`.
+    """The settings of the run in `folder`, updated with those `given` (default: all changed) that are `changeable`.
 
     Raises UserError if another given setting differs from the run's, with the hint for it from `hints`.
     """
@@ -221,7 +221,7 @@ def verify_data(folder: Path, data: RunData, resumed: bool) -> None:
 
 
 def list_changes(before: Sequence[Sequence], now: Sequence[Sequence]) -> list[str]:
-    """Describe the differences between two lists of (name, image, objects)."""
+    """Describe the differences between two results of `ImageCache.fingerprints`."""
     old, new = ({name: (image, objects) for name, image, objects in samples} for samples in (before, now))
     changes = [f"{name} was removed" for name in old if name not in new]
     changes += [f"{name} is new" for name in new if name not in old]

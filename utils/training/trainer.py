@@ -27,7 +27,7 @@ from utils.training.optim import build_ema, build_optimizer, freeze_backbone, lr
 from utils.training.training_state import Progress, TrainingState
 from utils.weights.checkpoint import Checkpoint
 
-MAX_SKIPPED = 3  # maximum number of batches with a non-finite loss or gradient
+MAX_SKIPPED = 3  # maximum number of batches skipped for a non-finite loss or gradient
 COLUMNS = (*TERMS, "gradient_norm")  # columns of `TrainingState.losses`
 
 
@@ -47,7 +47,7 @@ class Batching(NamedTuple):
 
 @dataclass
 class Trainer:
-    """A network in training, in one process or as one of several."""
+    """A network in training, in a single process or in one of several."""
 
     spec: ModelSpec
     state: TrainingState
@@ -156,7 +156,7 @@ class Trainer:
         return False
 
     def step_on_blank_batch(self, images: int, objects: int) -> None:
-        """An optimizer step on blank images of this process with `objects` objects each, to measure what it costs."""
+        """Take an optimizer step on blank images of this process with `objects` objects each, to measure its cost."""
         shape = images, 3, *self.spec.input_size
         blank = torch.zeros(shape, device=self.device).contiguous(memory_format=torch.channels_last)
         boxes = torch.tensor([0.0, 0.0, 32.0, 32.0], device=self.device).repeat(images, objects, 1)

@@ -1,4 +1,4 @@
-"""What changes during training, and what `last.safetensors` stores of it."""
+"""The training state, and how `last.safetensors` stores it."""
 
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
@@ -81,7 +81,7 @@ class TrainingState:
     losses: Tensor  # (batches, COLUMNS) of the current epoch; this process's share until checked, then the sums
 
     def step(self) -> None:
-        """One optimizer step with the accumulated gradients, then the learning rate and the weight average."""
+        """Take an optimizer step with the accumulated gradients, then update the learning rate and weight average."""
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -117,7 +117,7 @@ class TrainingState:
             self.scaler.load_state_dict(info["scaler"])
 
     def restore_optimizer(self, values: dict[str, Tensor]) -> None:
-        """Load the optimizer's state from tensors named "parameter index/name", at the scheduler's learning rate."""
+        """Load the optimizer's state from tensors named "parameter index/name", with the scheduler's learning rate."""
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         moments: dict[int, dict[str, Tensor]] = {}
         for flat_name, value in values.items():

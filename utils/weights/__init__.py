@@ -1,4 +1,4 @@
-"""Networks in files: checkpoints, published weights and Darknet weights.
+"""Weights files: checkpoints, published weights and Darknet weights.
 
 May import `nets`, `utils.data` and the packages below it.
 """

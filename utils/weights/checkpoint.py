@@ -1,6 +1,6 @@
 """Checkpoints: `.safetensors` files with the weights, the `ModelSpec` and, for resuming, the training state.
 
-The tensors of the training state are stored under `training/`. The metadata is JSON and includes a SHA-256.
+The tensors of the training state are stored under `training/`. The metadata is JSON and includes a SHA-256 digest.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ from utils.system.text import printable
 FORMAT = "yolov4-tiny/2"
 TRAINING = "training/"
 MAX_SHOWN = 200  # maximum length of an error in a message
-MAX_BYTES = 500_000_000  # size limit of a weights file; a resumable checkpoint with MAX_CLASSES has 440 MB
+MAX_BYTES = 500_000_000  # size limit of a weights file; a resumable checkpoint for MAX_CLASSES is 440 MB
 LAST, PREVIOUS, BEST = "last.safetensors", "previous.safetensors", "best.safetensors"  # checkpoints of a run folder
 DAMAGED = "damaged.safetensors"  # a `last` that could not be read
 
@@ -36,7 +36,7 @@ class Checkpoint:
 
     `weights` are the moving average (`TrainingState.ema`). `best.safetensors` holds those of the validation with the
     best AP, with its metrics and thresholds but without `training`; a run without validation sets stores its last
-    epoch. `training` holds the weights being trained, the optimizer's state and the losses of the current epoch, see
+    epoch. `training` holds the weights being trained, the optimizer's state and the losses of the current epoch; see
     `TrainingState.take_snapshot` in training/training_state.py.
     """
 
@@ -128,7 +128,7 @@ def load_last(folder: Path, say: Callable[[str], None] = print) -> Checkpoint:
     except UserError as error:
         say(f"{error}; resuming from {previous}, and keeping the damaged file as {DAMAGED}")
         checkpoint = load_checkpoint(previous)
-        with suppress(OSError):  # another process of this run has renamed it
+        with suppress(OSError):  # another process of this run may have renamed it
             last.replace(folder / DAMAGED)
         return checkpoint
 

@@ -1,6 +1,6 @@
 """Darknet's file formats: `.weights`, and the `.cfg` that describes the network to Darknet and OpenCV.
 
-A `.weights` file (AlexeyAB/darknet, `load_weights_upto` in src/parser.c) is little endian: int32 major, minor and
+A `.weights` file (AlexeyAB/darknet, `load_weights_upto` in src/parser.c) is little-endian: int32 major, minor and
 revision; `seen`, the number of images trained on, as int64 or in old files int32; then for each convolution, in the
 order of the cfg, float32 beta, gamma, running mean and variance of its batch norm, or its bias; then its weights.
 """
@@ -25,7 +25,7 @@ from utils.system.files import atomic_write
 VERSION = (0, 2, 5)  # written by current versions of Darknet
 MAX_SEEN = 10**12  # images; a larger number means that the header is damaged
 PARTS = ("backbone", "conv_for_P5", "yolo_headP5", "upsample", "yolo_headP4")  # modules in the order of the file
-START = 17  # convolutions in yolov4-tiny.conv.29, the first 29 layers of the cfg
+START = 17  # number of convolutions in yolov4-tiny.conv.29, the first 29 layers of the cfg
 ANCHORS_PER_HEAD = 3
 
 Layer = dict[str, torch.Size]  # names and shapes of one convolution's tensors, in the order of the file
@@ -61,7 +61,7 @@ def count_floats(layers: Sequence[Layer]) -> int:
 def read_darknet(path: str | Path, model: nn.Module | None = None) -> dict[str, Tensor]:
     """Read parameters, named as in `YoloBody`, from a `.weights` file; raises UserError unless it fits `model`.
 
-    Without a model, the file's size determines the number of classes, or shows that it is a partial network.
+    Without a model, the file's size determines the number of classes, or shows that the network is partial.
     """
     path = Path(path)
     if not os.path.isfile(path):

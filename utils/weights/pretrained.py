@@ -22,12 +22,12 @@ from utils.weights.darknet import read_darknet
 GAIN = "attention_gain."  # prefix of the gains that `identity_start` adds
 MAX_NAMES = 8  # maximum number of names in a message
 MAX_TEXT = 1000  # maximum length of a text in a pickle; parameter names have fewer than 100 characters
-LEGACY_PICKLES = 5  # pickles in a file of torch before 1.6: magic number, version, system, object, storage keys
+LEGACY_PICKLES = 5  # pickles in a file from torch before 1.6: magic number, version, system, object, storage keys
 COUNTER = "num_batches_tracked"  # counter of batch norms, which is not used
 DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int32, torch.int64}
 DATA_PARALLEL = "module."  # prefix of parameter names from DataParallel
 DARKNET = re.compile(r"\.(weights|conv\.\d+)$")  # file names used by Darknet
-RENAMED = (  # two namings of published CBAM weights; the second is that of `YoloBody`
+RENAMED = (  # two naming schemes of published CBAM weights; the second is that of `YoloBody`
     (".channelattention.fc.0.", ".channelattention.fc1."),
     (".channelattention.fc.2.", ".channelattention.fc2."),
     (".spatialattention.conv.", ".spatialattention.conv1."),
@@ -53,7 +53,7 @@ def read_weights(path: str | Path, diagnostics: Diagnostics | None = None) -> di
 
 
 def read_state_dict(path: Path, diagnostics: Diagnostics) -> dict[str, Tensor]:
-    """Read a `.pth` file that contains nothing but tensors by name; raises UserError for any other."""
+    """Read a `.pth` file that contains nothing but tensors by name; raises UserError for any other file."""
     if not os.path.isfile(path):
         raise UserError(f"there is no weights file {path}")
     check_regular_file(path, MAX_BYTES)
@@ -105,7 +105,7 @@ def is_plain(value: Tensor) -> bool:
 
 
 def standard_name(name: str) -> str:
-    """The name of a published parameter in `YoloBody`."""
+    """The name in `YoloBody` of a published parameter."""
     name = name.removeprefix(DATA_PARALLEL)
     for theirs, ours in RENAMED:
         name = name.replace(theirs, ours)
