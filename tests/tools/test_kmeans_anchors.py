@@ -43,5 +43,5 @@ def test_writes_anchors_for_training(devkit, expect_failure, call_script, tmp_pa
     areas = [width * height for width, height in anchors]
     assert areas == sorted(areas)
     assert out.with_suffix(".png").stat().st_size > 10_000
-    expect_failure(kmeans_anchors, flags, f"{out} exists", "--out")
+    expect_failure(kmeans_anchors, flags, f"{out} already exists", "--out")
     expect_failure(kmeans_anchors, ["--input-size", 100, 96], "must be multiples of 32")

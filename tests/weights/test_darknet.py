@@ -114,7 +114,7 @@ def test_conversion_rejects_unsuitable_files(voc_file, pair_file, expect_failure
     start.write_bytes(voc_file.read_bytes()[:19_789_716])
     expect_failure(convert_weights, ["--weights", start], "has no heads", "train.py --weights")
     pair, _ = pair_file
-    expect_failure(convert_weights, ["--weights", pair], f"{pair} has 2 classes; give a file with their names")
+    expect_failure(convert_weights, ["--weights", pair], f"{pair} has 2 classes; pass a file with their names")
     classes = ["--classes", ROOT / "model_data" / "coco_classes.txt"]
     expect_failure(convert_weights, ["--weights", voc_file, *classes], "has 20 classes, but", "has 80")
     expect_failure(convert_weights, ["--weights", pair, "--masks", 3, 4, 5, 0, 1, 6], "six anchors are numbered 0 to 5")
