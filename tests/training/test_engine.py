@@ -11,6 +11,7 @@ from torch._dynamo.utils import counters
 
 import train
 from tests.conftest import small_run
+from tests.narrow_network import use_narrow_network
 from utils.system.diagnostics import Diagnostics
 from utils.system.distributed import ProcessGroup
 from utils.training import engine
@@ -29,6 +30,7 @@ def records(folder):
 
 
 def test_stops_early_and_can_be_extended(config, tmp_path, monkeypatch, capsys):
+    use_narrow_network(monkeypatch)
     found = iter([0.1, 0.3, 0.2, 0.3, 0.2, 0.5])
     monkeypatch.setattr(engine, "validate", lambda *_: ({"val/AP": next(found)}, {"best": {}}))
     folder = train.main(replace(config, epochs=6, patience=2, run_dir=str(tmp_path / "a")))
@@ -43,6 +45,7 @@ def test_stops_early_and_can_be_extended(config, tmp_path, monkeypatch, capsys):
 
 def test_compiles_once_and_trains_like_eager(config, tmp_path, monkeypatch):
     """With a compiler backend that does nothing, to count how often it is called."""
+    use_narrow_network(monkeypatch)
     monkeypatch.setattr(logging.getLogger("torch.__trace"), "handlers", [])  # pytest would keep all of its output
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     compile_module = torch.nn.Module.compile
