@@ -15,6 +15,13 @@ from utils.system.errors import UserError
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # options of glibc's mallopt(3)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+OUT_OF_MEMORY = (
+    "out of memory",  # CUDA's runtime and driver, NVRTC and torch's allocator
+    "can't allocate memory",  # torch's allocator on the CPU
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "nable to find an engine",  # cuDNN, if the workspace of no algorithm fits
+)
 
 
 def choose_device(name: str) -> torch.device:
@@ -83,6 +90,11 @@ def available_memory() -> float:
         limit = int((group / "memory.max").read_text(encoding="ascii"))
         free.append(limit - int((group / "memory.current").read_text(encoding="ascii")))
     return min(free)
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a library reports that memory is exhausted; only torch's own allocators raise a specific class."""
+    return any(text in str(error) for text in OUT_OF_MEMORY)
 
 
 def synchronize(device: torch.device) -> None:

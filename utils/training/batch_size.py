@@ -12,7 +12,7 @@ import torch
 
 from nets.spec import ModelSpec
 from utils.data.cache import ImageCache
-from utils.system.device import synchronize
+from utils.system.device import is_out_of_memory, synchronize
 from utils.system.distributed import ProcessGroup
 from utils.system.errors import UserError
 from utils.training.run_folder import RunData
@@ -27,7 +27,6 @@ except ImportError:  # Windows
 TRIAL_STEPS = 3  # the first is not timed, since it also initializes the device
 MEMORY_SHARE = 0.9  # usable share of GPU memory; the rest is left for validation and fragmentation
 SIZE_MULTIPLE = 8  # when searching, batch sizes above this are multiples of it
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
 VALIDATION_COST = 0.5  # estimated time of validation per image, relative to training
 
 
@@ -134,10 +133,6 @@ def search_largest(fits: Callable[[int], bool], max_size: int) -> int:
             break
         good, bad = (middle, bad) if fits(middle) else (good, middle)
     return good
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    return any(text in str(error) for text in OUT_OF_MEMORY)
 
 
 @contextmanager
