@@ -1,7 +1,7 @@
 """The optimizer, the learning-rate schedule, the weight average and freezing of the backbone."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import compress
 from math import ceil, cos, pi
 from operator import not_
@@ -56,49 +56,79 @@ class Muon(AdamW):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         for group in self.param_groups:
-            for weight in group["params"] if group["orthogonal"] else ():
-                if weight.grad is not None:
-                    self.step_orthogonal(weight, group["lr"], group["weight_decay"])
-                    weight.grad = None  # so that AdamW skips it
+            weights = [weight for weight in group["params"] if weight.grad is not None]
+            if group["orthogonal"] and weights:
+                self.step_orthogonal(weights, group["lr"], group["weight_decay"])
         super().step(closure)
 
-    def step_orthogonal(self, weight: Tensor, lr: float, weight_decay: float) -> None:
-        """Update the weight (O, I, H, W) of a convolution as a matrix (O, H * W * I)."""
-        state = self.state[weight]
-        if not state:
-            state["step"] = torch.zeros((), device=weight.device)  # AdamW requires it
-            state["momentum"] = torch.zeros_like(weight)
-        state["step"] += 1
-        state["momentum"].lerp_(weight.grad, 1 - MUON_MOMENTUM)
-        update = weight.grad.lerp(state["momentum"], MUON_MOMENTUM)  # Nesterov momentum
-        matrix = update.permute(0, 2, 3, 1).flatten(1)  # a view of channels-last weights
-        step = orthogonalize(matrix).view(update.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2)
-        scale = max(1.0, len(matrix) / matrix.shape[1]) ** 0.5
-        weight.mul_(1 - lr * weight_decay).add_(step, alpha=-lr * scale)
+    def step_orthogonal(self, weights: Sequence[Tensor], lr: float, weight_decay: float) -> None:
+        """Update the weights (O, I, H, W) of convolutions as matrices (O, H * W * I), and remove their gradients.
+
+        All weights are updated at once, since on a GPU the number of kernel launches limits small batches.
+        """
+        for weight in weights:
+            if not self.state[weight]:
+                step = torch.zeros((), device=weight.device)  # AdamW requires it
+                self.state[weight] |= {"step": step, "momentum": torch.zeros_like(weight)}
+        gradients = [weight.grad for weight in weights]
+        momenta = [self.state[weight]["momentum"] for weight in weights]
+        torch._foreach_add_([self.state[weight]["step"] for weight in weights], 1)
+        torch._foreach_lerp_(momenta, gradients, 1 - MUON_MOMENTUM)
+        updates = torch._foreach_lerp(gradients, momenta, MUON_MOMENTUM)  # Nesterov momentum
+        by_pixel = [update.permute(0, 2, 3, 1) for update in updates]  # contiguous if the weights are channels-last
+        matrices = [update.flatten(1) for update in by_pixel]
+        directions = [
+            matrix.reshape(update.shape).permute(0, 3, 1, 2)
+            for matrix, update in zip(orthogonalize(matrices), by_pixel, strict=True)
+        ]
+        torch._foreach_mul_(weights, 1 - lr * weight_decay)
+        torch._foreach_mul_(directions, [-lr * max(1.0, len(m) / m.shape[1]) ** 0.5 for m in matrices])
+        torch._foreach_add_(weights, directions)
+        for weight in weights:
+            weight.grad = None  # so that AdamW skips it
 
 
-def orthogonalize(matrix: Tensor) -> Tensor:
-    """Bring the singular values of a matrix (R, C) near 1, by the polynomials of Polar Express (arXiv 2505.16932).
+def orthogonalize(matrices: Sequence[Tensor]) -> list[Tensor]:
+    """Bring the singular values of matrices (R, C) near 1, by the polynomials of Polar Express (arXiv 2505.16932).
 
-    Computed in bf16 if the hardware supports it. After the first polynomial has raised the small singular values, the
-    others can be applied to the Gram matrix (R, R), which is faster.
+    Computed in bf16 if the hardware supports it, in stacks of matrices: of equal shapes on the CPU; on a GPU, of equal
+    heights, where columns of zeros cost less than further kernel launches.
     """
-    if len(matrix) > matrix.shape[1]:
-        return orthogonalize(matrix.T).T
-    wide = (matrix / (matrix.norm() + 1e-7)).to(choose_precision("auto", matrix.device))
-    gram = wide @ wide.T
-    bound = gram.norm() + 1e-7  # upper bound on the squared singular values
+    wide = [matrix if len(matrix) <= matrix.shape[1] else matrix.T for matrix in matrices]
+    stacks: dict[Any, list[int]] = {}
+    for index, matrix in enumerate(wide):
+        stacks.setdefault(len(matrix) if matrix.is_cuda else matrix.shape, []).append(index)
+    for indices in stacks.values():
+        members = [wide[index] for index in indices]
+        stack = members[0].new_zeros(len(members), len(members[0]), max(matrix.shape[1] for matrix in members))
+        torch._foreach_copy_([row[:, : m.shape[1]] for row, m in zip(stack, members, strict=True)], members)
+        for index, matrix, row in zip(indices, members, orthogonalize_stack(stack), strict=True):
+            wide[index] = row[:, : matrix.shape[1]]
+    return [new if new.shape == old.shape else new.T for new, old in zip(wide, matrices, strict=True)]
+
+
+def orthogonalize_stack(matrices: Tensor) -> Tensor:
+    """Orthogonalize matrices (N, R, C) with R <= C.
+
+    After the first polynomial has raised the small singular values, the others can be applied to the Gram matrices
+    (N, R, R), which is faster.
+    """
+    wide = matrices / (matrices.flatten(1).norm(dim=1)[:, None, None] + 1e-7)
+    wide = wide.to(choose_precision("auto", matrices.device))
+    gram = wide @ wide.mT
+    bound = gram.flatten(1).norm(dim=1)[:, None, None] + 1e-7  # upper bounds on the squared singular values
     wide, gram = wide * bound.rsqrt(), gram / bound
     (a, b, c), *others = POLAR_EXPRESS
-    wide = torch.addmm(wide, torch.addmm(gram, gram, gram, beta=b, alpha=c), wide, beta=a)
-    gram = wide @ wide.T
+    wide = torch.baddbmm(wide, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), wide, beta=a)
+    gram = wide @ wide.mT
     factors: list[Tensor] = []
     for a, b, c in others:
         if factors:
             gram = factors[-1] @ gram @ factors[-1]
-        factors.append(torch.addmm(gram, gram, gram, beta=b, alpha=c))
-        factors[-1].diagonal().add_(a)
-    return torch.linalg.multi_dot([*reversed(factors), wide]).to(matrix.dtype)
+        factors.append(torch.baddbmm(gram, gram, gram, beta=b, alpha=c))
+        factors[-1].diagonal(dim1=1, dim2=2).add_(a)
+    first, second, third = factors
+    return (third @ second @ first @ wide).to(matrices.dtype)
 
 
 def build_optimizer(model: nn.Module, lr: float, weight_decay: float) -> Muon:
