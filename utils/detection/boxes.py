@@ -30,8 +30,8 @@ def ciou(boxes: Tensor, others: Tensor) -> Tensor:
     """
     sides, other_sides = boxes[..., 2:] - boxes[..., :2], others[..., 2:] - others[..., :2]
     corners = torch.maximum(boxes[..., :2], others[..., :2]), torch.minimum(boxes[..., 2:], others[..., 2:])
-    overlap = (corners[1] - corners[0]).clamp(min=0).prod(dim=-1)
-    iou = overlap / (sides.prod(dim=-1) + other_sides.prod(dim=-1) - overlap + EPSILON)
+    overlap = area((corners[1] - corners[0]).clamp(min=0))
+    iou = overlap / (area(sides) + area(other_sides) - overlap + EPSILON)
     around = torch.maximum(boxes[..., 2:], others[..., 2:]) - torch.minimum(boxes[..., :2], others[..., :2])
     apart = (boxes[..., :2] + boxes[..., 2:] - others[..., :2] - others[..., 2:]) / 2
     distance = apart.square().sum(dim=-1) / (around.square().sum(dim=-1) + EPSILON)
@@ -41,15 +41,20 @@ def ciou(boxes: Tensor, others: Tensor) -> Tensor:
     return iou - distance - weight * shape
 
 
+def area(sides: Tensor) -> Tensor:
+    """Widths and heights (..., 2) -> areas (...); the backward pass of `prod` would synchronize with the GPU."""
+    return sides[..., 0] * sides[..., 1]
+
+
 def box_area(boxes: Tensor) -> Tensor:
-    return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
+    return area(boxes[..., 2:] - boxes[..., :2])
 
 
 def batched_iou(boxes: Tensor, others: Tensor) -> Tensor:
     """IoU of all pairs within each image: (B, N, 4) and (B, M, 4) xyxy -> (B, N, M); 0 for empty boxes."""
     left_top = torch.maximum(boxes[:, :, None, :2], others[:, None, :, :2])
     right_bottom = torch.minimum(boxes[:, :, None, 2:], others[:, None, :, 2:])
-    overlap = (right_bottom - left_top).clamp_(min=0).prod(dim=-1)  # (B, N, M)
+    overlap = area((right_bottom - left_top).clamp_(min=0))  # (B, N, M)
     union = box_area(boxes)[:, :, None] + box_area(others)[:, None, :] - overlap
     return overlap / union.clamp(min=1e-9)
 
@@ -61,5 +66,5 @@ def iou_matrix(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
 
 def shape_iou(sides: Tensor, others: Tensor) -> Tensor:
     """IoU of boxes aligned at one corner: widths and heights (..., 2) and (N, 2) -> (..., N)."""
-    overlap = torch.minimum(sides[..., None, :], others).prod(dim=-1)
-    return overlap / (sides.prod(dim=-1)[..., None] + others.prod(dim=-1) - overlap)
+    overlap = area(torch.minimum(sides[..., None, :], others))
+    return overlap / (area(sides)[..., None] + area(others) - overlap)
