@@ -29,7 +29,7 @@ def run_script(
     with 143, and a closed output pipe with 141. Any other exception is a bug and keeps its traceback.
     """
     try:
-        main(tyro.cli(config_type, args=replace_old_flags(sys.argv[1:], renamed or {})))
+        call_main(main, tyro.cli(config_type, args=replace_old_flags(sys.argv[1:], renamed or {})))
         sys.stdout.flush()  # raises BrokenPipeError here rather than at interpreter exit
     except UserError as error:
         line = CONTROL_CHARACTERS.sub(lambda match: repr(match[0])[1:-1], str(error))
@@ -43,6 +43,18 @@ def run_script(
         print("stopped: the output pipe was closed", file=sys.stderr)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes stdout at exit
         raise SystemExit(CLOSED_PIPE) from None
+
+
+def call_main(main: Callable[[Config], object], config: Config) -> None:
+    """Call `main`; an out-of-memory error that nothing has explained yet becomes a UserError."""
+    try:
+        main(config)
+    except RuntimeError as error:
+        from utils.system.device import describe_out_of_memory, is_out_of_memory  # slow to import
+
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(describe_out_of_memory(error)) from error
 
 
 def replace_old_flags(arguments: Sequence[str], renamed: Mapping[str, str]) -> list[str]:

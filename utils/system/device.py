@@ -2,8 +2,13 @@
 
 import ctypes
 import os
+import re
 import sys
+import sysconfig
+import warnings
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, suppress
+from functools import cache
 from importlib.util import find_spec
 from math import inf
 from pathlib import Path
@@ -20,19 +25,105 @@ OUT_OF_MEMORY = (
     "can't allocate memory",  # torch's allocator on the CPU
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",
-    "nable to find an engine",  # cuDNN, if the workspace of no algorithm fits
+    "unable to find an engine",  # cuDNN, if the workspace of no algorithm fits
 )
+INSTALL = "pytorch.org/get-started/locally"
+MACS = "the GPUs of Macs are not supported; use a machine with an NVIDIA GPU"
+MIN_TRITON = 7, 0  # compute capability
+CURES = {  # by a part of torch's message
+    "no NVIDIA driver": "install the driver of the GPU",
+    "too old": f"update the driver, or install PyTorch for an older CUDA version from {INSTALL}",
+    "": "check that nvidia-smi lists the GPU and that CUDA_VISIBLE_DEVICES does not hide it",
+}
+MIN_SHOWN = 1e9  # bytes; CUDA itself needs up to about half of that in each process
 
 
 def choose_device(name: str) -> torch.device:
-    """The device for "auto", "cpu" or "cuda"; raises UserError if it is not available."""
-    if name not in ("auto", "cpu", "cuda"):
-        raise UserError(f"device is {name!r}, but must be auto, cpu or cuda")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("device is cuda, but torch finds no CUDA GPU; use --device cpu or auto")
-    if name == "cpu" or not torch.cuda.is_available():
+    """The device for "auto", "cpu", "cuda" or "cuda:N", which becomes the current GPU; raises UserError.
+
+    "auto" and "cuda" are the first GPU, or the one with the local rank of a process that torchrun started. "auto" falls
+    back to the CPU, with a notice if there is a GPU that torch cannot use.
+    """
+    match = re.fullmatch(r"auto|cpu|cuda(?::(\d+))?", name)
+    if name == "mps":
+        raise UserError(f"device is mps, but {MACS}, or use --device cpu")
+    if not match:
+        raise UserError(f"device is {name!r}, but must be auto, cpu, cuda or, to select a GPU, cuda:N with its index N")
+    if name == "cpu":
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))  # set by torchrun
+    if match[1] and "LOCAL_RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(f"device is {name}, but each process of torchrun has its own GPU; use --device cuda")
+    device = torch.device("cuda", int(match[1] or os.environ.get("LOCAL_RANK", "0")))
+    problem = find_gpu_problem(device.index)
+    if not problem:
+        torch.cuda.set_device(device)
+        return device
+    if name != "auto":
+        raise UserError(f"device is {name}, but {problem}, or use --device cpu")
+    if has_gpu():
+        print_notice(f"using the CPU, because {problem}")
+    return torch.device("cpu")
+
+
+def find_gpu_problem(index: int) -> str:
+    """Why torch cannot use this GPU and what to do, or "" if it can; raises UserError if only other GPUs exist."""
+    if sys.platform == "darwin":
+        return MACS
+    if not torch.backends.cuda.is_built():
+        return f"this PyTorch was built without CUDA; install the CUDA build from {INSTALL}"
+    try:
+        with warnings.catch_warnings(action="ignore"):  # several lines about a driver or GPU that is too old
+            torch.cuda.is_available()  # warns in its first call only
+            torch.cuda.init()
+    except (RuntimeError, torch.cuda.DeferredCudaCallError) as error:
+        cure = next(cure for text, cure in CURES.items() if text in str(error))
+        return f"torch finds no usable CUDA GPU: {shorten_error(error)}; {cure}"
+    count = torch.cuda.device_count()
+    if index >= count:
+        raise UserError(
+            f"there is no GPU {index}, since torch finds only {count}, numbered from 0; choose one with --device "
+            "cuda:N, or set --nproc-per-node of torchrun to the number of GPUs"
+        )
+    capability, architectures = torch.cuda.get_device_capability(index), torch.cuda.get_arch_list()
+    if has_kernels(capability, architectures):
+        return ""
+    return (
+        f"GPU {index} has compute capability {capability[0]}.{capability[1]}, but this PyTorch supports only "
+        f"{', '.join(architectures)}; install one for this GPU from {INSTALL} (an old GPU needs an older CUDA version)"
+    )
+
+
+def has_kernels(capability: tuple[int, int], architectures: Sequence[str]) -> bool:
+    """Whether code for `architectures`, such as sm_86 or compute_90, runs on a GPU of (major, minor) `capability`.
+
+    Binary code (sm) runs on the same major version from its minor version on, and PTX (compute) on all later versions
+    (CUDA Programming Guide, "Binary Compatibility" and "PTX Compatibility"). Lists without either are not checked.
+    """
+    built = re.findall(r"(sm|compute)_(\d+)(\d)", " ".join(architectures))
+    versions = [(kind, (int(major), int(minor))) for kind, major, minor in built]
+    return not versions or any(
+        version <= capability and (kind == "compute" or version[0] == capability[0]) for kind, version in versions
+    )
+
+
+def has_gpu() -> bool:
+    """Whether there seems to be a GPU, even if torch cannot use it."""
+    if sys.platform == "darwin" or torch.cuda.is_initialized():
+        return True
+    return which("nvidia-smi") is not None or Path("/proc/driver/nvidia").exists()
+
+
+@cache
+def print_notice(text: str) -> None:
+    """Print a notice on stderr, once per process and only in the main process of a distributed run."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"note: {text}", file=sys.stderr)
+
+
+def shorten_error(error: Exception) -> str:
+    """The first sentence of an error of torch, or the error code at its end."""
+    code = re.search(r"Error \d+: .+", str(error))
+    return code[0] if code else re.split(r"\.\s+(?=[A-Z])|\n", str(error))[0].rstrip(".")
 
 
 def choose_precision(name: str, device: torch.device) -> torch.dtype:
@@ -49,14 +140,42 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
 
 
 def choose_compile(name: str, device: torch.device) -> bool:
-    """Whether to use torch.compile, for "auto", "on" or "off"; raises UserError for "on" without a C compiler."""
-    compilers = (os.environ.get("CC", "cc"), os.environ.get("CXX", "c++"), "gcc", "g++", "clang", "clang++", "cl")
-    has_compiler = any(map(which, compilers))
-    if name == "on" and not has_compiler:
-        raise UserError("compile is on, but there is no C compiler; install gcc or clang, or use --compile off")
-    if name != "auto" or device.type != "cuda":
-        return name == "on"
-    return has_compiler and find_spec("triton") is not None and torch.cuda.get_device_capability(device) >= (7, 0)
+    """Whether to use torch.compile, for "auto" (on a GPU), "on" or "off".
+
+    If something that it needs is missing, "auto" prints a notice, and "on" raises UserError.
+    """
+    if name == "off" or (name == "auto" and device.type == "cpu"):
+        return False
+    missing = find_compile_problem(device)
+    if missing and name == "on":
+        raise UserError(f"compile is on, but {missing}, or use --compile off")
+    if missing:
+        print_notice(f"not using torch.compile, because {missing}")
+    return not missing
+
+
+def find_compile_problem(device: torch.device) -> str:
+    """What torch.compile lacks on this device and what to do about it, or ""."""
+    on_gpu = device.type == "cuda"
+    if on_gpu and torch.cuda.get_device_capability(device) < MIN_TRITON:
+        return f"it needs a GPU of compute capability {MIN_TRITON[0]}.{MIN_TRITON[1]} or higher; use another GPU"
+    if on_gpu and find_spec("triton") is None:
+        package = "triton-windows" if sys.platform == "win32" else "triton"
+        return f"Triton is missing; install the package {package}"
+    if on_gpu and sys.platform == "win32":
+        return ""  # triton-windows contains a C compiler and the headers
+    if on_gpu:  # Triton compiles a module in C, torch a module in C++
+        compilers = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
+    else:
+        compilers = [os.environ.get("CXX", {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++"))]
+    if not any(which(command) for name in compilers for command in (name, name.partition(" ")[0])):  # "ccache gcc"
+        return f"the compiler {' or '.join(compilers)} is missing; install it"
+    folders = (sysconfig.get_path("include"), sysconfig.get_path("platinclude"))
+    folders += (sysconfig.get_path("include", "posix_prefix"),)  # the system's Python on Debian
+    if not any(Path(folder, "Python.h").is_file() for folder in folders):
+        version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+        return f"Python.h is missing; install {version}-dev (Debian, Ubuntu) or python3-devel (Fedora)"
+    return ""
 
 
 def cpu_has_bf16() -> bool:
@@ -92,9 +211,34 @@ def available_memory() -> float:
     return min(free)
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
     """Whether a library reports that memory is exhausted; only torch's own allocators raise a specific class."""
     return any(text in str(error) for text in OUT_OF_MEMORY)
+
+
+def describe_memory(error: Exception) -> str:
+    """Who uses the GPU's memory, and `error` if it does not mention memory, as " (...)"; "" if there is nothing to say.
+
+    cuDNN finds no engine if memory is exhausted, but perhaps for other reasons as well.
+    """
+    details = [] if "memory" in str(error) else [shorten_error(error)]
+    with suppress(RuntimeError):  # not even CUDA's own memory could be allocated
+        if torch.cuda.is_initialized():
+            free, total = torch.cuda.mem_get_info()
+            others = total - free - torch.cuda.memory_reserved()
+            if others > MIN_SHOWN:
+                details.insert(0, f"other processes use {others / 1e9:.1f} of {total / 1e9:.1f} GB")
+    return f" ({', '.join(details)})" if details else ""
+
+
+def describe_out_of_memory(error: Exception) -> str:
+    """One sentence for the user about an out-of-memory error at any place."""
+    if "can't allocate memory" in str(error):
+        return "there is not enough memory (RAM); close other programs, or lower --batch-size or --input-size"
+    return (
+        f"the GPU is out of memory{describe_memory(error)}; wait until other processes have finished, choose another "
+        "GPU with --device cuda:N, use --device cpu, or lower --batch-size"
+    )
 
 
 def synchronize(device: torch.device) -> None:

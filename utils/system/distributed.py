@@ -1,6 +1,7 @@
 """The processes of a distributed run, started by `torchrun` and connected by torch.distributed.
 
-Objects and flags are exchanged through gloo, so that they never wait for a GPU, and gradients through NCCL.
+Objects and flags are exchanged through gloo, so that they never wait for a GPU, and gradients through NCCL, or through
+gloo on Windows, where there is no NCCL.
 """
 
 import os
@@ -13,8 +14,6 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-
-from utils.system.errors import UserError
 
 TIMEOUT = timedelta(hours=2)  # maximum wait for another process, which may be decoding a large dataset
 T = TypeVar("T")
@@ -78,7 +77,7 @@ class ProcessGroup:
 
 @contextmanager
 def join_process_group(device: torch.device) -> Iterator[ProcessGroup]:
-    """Connect the processes started by torchrun, if any; each uses the GPU with its local rank."""
+    """Connect the processes started by torchrun, if any; `device` is that of this process."""
     environment = os.environ
     if "TORCHELASTIC_RUN_ID" not in environment and int(environment.get("WORLD_SIZE", 1)) == 1:
         yield ProcessGroup()
@@ -86,17 +85,11 @@ def join_process_group(device: torch.device) -> Iterator[ProcessGroup]:
     restarts = int(environment.get("TORCHELASTIC_RESTART_COUNT", "0"))
     ranks_and_sizes = (int(environment[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"))
     group = ProcessGroup(*ranks_and_sizes, restarted=restarts > 0)
-    if device.type == "cuda":
-        if group.local_size > torch.cuda.device_count():
-            raise UserError(
-                f"torchrun started {group.local_size} processes, but this machine has {torch.cuda.device_count()} "
-                "GPUs; set --nproc-per-node to the number of GPUs"
-            )
-        torch.cuda.set_device(group.local_rank)
     store, _, _ = next(dist.rendezvous("env://", timeout=TIMEOUT))
     if group.local_size == group.size:  # one machine: after a restart torchrun's store still has the old addresses
         store = dist.PrefixStore(f"attempt {restarts}", store)
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    use_nccl = device.type == "cuda" and dist.is_nccl_available()
+    backend = "cpu:gloo,cuda:nccl" if use_nccl else "gloo"
     dist.init_process_group(backend, timeout=TIMEOUT, store=store, rank=group.rank, world_size=group.size)
     try:
         yield group

@@ -12,7 +12,7 @@ import torch
 
 from nets.spec import ModelSpec
 from utils.data.cache import ImageCache
-from utils.system.device import is_out_of_memory, synchronize
+from utils.system.device import describe_memory, is_out_of_memory, synchronize
 from utils.system.distributed import ProcessGroup
 from utils.system.errors import UserError
 from utils.training.run_folder import RunData
@@ -112,7 +112,7 @@ def find_largest_batch(trainer: Trainer, cache: ImageCache, max_size: int) -> in
         try:
             return try_steps(trainer, images, cache)[1] < MEMORY_SHARE * total
         except RuntimeError as error:
-            if not is_out_of_memory(error):
+            if images == 1 or not is_out_of_memory(error):  # one image should fit, so the reason is another
                 raise
             return False
 
@@ -145,6 +145,6 @@ def explain_out_of_memory(batch_size: int, size: tuple[int, int]) -> Iterator[No
             raise
         advice = f"try --batch-size {batch_size // 2} (nominal_batch compensates), or 0 for the largest that fits a GPU"
         raise UserError(
-            f"a batch of {batch_size} images at {size[0]}x{size[1]} does not fit into memory; "
+            f"a batch of {batch_size} images at {size[0]}x{size[1]} does not fit into memory{describe_memory(error)}; "
             f"{advice if batch_size > 1 else 'lower input_size'}"
-        ) from None
+        ) from error
