@@ -26,7 +26,7 @@ from utils.inference.pipeline import FrameOptions, Pipeline, closing_sink, write
 from utils.inference.sinks import SINKS, Sink, Window, WindowClosed, track_ids
 from utils.inference.sources import Images, Source, input_files, open_sources
 from utils.system.cli import run_script
-from utils.system.device import choose_compile, choose_device, keep_freed_memory, synchronize
+from utils.system.device import choose_device, keep_freed_memory, synchronize
 from utils.system.errors import UserError, check_choice, check_range
 from utils.system.files import make_folder
 from utils.system.signals import StopSignals
@@ -153,8 +153,8 @@ def load_detector(config: Config) -> Detector:
     if config.compile == "on" and path.suffix in EXPORTED:
         raise UserError(f"{path} does not run in PyTorch; leave out --compile on")
     dtype = precision_for(path, config.precision, device)
-    compiled = choose_compile("off" if config.explain and config.compile == "auto" else config.compile, device)
-    detector = Detector.load(path, device, dtype, config.thresholds, compiled, config.tta)
+    compile = "off" if config.explain and config.compile == "auto" else config.compile
+    detector = Detector.load(path, device, dtype, config.thresholds, compile, config.tta)
     if config.classes:
         detector.expect_classes(load_classes(config.classes), config.classes)
     return detector

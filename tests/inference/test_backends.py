@@ -10,7 +10,7 @@ def test_compiled_network_equals_eager_network(weights):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     images = torch.randint(256, (2, 3, 64, 96), dtype=torch.uint8)
-    eager, compiled = (Detector.load(weights, compiled=compiled).network for compiled in (False, True))
+    eager, compiled = (Detector.load(weights, compile=compile).network for compile in ("off", "on"))
     for part in (images, images[:1]):
         for one, other in zip(eager.to_boxes(eager(part)), compiled.to_boxes(compiled(part)), strict=True):
             torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-3)

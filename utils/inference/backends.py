@@ -18,8 +18,9 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from nets.darknet53_tiny import BasicConv
 from nets.spec import ModelSpec
+from utils.data.loader import to_device
 from utils.detection.anchors import decode_heads, head_levels
-from utils.system.device import choose_precision
+from utils.system.device import choose_precision, explain_failed_compile, is_out_of_memory
 from utils.system.errors import UserError
 from utils.system.text import printable
 from utils.weights.checkpoint import FORMAT
@@ -64,7 +65,7 @@ class TorchNetwork:
 
     @torch.no_grad()  # not inference_mode, which freezing in torch.compile does not support
     def __call__(self, images: Tensor) -> Sequence[Tensor]:
-        images = images.to(self.device)
+        images = to_device(images, self.device)
         return self.model(images.to(self.dtype, memory_format=torch.channels_last) / 255)
 
     def to_boxes(self, outputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -74,13 +75,14 @@ class TorchNetwork:
 class CompiledNetwork(BoxOutputs):
     """A `TorchNetwork` compiled with torch.compile, from pixels to boxes and scores.
 
-    The first call compiles, which takes several seconds. Smaller batches are padded to the largest size so far. CUDA
-    graphs are not used, since they are bound to one thread.
+    The first call compiles, which takes several seconds; if that fails, the network runs without compilation, unless
+    it is `required`. Smaller batches are padded to the largest size so far. CUDA graphs are not used, since they are
+    bound to one thread.
     """
 
-    def __init__(self, network: TorchNetwork) -> None:
-        self.network, self.device, self.dtype = network, network.device, network.dtype
-        self.compiled = torch.compile(lambda images: network.to_boxes(network(images)), dynamic=False)
+    def __init__(self, network: TorchNetwork, required: bool = False) -> None:
+        self.network, self.device, self.dtype, self.required = network, network.device, network.dtype, required
+        self.compiled = torch.compile(self.run_eagerly, dynamic=False)
         self.batch_size = 0  # largest so far
 
     @torch.no_grad()
@@ -89,9 +91,20 @@ class CompiledNetwork(BoxOutputs):
         self.batch_size = max(self.batch_size, count)
         if count < self.batch_size:
             images = torch.cat([images, images[:1].expand(self.batch_size - count, -1, -1, -1)])
-        images = images.to(self.device).contiguous(memory_format=torch.channels_last)
-        with torch._inductor.config.patch(freezing=True):  # treats the weights as constants, and prepacks them
-            return [values[:count] for values in self.compiled(images)]
+        images = to_device(images, self.device).contiguous(memory_format=torch.channels_last)
+        try:
+            with torch._inductor.config.patch(freezing=True):  # treats the weights as constants, and prepacks them
+                outputs = self.compiled(images)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            if is_out_of_memory(error):
+                raise
+            explain_failed_compile(error, self.required)
+            self.compiled = self.run_eagerly
+            outputs = self.compiled(images)
+        return [values[:count] for values in outputs]
+
+    def run_eagerly(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        return self.network.to_boxes(self.network(images))
 
 
 class FlippedNetwork(BoxOutputs):

@@ -17,6 +17,7 @@ from utils.data.image_io import fit_image
 from utils.detection.letterbox import Fit, clip_boxes
 from utils.detection.nms import FALLBACK_CONFIDENCE, Thresholds, select_detections
 from utils.inference.backends import EXPORTED, CompiledNetwork, FlippedNetwork, Network, TorchNetwork, open_exported
+from utils.system.device import choose_compile
 from utils.system.distributed import ProcessGroup
 from utils.system.errors import UserError
 from utils.weights.checkpoint import load_checkpoint
@@ -51,10 +52,10 @@ class Detector:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         thresholds: Thresholds | None = None,
-        compiled: bool = False,
+        compile: str = "off",
         flip: bool = False,
     ) -> "Detector":
-        """Load a checkpoint or an exported network; `compiled` is for checkpoints only. Raises UserError."""
+        """Load a checkpoint or an exported network; `compile` (off, auto, on) is for checkpoints. Raises UserError."""
         path, device = Path(path), torch.device(device)
         if path.suffix in EXPORTED:
             network, spec, suggested = open_exported(path, device, dtype)
@@ -62,7 +63,8 @@ class Detector:
             checkpoint = load_checkpoint(path)
             spec, suggested = checkpoint.spec, checkpoint.info.get("thresholds", ())
             network = TorchNetwork(checkpoint.build_model(path), spec, device, dtype)
-            network = CompiledNetwork(network) if compiled else network
+            if choose_compile(compile, device):
+                network = CompiledNetwork(network, required=compile == "on")
         return cls(FlippedNetwork(network) if flip else network, spec, thresholds, suggested)
 
     def min_confidences(self) -> list[float]:

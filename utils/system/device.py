@@ -178,6 +178,14 @@ def find_compile_problem(device: torch.device) -> str:
     return ""
 
 
+def explain_failed_compile(error: Exception, required: bool) -> None:
+    """After torch.compile failed with `error`: raise UserError if it is `required`, otherwise print a notice."""
+    reason = shorten_error(error)
+    if required:
+        raise UserError(f"compile is on, but torch.compile failed: {reason}; use --compile off") from error
+    print_notice(f"not using torch.compile, because it failed: {reason}")
+
+
 def cpu_has_bf16() -> bool:
     """Whether the CPU has bf16 instructions; without them bf16 is slower than fp32."""
     checks = "_is_avx512_bf16_supported", "_is_amx_tile_supported"  # private, so a version of torch may lack them
@@ -239,6 +247,12 @@ def describe_out_of_memory(error: Exception) -> str:
         f"the GPU is out of memory{describe_memory(error)}; wait until other processes have finished, choose another "
         "GPU with --device cuda:N, use --device cpu, or lower --batch-size"
     )
+
+
+@cache
+def side_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream for copies that overlap with training; each further stream would keep memory of its own."""
+    return torch.cuda.Stream(device)
 
 
 def synchronize(device: torch.device) -> None:
