@@ -80,7 +80,7 @@ class Config:
     checkpoint_every: int = 0  # optimizer steps between checkpoints within an epoch; 0: only after each epoch
     cache: str = "auto"  # where decoded images are kept: auto, device, ram or disk
     seed: int = 0  # random seed for initialization, sample order and augmentation
-    device: str = "auto"  # auto, cpu or cuda
+    device: str = "auto"  # auto, cpu, cuda or cuda:N, the GPU with index N
     precision: str = "auto"  # precision of training: auto, bf16, fp16 or fp32
     compile: str = "auto"  # torch.compile: auto (on a GPU), on or off
     sync_bn: bool = False  # synchronize batch norm across GPUs; helps if each has few images
@@ -144,7 +144,7 @@ def train(config: Config, given: Collection[str], stop: StopSignals, group: Proc
             return run.path
         try:
             trainer, data = prepare(settings, checkpoint, progress, run, group)
-            dry_run(trainer, settings, data)
+            dry_run(trainer, settings, data, epoch_batches(trainer, settings, data))
             train_epochs(trainer, settings, data, run, stop)
         except Stopped:
             run.finish_saving()
@@ -221,7 +221,7 @@ def prepare(
     if progress.epoch == progress.batch == 0:
         batches = epoch_batches(trainer, settings, data)
         for number in range(min(2, len(batches))):
-            draw = partial(draw_batch, batches, number, spec.class_names)
+            draw = partial(draw_batch, batches, number, device, spec.class_names)
             run.attempt("pictures", run.write_picture, f"batch_{number}", draw, 0)
     return trainer, data
 

@@ -12,6 +12,7 @@ from utils.system.distributed import ProcessGroup
 from utils.system.errors import UserError
 from utils.training import batch_size, engine
 from utils.training.batch_size import dry_run, format_duration, search_largest
+from utils.training.engine import epoch_batches
 from utils.training.trainer import Batching, build_trainer
 from utils.training.training_state import Progress
 from utils.weights.checkpoint import digest
@@ -27,7 +28,7 @@ def test_dry_run_restores_the_state(config, capsys):
     trainer = build_trainer(config, spec, Batching.plan(24, 8, 8), Progress(end=2), device, ProcessGroup())
     data = train.load_data(config, spec, device, ProcessGroup(), Diagnostics())
     before = trainer.snapshot
-    dry_run(trainer, config, data)
+    dry_run(trainer, config, data, epoch_batches(trainer, config, data))
     after = trainer.state.take_snapshot(spec)
     assert (digest(before.weights), digest(before.training)) == (digest(after.weights), digest(after.training))
     assert before.info == after.info

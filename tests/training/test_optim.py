@@ -13,6 +13,7 @@ from utils.training.optim import (
     freeze_backbone,
     lr_factor,
     orthogonalize,
+    orthogonalize_stack,
     parameter_groups,
 )
 from utils.training.trainer import Batching
@@ -40,20 +41,31 @@ def test_orthogonalize_keeps_singular_vectors_and_levels_singular_values(monkeyp
     left, right = (torch.linalg.qr(torch.randn(side, 32))[0] for side in shape)
     for smallest in (-2, -1, 0):
         sizes = torch.logspace(0, smallest, 32)
-        found = left.T @ orthogonalize(left * sizes @ right.T) @ right  # in the basis of its singular vectors
+        (leveled,) = orthogonalize([left * sizes @ right.T])
+        found = left.T @ leveled @ right  # in the basis of its singular vectors
         assert 0.85 < found.diagonal().min() < found.diagonal().max() < 1.15
         assert (found - torch.diag(found.diagonal())).abs().max() < 0.15  # nothing goes into other directions
 
 
 def test_orthogonalize_accepts_rank_one_and_zero():
     matrix = torch.outer(torch.linspace(-1, 1, 64), torch.linspace(0, 1, 90))
-    assert 0.9 < torch.linalg.matrix_norm(orthogonalize(matrix), 2) < 1.1
-    assert not orthogonalize(torch.zeros(8, 20)).any()
+    assert 0.9 < torch.linalg.matrix_norm(orthogonalize([matrix])[0], 2) < 1.1
+    assert not orthogonalize([torch.zeros(8, 20)])[0].any()
+
+
+def test_matrices_in_a_stack_do_not_affect_each_other():
+    """On a GPU, matrices of equal heights are stacked, with columns of zeros."""
+    torch.manual_seed(0)
+    wide, narrow = torch.randn(24, 90), torch.randn(24, 30)
+    stack = torch.stack([wide, torch.nn.functional.pad(narrow, (0, 60))])
+    for found, matrix in zip(orthogonalize_stack(stack), orthogonalize([wide, narrow]), strict=True):
+        torch.testing.assert_close(found[:, : matrix.shape[1]], matrix, atol=2e-2, rtol=0)
+        assert not found[:, matrix.shape[1] :].any()
 
 
 def test_muon_step_equals_that_of_torch(monkeypatch):
     """On 1x1 convolutions, which are matrices, with the same polynomials."""
-    monkeypatch.setattr("torch.optim._muon._zeropower_via_newtonschulz", lambda matrix, *_: orthogonalize(matrix))
+    monkeypatch.setattr("torch.optim._muon._zeropower_via_newtonschulz", lambda matrix, *_: orthogonalize([matrix])[0])
     torch.manual_seed(0)
     conv = BasicConv(24, 16, 1)
     matrix = torch.nn.Parameter(conv.conv.weight.detach().flatten(1).clone())

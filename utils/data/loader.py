@@ -1,6 +1,6 @@
 """The batches of an epoch, planned and moved to the training device ahead of their use."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from utils.data.augment import NUM_COLUMNS, AugmentSettings, BatchPlan, plan_batch, render_batch
 from utils.data.cache import ImageCache
+from utils.system.device import side_stream
 from utils.system.distributed import ProcessGroup
 from utils.system.prefetch import prefetch_map
 
@@ -45,35 +46,40 @@ class EpochBatches:
         rows = slice(number * self.batch_size, (number + 1) * self.batch_size)
         return [self.cache.samples[index].name for index in self.order[rows].tolist()]
 
-    def plan(self, number: int, max_samples: int | None = None) -> BatchPlan:
-        """Plan this process's share of a batch, or its first `max_samples` samples."""
+    def plan(self, number: int) -> BatchPlan:
+        """Plan this process's share of a batch."""
         own = self.batch_size // self.group.size
         start = number * self.batch_size + self.group.rank * own
-        rows = slice(start, start + min(own, max_samples or own))
+        rows = slice(start, start + own)
         return plan_batch(self.cache, self.order[rows], self.random[rows], self.settings)
 
-    def load(self, numbers: Iterable[int], device: torch.device) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def load(
+        self, numbers: Iterable[int], device: torch.device, render: Callable[[BatchPlan], Tensor] = render_batch
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Load batches to `device` ahead of use: images (B, 3, H, W) in 0..1, boxes (B, 2M, 4), labels (B, 2M)."""
-        stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # lets copies overlap with training
+        stream = side_stream(device) if device.type == "cuda" else None  # lets copies overlap with training
+        workers = 2 if stream and not self.cache.images.is_cuda else 1  # gathering from RAM may limit a GPU
 
         def plan_and_copy(number: int) -> tuple[BatchPlan, torch.cuda.Event | None]:
             if stream is None:
                 return self.plan(number), None
             torch.cuda.set_device(device)  # the current device is set per thread
             with torch.cuda.stream(stream):
-                batch = BatchPlan(*(value if value.is_cuda else to_gpu(value, device) for value in self.plan(number)))
-                return batch, stream.record_event()
+                plan = BatchPlan(*(to_device(value, device) for value in self.plan(number)))
+                return plan, stream.record_event()
 
-        with closing(prefetch_map(plan_and_copy, numbers, workers=1)) as plans:
-            for batch, copied in plans:
+        with closing(prefetch_map(plan_and_copy, numbers, workers)) as plans:
+            for plan, copied in plans:
                 if copied is not None:
                     current = torch.cuda.current_stream(device)
                     current.wait_event(copied)
-                    for value in batch:
+                    for value in plan:
                         value.record_stream(current)  # keeps its memory from being reused too early
-                yield render_batch(batch), batch.boxes, batch.labels
+                yield render(plan), plan.boxes, plan.labels
 
 
-def to_gpu(values: Tensor, device: torch.device) -> Tensor:
-    """Copy a tensor to the GPU asynchronously, through pinned memory."""
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor to the device if it is not there; to a GPU asynchronously, through pinned memory."""
+    if device.type == "cpu" or values.is_cuda:
+        return values.to(device)
     return (values if values.is_pinned() else values.pin_memory()).to(device, non_blocking=True)

@@ -48,7 +48,7 @@ def choose_device(name: str) -> torch.device:
     if name == "mps":
         raise UserError(f"device is mps, but {MACS}, or use --device cpu")
     if not match:
-        raise UserError(f"device is {name!r}, but must be auto, cpu, cuda or, to select a GPU, cuda:N with its index N")
+        raise UserError(f"device is {name!r}, but must be auto, cpu, cuda or cuda:N, the GPU with index N")
     if name == "cpu":
         return torch.device("cpu")
     if match[1] and "LOCAL_RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:

@@ -3,15 +3,17 @@
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from math import ceil
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from nets.spec import ModelSpec
 from utils.data.cache import ImageCache
+from utils.data.loader import EpochBatches
 from utils.system.device import describe_memory, is_out_of_memory, synchronize
 from utils.system.distributed import ProcessGroup
 from utils.system.errors import UserError
@@ -40,7 +42,7 @@ def resolve_batch_size(
             raise UserError("batch_size 0 picks the largest that fits into a GPU; on the CPU give a number, such as 8")
         eager = replace(settings, compile="off")
         probe = build_trainer(eager, spec, Batching(1, len(cache), 1), Progress(end=1), device, ProcessGroup())
-        size = group.size * min(group.all_gather(find_largest_batch(probe, cache, len(cache) // group.size)))
+        size = group.size * min(group.all_gather(find_largest_batch(probe, settings, cache, len(cache) // group.size)))
         group.print_once(f"batch size {size} is the largest that fits, with {len(cache) // size} batches per epoch")
     if size % group.size or len(cache) < group.size:
         raise UserError(
@@ -50,18 +52,27 @@ def resolve_batch_size(
     return min(size, len(cache)) // group.size * group.size
 
 
-def dry_run(trainer: Trainer, settings: Any, data: RunData) -> None:
-    """Run some steps, which also compiles the network; print their time and memory, and restore the training state."""
+def dry_run(trainer: Trainer, settings: Any, data: RunData, batches: EpochBatches) -> None:
+    """Take some steps, which also compiles the network; print their time and memory, and restore the training state.
+
+    If compilation fails, it is given up, or with the setting "on", UserError is raised.
+    """
     batch_size, progress = trainer.batching.batch_size, trainer.state.progress
-    compile_frozen = trainer.compiled and progress.epoch < settings.freeze_epochs
-    trials = []
     with explain_out_of_memory(batch_size, trainer.spec.input_size):
-        for frozen in (False, True) if compile_frozen else (False,):
-            trainer.set_mode(frozen)
-            trials.append(try_steps(trainer, batch_size // trainer.group.size, data.train))
+        try:
+            seconds, memory = try_modes(trainer, settings, batches)
+        except Exception as error:  # compilation can fail anywhere in torch, Triton or the C compiler
+            if not trainer.compiled or is_out_of_memory(error):
+                raise
+            reason = f"torch.compile failed ({str(error).strip().partition(chr(10))[0]})"
+            if settings.compile == "on":
+                raise UserError(f"{reason}; use --compile off") from error
+            trainer.group.print_once(f"{reason}; training without it")
+            torch.compiler.set_stance("force_eager")
+            seconds, memory = try_modes(trainer, settings, batches)
     trainer.roll_back()
     height, width = trainer.spec.input_size
-    epochs, (seconds, memory) = progress.end - progress.epoch, trials[0]
+    epochs = progress.end - progress.epoch
     validated = len(data.val) * ceil(epochs / settings.eval_every) * VALIDATION_COST if data.val else 0
     duration = format_duration(seconds / batch_size * (epochs * len(data.train) + validated))
     trainer.group.print_once(
@@ -78,19 +89,35 @@ def format_duration(seconds: float) -> str:
     return f"{minutes} min {seconds} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def try_steps(trainer: Trainer, images: int, cache: ImageCache) -> tuple[float, int]:
-    """Run steps on blank images; returns the seconds per step and the peak memory in bytes."""
-    device, objects = trainer.device, 2 * cache.labels.shape[1]  # maximum number in an augmented image
+def try_modes(trainer: Trainer, settings: Any, batches: EpochBatches) -> tuple[float, int]:
+    """Try the steps of the run, including those with a frozen backbone if they need to be compiled."""
+    if trainer.compiled and batches.epoch < settings.freeze_epochs:
+        trainer.set_mode(frozen=True)
+        try_steps(trainer, batches)
+    trainer.set_mode(frozen=False)
+    return try_steps(trainer, batches)
+
+
+def try_steps(trainer: Trainer, batches: EpochBatches) -> tuple[float, int]:
+    """Take steps on the first batch; returns the seconds per step and the peak memory in bytes."""
+    device = trainer.device
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-    trainer.step_on_blank_batch(images, objects)
-    synchronize(device)
-    started = time.perf_counter()
-    for _ in range(TRIAL_STEPS - 1):
-        trainer.step_on_blank_batch(images, objects)
-    synchronize(device)
-    return (time.perf_counter() - started) / (TRIAL_STEPS - 1), peak_memory(device)
+    with closing(batches.load([0] * TRIAL_STEPS, device, trainer.render)) as loaded:
+        take_step(trainer, loaded)
+        synchronize(device)
+        started = time.perf_counter()
+        for _ in range(TRIAL_STEPS - 1):
+            take_step(trainer, loaded)
+        synchronize(device)
+        seconds = (time.perf_counter() - started) / (TRIAL_STEPS - 1)
+    return seconds, peak_memory(device)
+
+
+def take_step(trainer: Trainer, loaded: Iterator[tuple[Tensor, Tensor, Tensor]]) -> None:
+    trainer.backward(*next(loaded))
+    trainer.state.step()
 
 
 def peak_memory(device: torch.device) -> int:
@@ -103,14 +130,15 @@ def peak_memory(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else 1024 * peak
 
 
-def find_largest_batch(trainer: Trainer, cache: ImageCache, max_size: int) -> int:
+def find_largest_batch(trainer: Trainer, settings: Any, cache: ImageCache, max_size: int) -> int:
     """The largest batch size, up to `max_size`, whose steps fit into the GPU; changes the trainer's state."""
     total = torch.cuda.get_device_properties(trainer.device).total_memory
     trainer.set_mode(frozen=False)
 
     def fits(images: int) -> bool:
+        batches = EpochBatches(cache, images, settings.seed, 0, settings.augment_settings(0.0), trainer.group)
         try:
-            return try_steps(trainer, images, cache)[1] < MEMORY_SHARE * total
+            return try_steps(trainer, batches)[1] < MEMORY_SHARE * total
         except RuntimeError as error:
             if images == 1 or not is_out_of_memory(error):  # one image should fit, so the reason is another
                 raise

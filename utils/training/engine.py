@@ -18,9 +18,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nets.yolo import read_gains
-from utils.data.augment import render_batch
 from utils.data.cache import ImageCache
-from utils.data.loader import EpochBatches
+from utils.data.loader import EpochBatches, to_device
 from utils.detection.loss import TERMS, YoloLoss
 from utils.detection.nms import EVALUATION_THRESHOLDS
 from utils.evaluation.metrics import evaluate, filter_confident
@@ -99,11 +98,11 @@ def epoch_batches(trainer: Trainer, settings: Any, data: RunData) -> EpochBatche
     return EpochBatches(data.train, batch_size, settings.seed, progress.epoch, augment, trainer.group)
 
 
-def draw_batch(batches: EpochBatches, number: int, class_names: Sequence[str]) -> np.ndarray:
+def draw_batch(batches: EpochBatches, number: int, device: torch.device, class_names: Sequence[str]) -> np.ndarray:
     """The first images of a training batch with their boxes, as one RGB picture."""
-    batch = batches.plan(number, PREVIEW_IMAGES)
-    images = render_batch(batch._replace(images=batch.images.cpu()))
-    return draw_targets(images, batch.boxes, batch.labels, class_names)
+    with closing(batches.load([number], device)) as loaded:
+        images, boxes, labels = (values[:PREVIEW_IMAGES].cpu() for values in next(loaded))
+    return draw_targets(images, boxes, labels, class_names)
 
 
 def train_one_epoch(trainer: Trainer, batches: EpochBatches, settings: Any, run: RunFolder, stop: StopSignals) -> None:
@@ -116,7 +115,8 @@ def train_one_epoch(trainer: Trainer, batches: EpochBatches, settings: Any, run:
             skipped = state.progress.skipped_batches(batches.epoch)
             numbers = range(state.progress.batch, total)
             accumulated = 0  # batches since the last step
-            with closing(batches.load([n for n in numbers if n not in skipped], trainer.device)) as loaded:
+            remaining = [number for number in numbers if number not in skipped]
+            with closing(batches.load(remaining, trainer.device, trainer.render)) as loaded:
                 for number in numbers:
                     done = number + 1
                     at_step = done % trainer.batching.accumulate == 0 or done == total
@@ -169,27 +169,27 @@ def validate(
     group.broadcast_module(trainer.state.ema.module)
     detector = trainer.build_detector()
     loss = YoloLoss(spec, trainer.loss.settings, trainer.device)  # for the images of this process
-    batches: dict[int, tuple[Tensor, list[sv.Detections]]] = {}
+    losses = torch.zeros(len(TERMS), device=trainer.device)
+    found: dict[int, Tensor] = {}  # kept on the device, since each copy to the host would wait for a GPU
     with tqdm(total=len(cache), desc="validating", leave=False, disable=run.read_only or None) as bar:
         for part, heads in detector.run_cached(cache, VALIDATION_BATCH, group):
             if stop.requested:
                 break
-            terms = loss(heads, cache.boxes[part].to(trainer.device), cache.labels[part].to(trainer.device))
-            losses = torch.stack([terms[name] for name in TERMS]).cpu() * (part.stop - part.start) / len(cache)
-            batches[part.start] = losses, detector.select(heads, cache.fits[part], cache.sizes[part])
+            terms = loss(heads, *(to_device(values[part], trainer.device) for values in (cache.boxes, cache.labels)))
+            losses += torch.stack([terms[name] for name in TERMS]) * (part.stop - part.start) / len(cache)
+            found[part.start] = detector.select_rows(heads)
             bar.update(group.size * (part.stop - part.start))
     if group.any_rank(stop.requested):
         run.save_checkpoints(trainer.snapshot)
         stop.raise_stopped()
-    gathered = list(group.gather(batches).values())
+    losses = group.all_reduce(losses).tolist()
+    detections = detector.gather_detections(found, cache, group)
     if not group.is_main:
         return group.broadcast(None)
-    detections = [item for _, batch in gathered for item in batch]
     evaluation = evaluate(cache.samples, detections, cache.sizes, spec.class_names)
     metrics = evaluation.metrics
     draw = partial(draw_examples, detections, evaluation.thresholds, cache, spec.class_names)
     run.attempt("pictures", run.write_picture, "val_examples", draw, trainer.state.progress.epoch + 1)
-    losses = sum(losses for losses, _ in gathered).tolist()
     values = {f"val/{name}": value for name, value in zip(TERMS, losses, strict=True)}
     values |= {f"val/{name}": metrics["coco"][name] for name in ("AP", "AP50", "AP75")}
     values |= {f"val/{name}": metrics["voc"][name] for name in ("mAP_11point", "mAP_area")}

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from utils.data.cache import ImageCache
 from utils.data.image_io import write_image
 from utils.reports.plots import draw_training
+from utils.system.device import side_stream
 from utils.system.errors import UserError
 from utils.system.files import TEMPORARY, lock, make_folder, write_text
 from utils.weights.checkpoint import BEST, LAST, PREVIOUS, Checkpoint, save_checkpoint
@@ -105,12 +106,13 @@ class RunFolder:
         """Start writing checkpoints; raises the error of the previous call if it failed."""
         self.finish_saving()
         if not self.read_only:
-            copied = torch.cuda.current_stream().record_event() if torch.cuda.is_initialized() else None
+            device = next(iter(last.weights.values())).device
+            copied = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
             self.writing = self.writer.submit(self.write_checkpoints, last, best, copied)
 
     def write_checkpoints(self, last: Checkpoint, best: Checkpoint | None, copied: torch.cuda.Event | None) -> None:
         """Runs in the writer thread; with a GPU, in a separate stream that waits for the copies of the snapshot."""
-        with torch.cuda.stream(torch.cuda.Stream()) if copied else nullcontext():
+        with torch.cuda.stream(side_stream(copied.device)) if copied else nullcontext():
             if copied:
                 copied.wait()
             if best is not None:

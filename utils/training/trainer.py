@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from nets.spec import ModelSpec
 from nets.yolo import build_model
+from utils.data.augment import BatchPlan, render_batch
 from utils.data.loader import EpochBatches
 from utils.detection.loss import TERMS, LossSettings, YoloLoss
 from utils.detection.nms import EVALUATION_THRESHOLDS
@@ -57,6 +59,7 @@ class Trainer:
     dtype: torch.dtype  # dtype of mixed precision
     group: ProcessGroup
     compiled: bool
+    render: Callable[[BatchPlan], Tensor]  # `render_batch`, compiled on a GPU
     network: nn.Module  # the model, wrapped in DistributedDataParallel if there are several processes
     snapshot: Checkpoint  # the last state with finite losses and weights, which checkpoints contain
     frozen: bool | None = None  # whether the backbone is frozen; None before the first `set_mode`
@@ -155,14 +158,6 @@ class Trainer:
         )
         return False
 
-    def step_on_blank_batch(self, images: int, objects: int) -> None:
-        """Take an optimizer step on blank images of this process with `objects` objects each, to measure its cost."""
-        shape = images, 3, *self.spec.input_size
-        blank = torch.zeros(shape, device=self.device).contiguous(memory_format=torch.channels_last)
-        boxes = torch.tensor([0.0, 0.0, 32.0, 32.0], device=self.device).repeat(images, objects, 1)
-        self.backward(blank, boxes, torch.zeros(images, objects, dtype=torch.long, device=self.device))
-        self.state.step()
-
 
 def build_trainer(
     settings: Any, spec: ModelSpec, batching: Batching, progress: Progress, device: torch.device, group: ProcessGroup
@@ -187,7 +182,8 @@ def build_trainer(
         losses=torch.zeros(batching.batches, len(COLUMNS), device=device),
     )
     loss = YoloLoss(spec, LossSettings(), device, group, compiled)
+    render = torch.compile(render_batch) if compiled and device.type == "cuda" else render_batch
     if compiled:
         model.compile(dynamic=False)
     snapshot = state.take_snapshot(spec)
-    return Trainer(spec, state, loss, batching, device, dtype, group, compiled, model, snapshot)
+    return Trainer(spec, state, loss, batching, device, dtype, group, compiled, render, model, snapshot)
