@@ -1,9 +1,12 @@
 """Backends: compiling and flipping compute what they should."""
 
+import pytest
 import torch
 
-from utils.inference.backends import FlippedNetwork
+from utils.inference.backends import CompiledNetwork, FlippedNetwork
 from utils.inference.detector import Detector
+from utils.system.device import print_notice
+from utils.system.errors import UserError
 
 
 def test_compiled_network_equals_eager_network(weights):
@@ -34,3 +37,39 @@ def test_flipped_network_adds_mirrored_boxes_of_each_batch(weights):
         unmirrored = torch.stack([width - x2, y1, width - x1, y2], dim=-1)
         torch.testing.assert_close(boxes, torch.cat([plain, unmirrored], dim=1), atol=1e-3, rtol=1e-3)
         torch.testing.assert_close(scores, torch.cat([plain_scores, mirrored_scores], dim=1))
+
+
+@pytest.fixture
+def eager(weights, monkeypatch):
+    """A network on which torch.compile fails."""
+
+    def fail(_):
+        raise torch._dynamo.exc.TorchDynamoException("CalledProcessError: gcc failed\n\nmore")
+
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: fail)
+    print_notice.cache_clear()
+    return Detector.load(weights).network
+
+
+def test_failed_compilation_falls_back_to_eager_network(eager, capsys):
+    images, network = torch.randint(256, (2, 3, 64, 96), dtype=torch.uint8), CompiledNetwork(eager)
+    for _ in range(2):
+        for one, other in zip(eager.to_boxes(eager(images)), network(images), strict=True):
+            assert torch.equal(one, other)
+    notice = "note: not using torch.compile, because it failed: CalledProcessError: gcc failed\n"
+    assert capsys.readouterr().err == notice
+
+
+def test_failed_compilation_is_an_error_if_it_is_required(eager):
+    with pytest.raises(UserError, match=r"compile is on, but torch.compile failed: .*gcc failed; use --compile off"):
+        CompiledNetwork(eager, required=True)(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
+
+
+def test_missing_memory_is_not_a_failed_compilation(eager):
+    def fail(_):
+        raise torch._dynamo.exc.TorchDynamoException("CUDA out of memory")
+
+    network = CompiledNetwork(eager, required=True)
+    network.compiled = fail
+    with pytest.raises(RuntimeError, match=r"^CUDA out of memory"):
+        network(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))

@@ -6,10 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+import eval as eval_script
 import predict
 import train
 from tests.bad_inputs import ERROR, JPEG, Scene, expect, random_weights, save_weights
-from tests.conftest import small_run
+from tests.conftest import ROOT, small_run
 from utils.system.cli import run_script
 
 
@@ -20,15 +21,60 @@ from utils.system.cli import run_script
         (["--lr", "-1"], ("lr is -1",)),
         (["--lr", "nan"], ("lr is nan",)),
         (["--input-size", "416", "400"], ("input_size is (416, 400)", "multiples of 32")),
-        (["--device", "cuda"], ("device is cuda", "--device cpu")),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_training_rejects_setting(arguments, words, tmp_path, monkeypatch, call_script):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     expect(call_script(train.main, train.Config, *arguments), ERROR, words)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("device", "words"),
+    [
+        ("cuda", ("device is cuda, but ", "or use --device cpu")),
+        ("cuda:3", ("device is cuda:3, but ", "or use --device cpu")),
+        ("mps", ("device is mps", "Macs", "or use --device cpu")),
+        ("cuda:first", ("device is 'cuda:first'", "auto, cpu, cuda or cuda:N")),
+    ],
+)
+@pytest.mark.parametrize(("script", "source"), [(train, []), (eval_script, []), (predict, [ROOT / "README.md"])])
+def test_scripts_reject_device(script, source, device, words, tmp_path, monkeypatch, call_script):
+    def fail():
+        raise RuntimeError("Found no NVIDIA driver on your system. Please check that you have an NVIDIA GPU")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "init", fail)
+    expect(call_script(script.main, script.Config, *source, "--device", device), ERROR, words)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("script", "name"),
+    [(train, "choose_device"), (train, "build_cache"), (train, "build_trainer"), (eval_script, "load_detectors"),
+     (predict, "load_detector")],
+)  # fmt: skip
+def test_scripts_explain_full_gpu(script, name, devkit, trained_run, tmp_path, monkeypatch, call_script):
+    def fail(*_):
+        raise torch.AcceleratorError("CUDA error: out of memory")
+
+    monkeypatch.setattr(script, name, fail)
+    data = [
+        "--devkit",
+        devkit,
+        "--train-sets",
+        "Demo/train",
+        "--val-sets",
+        "--classes",
+        devkit / "Demo" / "classes.txt",
+    ]
+    source = {
+        train: [*data, "--run-dir", tmp_path / "run", "--input-size", 64],
+        eval_script: ["--weights", trained_run / "last.safetensors"],
+        predict: [devkit / "Demo" / "JPEGImages", "--out", tmp_path / "out"],
+    }[script]
+    expect(call_script(script.main, script.Config, *source, "--device", "cpu"), ERROR, ("the GPU is out of memory",))
 
 
 def test_suggests_flag_for_misspelt_one(monkeypatch, capsys):
