@@ -113,22 +113,23 @@ def orthogonalize_stack(matrices: Tensor) -> Tensor:
     After the first polynomial has raised the small singular values, the others can be applied to the Gram matrices
     (N, R, R), which is faster.
     """
-    wide = matrices / (matrices.flatten(1).norm(dim=1)[:, None, None] + 1e-7)
+    wide = matrices / (torch.linalg.vector_norm(matrices, dim=(1, 2), keepdim=True) + 1e-7)
     wide = wide.to(choose_precision("auto", matrices.device))
     gram = wide @ wide.mT
-    bound = gram.flatten(1).norm(dim=1)[:, None, None] + 1e-7  # upper bounds on the squared singular values
+    bound = torch.linalg.vector_norm(gram, dim=(1, 2), keepdim=True) + 1e-7  # upper bounds on squared singular values
     wide, gram = wide * bound.rsqrt(), gram / bound
-    (a, b, c), *others = POLAR_EXPRESS
+    (a, b, c), second, *others = POLAR_EXPRESS
     wide = torch.baddbmm(wide, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), wide, beta=a)
     gram = wide @ wide.mT
-    factors: list[Tensor] = []
-    for a, b, c in others:
-        if factors:
-            gram = factors[-1] @ gram @ factors[-1]
-        factors.append(torch.baddbmm(gram, gram, gram, beta=b, alpha=c))
-        factors[-1].diagonal(dim1=1, dim2=2).add_(a)
-    first, second, third = factors
-    return (third @ second @ first @ wide).to(matrices.dtype)
+    a, b, c = second
+    rest = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # bG + cG^2
+    product = rest + a * torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
+    for next_a, b, c in others:
+        gram = torch.baddbmm(gram, rest, gram, beta=a)  # (aI + rest) G (aI + rest), in two steps
+        gram = torch.baddbmm(gram, gram, rest, beta=a)
+        a, rest = next_a, torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        product = torch.baddbmm(product, rest, product, beta=a)
+    return (product @ wide).to(matrices.dtype)
 
 
 def build_optimizer(model: nn.Module, lr: float, weight_decay: float) -> Muon:
@@ -147,7 +148,7 @@ def lr_factor(total_steps: int, warmup_steps: int) -> Callable[[int], float]:
 
 
 class WeightAverage:
-    """An exponential moving average of weights and buffers, in `module`.
+    """An exponential moving average of a model's weights and buffers, in `module`.
 
     Computed by torch.optim.swa_utils, whose AveragedModel would synchronize with the GPU at every update.
     """
@@ -156,16 +157,21 @@ class WeightAverage:
         self.module = copy.deepcopy(model).requires_grad_(False)
         self.updates = 0
         self.average = get_ema_multi_avg_fn(decay)
+        # collected once, since walking through the modules takes about as long as the update
+        own, new = ([*module.parameters(), *module.buffers()] for module in (self.module, model))
+        floats = [value.is_floating_point() for value in own]
+        self.floats = list(compress(own, floats)), list(compress(new, floats))
+        self.integers = list(compress(own, map(not_, floats))), list(compress(new, map(not_, floats)))
 
     @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
+    def update(self) -> None:
         """Move toward the weights of the model; integers, and at the first update all values, are copied."""
-        own, new = ([*module.parameters(), *module.buffers()] for module in (self.module, model))
-        floats = [value.is_floating_point() and self.updates > 0 for value in own]
         if self.updates:
-            self.average(list(compress(own, floats)), list(compress(new, floats)), None)
-        for value, other in compress(zip(own, new, strict=True), map(not_, floats)):
-            value.copy_(other)
+            self.average(*self.floats, None)
+        else:
+            torch._foreach_copy_(*self.floats)
+        if self.integers[0]:
+            torch._foreach_copy_(*self.integers)
         self.updates += 1
 
 

@@ -92,7 +92,8 @@ class Trainer:
             # each process computes its share of the loss, but DistributedDataParallel averages instead of adding
             scale = self.group.size / self.batching.accumulate
             self.state.scaler.scale(terms["loss"] * scale).backward()
-        gradients = [value.grad for value in self.state.model.parameters() if value.grad is not None]
+        parameters = (value for values in self.state.optimizer.param_groups for value in values["params"])
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         norm = get_total_norm(gradients) / self.group.size  # the rows of all processes are added up later
         if self.dtype == torch.float16:  # the scaler skips steps with non-finite gradients itself
             norm = torch.zeros_like(norm)

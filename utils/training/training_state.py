@@ -86,7 +86,7 @@ class TrainingState:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.scheduler.step()
-        self.ema.update(self.model)
+        self.ema.update()
 
     def take_snapshot(self, spec: ModelSpec) -> Checkpoint:
         """A copy on the training device: the averaged weights and everything needed to resume."""
