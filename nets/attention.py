@@ -15,7 +15,7 @@ ELA_NORM_GROUPS = 16  # groups of ELA's group norm
 
 
 class AttentionBlock(nn.Module, ABC):
-    """Base class: the output is the feature multiplied by its gates."""
+    """Base class: the output is the feature multiplied by its gates, in the feature's dtype."""
 
     @abstractmethod
     def gates(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -23,7 +23,7 @@ class AttentionBlock(nn.Module, ABC):
 
     def forward(self, x: Tensor) -> Tensor:
         for gate in self.gates(x):
-            x = x * gate
+            x = x * gate.to(x.dtype)  # autocast computes some gates in float32
         return x
 
 
@@ -127,9 +127,11 @@ class SimAM(AttentionBlock):
         self.regularisation = regularisation  # lambda of the paper; the name is stored in checkpoints
 
     def gates(self, x: Tensor) -> tuple[Tensor, ...]:
-        others = max(1, x.shape[2] * x.shape[3] - 1)
+        count = x.shape[2] * x.shape[3]
+        x = x.to(torch.promote_types(x.dtype, torch.float32))  # squares overflow in float16
         distance = (x - x.mean(dim=(2, 3), keepdim=True)).square()
-        variance = distance.sum(dim=(2, 3), keepdim=True) / others  # (B, C, 1, 1)
+        # (B, C, 1, 1); a mean, since the sum over a large feature overflows where an exported network runs in float16
+        variance = distance.mean(dim=(2, 3), keepdim=True) * (count / max(1, count - 1))
         return ((distance / (4 * (variance + self.regularisation)) + 0.5).sigmoid(),)
 
 

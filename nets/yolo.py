@@ -17,14 +17,14 @@ CLASS_PRIOR = 0.6  # divided by the number of classes - 0.99: initial bias of th
 
 
 class Upsample(nn.Module):
-    """(B, C, H, W) -> (B, C', 2H, 2W)."""
+    """(B, C, H, W) -> (B, C', 2H, 2W), in the input's dtype."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
         self.upsample = nn.Sequential(BasicConv(in_channels, out_channels, 1), nn.Upsample(scale_factor=2))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.upsample(x)
+        return self.upsample(x).to(x.dtype)  # CUDA's autocast runs nn.Upsample in float32
 
 
 def yolo_head(in_channels: int, hidden_channels: int, out_channels: int) -> nn.Sequential:

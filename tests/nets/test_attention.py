@@ -1,5 +1,6 @@
 """Attention blocks: reference values, the formulas of their papers in plain NumPy, arguments and documentation."""
 
+import copy
 import json
 import re
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from math import ceil, exp, floor
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import gradcheck
 from torch.export import Dim
@@ -31,6 +33,7 @@ from nets.attention import (
     parse_phi,
     se_block,
 )
+from nets.darknet53_tiny import LEAKY_SLOPE
 from nets.spec import ATTENTION_PLACES, ModelSpec
 from nets.yolo import YoloBody, build_model, count_cost
 from tests.conftest import ANCHORS, MASKS, REFERENCE, ROOT, needs_shared, reference_value, small_run
@@ -248,6 +251,63 @@ def test_any_input_size_trains(phi, size):
     sum(head.square().mean() for head in heads).backward()
     gradients = [value.grad for name, value in model.named_parameters() if "_att" in name]
     assert all(grad is not None and grad.isfinite().all() for grad in gradients)
+
+
+HALF = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+CONVERTED_OR_AUTOCAST = pytest.mark.parametrize("autocast", [False, True])
+SIDES = (1, 2, 40, 80)  # of the features, at input sizes of 32 and 1,280
+
+
+def make_feature(side: int, outliers: bool) -> Tensor:
+    """(1, 64, S, S) with the statistics that a trained batch norm gives, or with values up to 300."""
+    generator = torch.Generator().manual_seed(side)
+    scale, shift = (torch.randn(1, 64, 1, 1, generator=generator) for _ in range(2))
+    x = torch.randn(1, 64, side, side, generator=generator) * (scale.abs() + 0.2) + shift
+    if outliers:
+        x = (x * torch.randn(x.shape, generator=generator).exp() * 10).clamp(-300, 300)
+    return F.leaky_relu(x, LEAKY_SLOPE)
+
+
+def run_in_half(block: AttentionBlock, x: Tensor, autocast: bool) -> tuple[Tensor, ...]:
+    """The gates for x (B, C, H, W), the output and all gradients; the block is converted to x's dtype, or autocast."""
+    block = copy.deepcopy(block) if autocast else copy.deepcopy(block).to(x.dtype)
+    x = x.clone().requires_grad_(True)
+    with torch.autocast("cpu", x.dtype, enabled=autocast):
+        gates, output = block.gates(x), block(x)
+    output.backward(torch.full_like(output, 1 / x.shape[2:].numel()))
+    return *gates, output, x.grad, *(value.grad for value in block.parameters())
+
+
+@EVERY_BLOCK
+@HALF
+@CONVERTED_OR_AUTOCAST
+def test_outliers_do_not_overflow_in_half_precision(phi, dtype, autocast):
+    torch.manual_seed(phi)
+    block = ATTENTION[phi].block(64).eval()
+    for side in SIDES:
+        values = run_in_half(block, make_feature(side, outliers=True).to(dtype), autocast)
+        assert all(value.isfinite().all() for value in values), side
+
+
+@EVERY_BLOCK
+@HALF
+@CONVERTED_OR_AUTOCAST
+def test_gates_in_half_precision_agree_with_float32(phi, dtype, autocast):
+    torch.manual_seed(phi)
+    block = ATTENTION[phi].block(64).eval()
+    for side in SIDES:
+        x = make_feature(side, outliers=False).to(dtype)
+        with torch.no_grad():
+            expected = block.gates(x.float())
+        for gate, wanted in zip(run_in_half(block, x, autocast), expected, strict=False):
+            torch.testing.assert_close(gate.float(), wanted, atol=8 * torch.finfo(dtype).eps, rtol=0)
+
+
+def test_simam_separates_small_values_on_a_large_mean_in_half_precision():
+    """As in a channel whose batch norm has a small scale."""
+    x = (20 + 0.05 * torch.randn(1, 4, 40, 40, generator=torch.Generator().manual_seed(0))).half()
+    (gate,), (expected,) = SimAM(4).gates(x), SimAM(4).gates(x.double())
+    torch.testing.assert_close(gate.double(), expected, atol=1e-5, rtol=0)
 
 
 def test_all_blocks_export_to_onnx(tmp_path):

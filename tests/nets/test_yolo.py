@@ -1,11 +1,16 @@
 """The network: reference values, shapes, initialization and cost."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 
 from nets.attention import ATTENTION
 from nets.spec import ATTENTION_PLACES, ModelSpec
@@ -118,6 +123,36 @@ def test_one_seed_gives_every_phi_the_same_shared_weights(changes):
         own = weights(phi)
         assert all("_att." in name or name.startswith("attention_gain.") for name in own.keys() - plain.keys())
         assert [name for name, value in plain.items() if not torch.equal(value, own[name])] == [], phi
+
+
+@contextmanager
+def autocast_cuda(dtype: torch.dtype) -> Iterator[None]:
+    """torch.autocast("cuda"), which disables itself on a machine without a GPU."""
+    torch.set_autocast_dtype("cuda", dtype)
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+        torch.clear_autocast_cache()
+
+
+@pytest.mark.parametrize("phi", ATTENTION)
+def test_features_keep_their_dtype_under_cuda_autocast(phi):
+    """Autocast runs upsampling, softmax, sums and group norms in float32; what follows must not."""
+    names = ["upsample", "yolo_headP5", "yolo_headP4", *(f"{place}_att" for place in ATTENTION_PLACES if phi)]
+    dtypes = {}
+
+    def record(name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        dtypes[f"input of {name}"], dtypes[name] = inputs[0].dtype, output.dtype
+
+    with FakeTensorMode(), torch.device("cuda"), autocast_cuda(torch.float16):
+        model = YoloBody(MASKS, 2, phi, identity_start=phi > 0)
+        for name in names:
+            model.get_submodule(name).register_forward_hook(partial(record, name))
+        model(torch.rand(1, 3, 32, 64))
+    assert len(dtypes) == 2 * len(names)
+    assert dtypes == dict.fromkeys(dtypes, torch.float16)
 
 
 def test_counts_parameters_and_flop():
