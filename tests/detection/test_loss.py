@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.profiler import profile
 
 from nets.spec import STRIDES, ModelSpec
 from tests.conftest import ANCHORS
@@ -131,6 +132,37 @@ def test_gradients_are_finite_without_objects_and_for_extreme_heads():
         heads = [(head * scale).requires_grad_(True) for head in random_heads()]
         loss(heads, BOXES, labels)["loss"].backward()
         assert all(head.grad.isfinite().all() for head in heads)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("side", [32, 1280])
+@pytest.mark.parametrize("scale", [1.0, 100.0])
+def test_heads_in_half_precision_give_the_loss_of_their_values(dtype, side, scale):
+    """Sums over the cells, coordinates and counts exceed what float16 can represent."""
+    generator = torch.Generator().manual_seed(side)
+    shapes = [(3, 24, side // stride, side // stride) for stride in STRIDES]
+    heads = [(scale * torch.randn(shape, generator=generator)).to(dtype).requires_grad_(True) for shape in shapes]
+    expected = [head.detach().float().requires_grad_(True) for head in heads]
+    boxes, loss = BOXES * side / 128, YoloLoss(SPEC, SETTINGS, torch.device("cpu"))
+    terms, wanted = loss(heads, boxes, LABELS), loss(expected, boxes, LABELS)
+    assert all(term.isfinite() for term in wanted.values())
+    torch.testing.assert_close(terms, wanted, atol=0, rtol=0)
+    for total in (terms["loss"], wanted["loss"]):
+        (total * 1024).backward()  # as a gradient scaler does
+    for head, other in zip(heads, expected, strict=True):
+        assert head.grad.dtype == dtype
+        assert head.grad.isfinite().all()
+        torch.testing.assert_close(head.grad, other.grad.to(dtype), atol=0, rtol=0)
+
+
+def test_loss_reads_no_values_on_the_host():
+    """Each of these operations would make the host wait for a GPU."""
+    heads = [head.requires_grad_(True) for head in random_heads()]
+    with profile() as recorded:
+        YoloLoss(SPEC, SETTINGS, torch.device("cpu"))(heads, BOXES, LABELS)["loss"].backward()
+    called = {event.key for event in recorded.key_averages()}
+    assert "aten::binary_cross_entropy_with_logits" in called
+    assert not called & {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select"}
 
 
 def test_a_perfect_prediction_costs_nothing():

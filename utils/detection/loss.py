@@ -92,7 +92,8 @@ class YoloLoss:
             counted = (target >= 0) | ~self.overlaps_object(head, level, boxes, labels)
         objectness = F.binary_cross_entropy_with_logits(flat[..., 4], target.clamp(min=0), reduction="none")
 
-        one_hot = F.one_hot(labels.clamp(min=0).gather(1, assigned.target), self.num_classes)
+        # unlike F.one_hot, this does not read values on the host
+        one_hot = labels.gather(1, assigned.target)[..., None] == torch.arange(self.num_classes, device=labels.device)
         classes = F.binary_cross_entropy_with_logits(chosen[..., 5:], one_hot.float(), reduction="none").sum(dim=-1)
         sums = torch.stack([box, (objectness * counted).sum(), (classes * assigned.mask).sum()])
         num_assigned = assigned.mask.sum()
