@@ -142,7 +142,7 @@ PROBLEMS = {
     "CPU build": ({"built": False}, "built without CUDA; install the CUDA build from pytorch.org/get-started/locally"),
     "old GPU": (
         {"capabilities": ((6, 1),)},
-        "GPU 0 has compute capability 6.1, but this PyTorch supports only sm_75, .*older CUDA version",
+        "GPU 0 has compute capability 6.1, which this PyTorch does not support .only sm_75, .*older CUDA version",
     ),
 }
 

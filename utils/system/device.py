@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from math import inf
 from pathlib import Path
 from shutil import which
+from textwrap import shorten
 
 import torch
 
@@ -35,6 +36,7 @@ CURES = {  # by a part of torch's message
     "too old": f"update the driver, or install PyTorch for an older CUDA version from {INSTALL}",
     "": "check that nvidia-smi lists the GPU and that CUDA_VISIBLE_DEVICES does not hide it",
 }
+MAX_REASON = 160  # characters, since a reason may contain the whole command of a compiler
 MIN_SHOWN = 1e9  # bytes; CUDA itself needs up to about half of that in each process
 
 
@@ -87,9 +89,10 @@ def find_gpu_problem(index: int) -> str:
     capability, architectures = torch.cuda.get_device_capability(index), torch.cuda.get_arch_list()
     if has_kernels(capability, architectures):
         return ""
+    version = ".".join(map(str, capability))
     return (
-        f"GPU {index} has compute capability {capability[0]}.{capability[1]}, but this PyTorch supports only "
-        f"{', '.join(architectures)}; install one for this GPU from {INSTALL} (an old GPU needs an older CUDA version)"
+        f"GPU {index} has compute capability {version}, which this PyTorch does not support (only "
+        f"{', '.join(architectures)}); install one for this GPU from {INSTALL} (an old GPU needs an older CUDA version)"
     )
 
 
@@ -180,7 +183,7 @@ def find_compile_problem(device: torch.device) -> str:
 
 def explain_failed_compile(error: Exception, required: bool) -> None:
     """After torch.compile failed with `error`: raise UserError if it is `required`, otherwise print a notice."""
-    reason = shorten_error(error)
+    reason = shorten(shorten_error(error), MAX_REASON)
     if required:
         raise UserError(f"compile is on, but torch.compile failed: {reason}; use --compile off") from error
     print_notice(f"not using torch.compile, because it failed: {reason}")
