@@ -10,7 +10,7 @@ from torch import Tensor
 
 from utils.data.augment import NUM_COLUMNS, AugmentSettings, BatchPlan, plan_batch, render_batch
 from utils.data.cache import ImageCache
-from utils.system.device import side_stream
+from utils.system.device import side_stream, to_device
 from utils.system.distributed import ProcessGroup
 from utils.system.prefetch import prefetch_map
 
@@ -76,10 +76,3 @@ class EpochBatches:
                     for value in plan:
                         value.record_stream(current)  # keeps its memory from being reused too early
                 yield render(plan), plan.boxes, plan.labels
-
-
-def to_device(values: Tensor, device: torch.device) -> Tensor:
-    """Copy a tensor to the device if it is not there; to a GPU asynchronously, through pinned memory."""
-    if device.type == "cpu" or values.is_cuda:
-        return values.to(device)
-    return (values if values.is_pinned() else values.pin_memory()).to(device, non_blocking=True)

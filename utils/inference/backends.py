@@ -18,9 +18,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from nets.darknet53_tiny import BasicConv
 from nets.spec import ModelSpec
-from utils.data.loader import to_device
 from utils.detection.anchors import decode_heads, head_levels
-from utils.system.device import choose_precision, explain_failed_compile, is_out_of_memory
+from utils.system.device import choose_precision, explain_failed_compile, is_out_of_memory, to_device
 from utils.system.errors import UserError
 from utils.system.text import printable
 from utils.weights.checkpoint import FORMAT

@@ -16,6 +16,7 @@ from shutil import which
 from textwrap import shorten
 
 import torch
+from torch import Tensor
 
 from utils.system.errors import UserError
 
@@ -256,6 +257,13 @@ def describe_out_of_memory(error: Exception) -> str:
 def side_stream(device: torch.device) -> torch.cuda.Stream:
     """The stream for copies that overlap with training; each further stream would keep memory of its own."""
     return torch.cuda.Stream(device)
+
+
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor to the device if it is not there; to a GPU asynchronously, through pinned memory."""
+    if device.type == "cpu" or values.is_cuda:
+        return values.to(device)
+    return (values if values.is_pinned() else values.pin_memory()).to(device, non_blocking=True)
 
 
 def synchronize(device: torch.device) -> None:

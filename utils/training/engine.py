@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from nets.yolo import read_gains
 from utils.data.cache import ImageCache
-from utils.data.loader import EpochBatches, to_device
+from utils.data.loader import EpochBatches
 from utils.detection.loss import TERMS, YoloLoss
 from utils.detection.nms import EVALUATION_THRESHOLDS
 from utils.evaluation.metrics import evaluate, filter_confident
@@ -27,6 +27,7 @@ from utils.inference.detector import Detector
 from utils.inference.drawing import draw_sheet, draw_targets
 from utils.reports.evaluation_report import EvaluationReport
 from utils.reports.explain import compute_attention
+from utils.system.device import to_device
 from utils.system.distributed import ProcessGroup
 from utils.system.files import make_folder
 from utils.system.signals import StopSignals
