@@ -1,6 +1,7 @@
 """Dry runs leave no trace, and batches that do not fit into memory are reported."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from utils.system.diagnostics import Diagnostics
 from utils.system.distributed import ProcessGroup
 from utils.system.errors import UserError
 from utils.training import batch_size, engine
-from utils.training.batch_size import dry_run, format_duration, search_largest
+from utils.training.batch_size import dry_run, explain_out_of_memory, format_duration, search_largest
 from utils.training.engine import epoch_batches
 from utils.training.trainer import Batching, build_trainer
 from utils.training.training_state import Progress
@@ -73,6 +74,25 @@ def test_finds_the_largest_batch(max_size, limit, expected):
 def test_reports_that_not_even_one_image_fits():
     with pytest.raises(UserError, match="not even one image fits"):
         search_largest(lambda _: False, 10)
+
+
+def test_search_keeps_the_error_of_a_single_image(config, monkeypatch):
+    """It may have another reason than memory."""
+    text = "GET was unable to find an engine to execute this computation"
+    trainer = SimpleNamespace(device=torch.device("cpu"), group=ProcessGroup(), set_mode=lambda **_: None)
+
+    def fail(*_):
+        raise RuntimeError(text)
+
+    monkeypatch.setattr(batch_size, "try_steps", fail)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=1))
+    with pytest.raises(RuntimeError, match=text):
+        batch_size.find_largest_batch(trainer, config, None, 8)
+    with (
+        pytest.raises(UserError, match=rf"does not fit into memory \({text}\); try"),
+        explain_out_of_memory(8, (64, 64)),
+    ):
+        fail()
 
 
 def test_batch_size_0_needs_a_gpu(config, tmp_path):
