@@ -53,14 +53,16 @@ def test_orthogonalize_accepts_rank_one_and_zero():
     assert not orthogonalize([torch.zeros(8, 20)])[0].any()
 
 
-def test_matrices_in_a_stack_do_not_affect_each_other():
-    """On a GPU, matrices of equal heights are stacked, with columns of zeros."""
+def test_padding_does_not_change_orthogonalized_matrices():
+    """On a GPU, matrices of similar heights are stacked, padded with zeros."""
     torch.manual_seed(0)
-    wide, narrow = torch.randn(24, 90), torch.randn(24, 30)
-    stack = torch.stack([wide, torch.nn.functional.pad(narrow, (0, 60))])
-    for found, matrix in zip(orthogonalize_stack(stack), orthogonalize([wide, narrow]), strict=True):
-        torch.testing.assert_close(found[:, : matrix.shape[1]], matrix, atol=2e-2, rtol=0)
-        assert not found[:, matrix.shape[1] :].any()
+    matrices = torch.randn(24, 90), torch.randn(24, 30), torch.randn(16, 40)
+    padded = [torch.nn.functional.pad(m, (0, 90 - m.shape[1], 0, 24 - m.shape[0])) for m in matrices]
+    for found, matrix in zip(orthogonalize_stack(torch.stack(padded)), orthogonalize(matrices), strict=True):
+        rows, columns = matrix.shape
+        torch.testing.assert_close(found[:rows, :columns], matrix, atol=2e-2, rtol=0)
+        assert not found[rows:].any()
+        assert not found[:, columns:].any()
 
 
 def test_muon_step_equals_that_of_torch(monkeypatch):

@@ -20,6 +20,7 @@ FINAL_LR_SHARE = 0.01  # learning rate at the end of the cosine, relative to the
 ADAM_BETAS = (0.9, 0.999)
 ADAM_LR, ADAM_DECAY = 0.15, 0.5  # learning rate and weight decay of AdamW, relative to those of Muon
 MUON_MOMENTUM = 0.95
+MIN_STACK_HEIGHT = 128  # lower matrices are orthogonalized together on a GPU
 POLAR_EXPRESS = (  # a, b, c of odd polynomials ax + bx^3 + cx^5; applied in turn, they map 0.0075..1 to 0.93..1.03
     (7.9561, -21.9821, 15.3236),  # all but the last are divided by 1.03, to allow for rounding in bf16
     (3.6592, -2.5781, 0.4722),
@@ -91,19 +92,22 @@ class Muon(AdamW):
 def orthogonalize(matrices: Sequence[Tensor]) -> list[Tensor]:
     """Bring the singular values of matrices (R, C) near 1, by the polynomials of Polar Express (arXiv 2505.16932).
 
-    Computed in bf16 if the hardware supports it, in stacks of matrices: of equal shapes on the CPU; on a GPU, of equal
-    heights, where columns of zeros cost less than further kernel launches.
+    Computed in bf16 if the hardware supports it, in stacks of matrices: on the CPU, of equal shapes; on a GPU, of
+    similar heights, since padding with zeros costs less than further kernel launches.
     """
     wide = [matrix if len(matrix) <= matrix.shape[1] else matrix.T for matrix in matrices]
     stacks: dict[Any, list[int]] = {}
     for index, matrix in enumerate(wide):
-        stacks.setdefault(len(matrix) if matrix.is_cuda else matrix.shape, []).append(index)
+        key = max(len(matrix), MIN_STACK_HEIGHT) if matrix.is_cuda else matrix.shape
+        stacks.setdefault(key, []).append(index)
     for indices in stacks.values():
         members = [wide[index] for index in indices]
-        stack = members[0].new_zeros(len(members), len(members[0]), max(matrix.shape[1] for matrix in members))
-        torch._foreach_copy_([row[:, : m.shape[1]] for row, m in zip(stack, members, strict=True)], members)
-        for index, matrix, row in zip(indices, members, orthogonalize_stack(stack), strict=True):
-            wide[index] = row[:, : matrix.shape[1]]
+        sides = (max(matrix.shape[axis] for matrix in members) for axis in (0, 1))
+        stack = members[0].new_zeros(len(members), *sides)
+        parts = [padded[: len(matrix), : matrix.shape[1]] for padded, matrix in zip(stack, members, strict=True)]
+        torch._foreach_copy_(parts, members)
+        for index, matrix, padded in zip(indices, members, orthogonalize_stack(stack), strict=True):
+            wide[index] = padded[: len(matrix), : matrix.shape[1]]
     return [new if new.shape == old.shape else new.T for new, old in zip(wide, matrices, strict=True)]
 
 
