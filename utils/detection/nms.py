@@ -6,15 +6,17 @@ from math import inf
 
 import torch
 from torch import Tensor
-from torchvision.ops import batched_nms, box_iou
+from torch.nn.functional import pad
+from torchvision.ops import nms
 
+from utils.detection.boxes import batched_iou
 from utils.system.errors import UserError, check_range
 
 FALLBACK_CONFIDENCE = 0.3  # threshold of a class for which validation has suggested none
 MIN_CONFIDENCE = 0.1  # lowest suggested threshold; lower-scoring boxes do not take part in box averaging
+MAX_SINGLE_NMS = 1000  # maximum number of boxes for which one NMS of all groups is faster on the CPU
+MAX_PAIRS = 1_000_000  # of boxes that are averaged at once, to stay within the CPU cache
 VOTING_SIGMA = 0.05  # parameter of variance voting; larger values give boxes with a low IoU more weight
-
-Selection = tuple[Tensor, Tensor, Tensor]  # boxes (D, 4), scores (D,), labels (D,)
 
 
 @dataclass(frozen=True)
@@ -42,47 +44,74 @@ class Thresholds:
 EVALUATION_THRESHOLDS = Thresholds(confidence=0.001)  # low, to cover the whole precision-recall curve
 
 
-def select_detections(boxes: Tensor, scores: Tensor, confidence: float | Tensor, limits: Thresholds) -> list[Selection]:
-    """Boxes (B, N, 4) xyxy and class scores (B, N, C) -> per image boxes (D, 4), scores (D,), labels (D,).
+def select_detections(boxes: Tensor, scores: Tensor, confidence: float | Tensor, limits: Thresholds) -> Tensor:
+    """Boxes (B, N, 4) xyxy and class scores (B, N, C) -> detections (B, D, 6): xyxy, score, label.
 
     A box is a candidate for each class whose score exceeds `confidence`, a number or one per class (C,), which replaces
-    that of `limits`. Detections are in descending order of score, with boxes refined by `average_boxes`.
+    that of `limits`. Detections are in descending order of score, with boxes refined by `average_boxes`; images with
+    fewer than D are padded with rows of -1. Waits for the GPU twice: for two counts, and within NMS.
     """
-    batch, _, num_classes = scores.shape
+    num_classes = scores.shape[2]
     flat = scores.flatten(1)  # (B, N*C)
     scores, order = flat.topk(min(limits.top_k, flat.shape[1]), dim=1)  # (B, K), descending
     labels = order % num_classes
-    if isinstance(confidence, Tensor):
-        confidence = confidence[labels]
-    images, columns = (scores > confidence).nonzero(as_tuple=True)
-    places = order // num_classes
+    boxes = boxes.take_along_dim((order // num_classes)[..., None], dim=1)  # (B, K, 4)
+    is_candidate = scores > (confidence[labels] if isinstance(confidence, Tensor) else confidence)
+    max_voters = (scores > MIN_CONFIDENCE).sum(dim=1).amax()  # the voters of an image are its first rows
+    num_candidates, max_voters = torch.stack([is_candidate.sum(), max_voters]).tolist()
+
+    images, columns = torch.nonzero_static(is_candidate, size=num_candidates).unbind(dim=1)
     groups = images if limits.class_agnostic else images * num_classes + labels[images, columns]
-    entering = boxes[images, places[images, columns]], scores[images, columns]
-    # float64, since batched_nms may offset the boxes of each group by a large number
-    kept = batched_nms(*(values.double() for values in entering), groups, limits.nms_iou)
-    kept = kept.sort().values  # sorted by image, then by descending score
-    images, columns = images[kept], columns[kept]
-    voters = (scores > MIN_CONFIDENCE).sum(dim=1)  # per image; the voters are its first candidates
-    counts, voters = torch.stack([torch.bincount(images, minlength=batch), voters]).tolist()
-    found = []
-    for image, (own, voting) in enumerate(zip(columns.split(counts), voters, strict=True)):
-        detections, candidates = (
-            (boxes[image, places[image, which]], scores[image, which], labels[image, which])
-            for which in (own[: limits.max_detections], slice(voting))
-        )
-        found.append((average_boxes(detections, candidates), *detections[1:]))
-    return found
+    kept = suppress_overlaps(boxes[images, columns], scores[images, columns], groups, limits.nms_iou).sort().values
+    images, columns = images[kept], columns[kept]  # sorted by image, then by descending score
+    chosen = torch.full_like(order, scores.shape[1])  # (B, K), of the detections of each image; K: padding
+    chosen[images, torch.arange(len(images), device=images.device) - torch.searchsorted(images, images)] = columns
+    chosen = chosen[:, : limits.max_detections, None]  # (B, D, 1)
+
+    rows = torch.cat([boxes, scores[..., None], labels[..., None]], dim=-1)  # (B, K, 6)
+    detections = pad(rows, (0, 0, 0, 1), value=-1).take_along_dim(chosen, dim=1)  # (B, D, 6)
+    confident, voters = detections[:, :max_voters], rows[:, :max_voters]  # confident detections are voters too
+    images_at_once = max(1, MAX_PAIRS // max(1, max_voters * confident.shape[1]))
+    for own, near in zip(confident.split(images_at_once), voters.split(images_at_once), strict=True):
+        own[..., :4] = average_boxes(own, near)
+    return detections
 
 
-def average_boxes(detections: Selection, candidates: Selection) -> Tensor:
-    """Replace each box by a weighted mean of the `candidates` of its class; returns (D, 4).
+def suppress_overlaps(boxes: Tensor, scores: Tensor, groups: Tensor, max_iou: float) -> Tensor:
+    """NMS of boxes (M, 4) within each group (M,); returns the indices of the remaining boxes, in any order.
+
+    Unlike torchvision's batched_nms, it waits for a GPU only once, and allows for negative coordinates.
+    """
+    boxes, scores = boxes.double(), scores.double()
+    if not len(boxes):
+        return groups
+    if boxes.is_cuda or len(boxes) <= MAX_SINGLE_NMS:
+        return nms(move_apart(boxes, groups), scores, max_iou)
+    order = groups.argsort(stable=True)
+    counts = groups[order].unique_consecutive(return_counts=True)[1].tolist()
+    return torch.cat([own[nms(boxes[own], scores[own], max_iou)] for own in order.split(counts)])
+
+
+def move_apart(boxes: Tensor, groups: Tensor) -> Tensor:
+    """Offset float64 boxes (M, 4) so that those of different groups (M,) do not overlap.
+
+    The offsets are whole numbers, so that rounding moves boxes with float32 coordinates by less than 1e-6 pixels.
+    """
+    step = (boxes.amax() - boxes.amin()).ceil() + 1
+    return boxes + (groups * step)[:, None]
+
+
+def average_boxes(detections: Tensor, voters: Tensor) -> Tensor:
+    """Replace each box by a weighted mean of the `voters` of its class: rows (B, D, 6) and (B, V, 6) -> (B, D, 4).
 
     The weight is score * exp(-(1 - IoU)^2 / VOTING_SIGMA), as in variance voting (arXiv 1809.08545) with the score in
-    place of the variance. Boxes that score MIN_CONFIDENCE or less are returned unchanged.
+    place of the variance. Boxes that score MIN_CONFIDENCE or less do not vote, and are returned unchanged.
     """
-    (boxes, scores, labels), (near, near_scores, near_labels) = detections, candidates
-    weights = near_scores * torch.exp(-((1 - box_iou(boxes, near)) ** 2) / VOTING_SIGMA)
-    weights = weights * (labels[:, None] == near_labels)
-    total = weights.sum(dim=1, keepdim=True)  # at least the box's own score; NaN for a box without area
-    has_votes = (scores[:, None] > MIN_CONFIDENCE) & (total > MIN_CONFIDENCE)
+    boxes, near = detections[..., :4], voters[..., :4]
+    scores, labels = detections[..., 4:5], detections[..., 5:]  # (B, D, 1)
+    near_scores, near_labels = voters[..., 4].unsqueeze(1), voters[..., 5].unsqueeze(1)  # (B, 1, V)
+    votes = near_scores * (near_scores > MIN_CONFIDENCE)
+    weights = votes * torch.exp(-((1 - batched_iou(boxes, near)) ** 2) / VOTING_SIGMA) * (labels == near_labels)
+    total = weights.sum(dim=-1, keepdim=True)  # at least the box's own score, unless it has no area
+    has_votes = (scores > MIN_CONFIDENCE) & (total > MIN_CONFIDENCE)
     return torch.where(has_votes, weights @ near / total, boxes)

@@ -1,6 +1,6 @@
 """The only inference path: from images to detections in image pixels."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import inf
 from pathlib import Path
 from typing import NamedTuple
@@ -132,24 +132,46 @@ class Detector:
     ) -> list[sv.Detections]:
         """The detections in each image of a cached dataset; in a group, only the main process returns all of them."""
         group = group or ProcessGroup()
-        found: dict[int, list[sv.Detections]] = {}
+        found: dict[int, Tensor] = {}
         disable = None if group.is_main else True
         with tqdm(total=len(cache), desc="evaluating", leave=False, disable=disable) as progress:
             for part, outputs in self.run_cached(cache, batch_size, group):
-                found[part.start] = self.select(outputs, cache.fits[part], cache.sizes[part])
+                found[part.start] = self.select_rows(outputs)
                 progress.update(group.size * (part.stop - part.start))
-        return [item for batch in group.gather(found).values() for item in batch]
+        return self.gather_detections(found, cache, group)
+
+    def gather_detections(
+        self, found: Mapping[int, Tensor], cache: ImageCache, group: ProcessGroup
+    ) -> list[sv.Detections]:
+        """Rows of `select_rows`, by the first image of their batch -> detections; only the main process returns all.
+
+        A single copy moves the rows of all batches to the host, since each would wait for the GPU.
+        """
+        blank = torch.empty(0, device=self.network.device)  # for a process without batches
+        batches = torch.cat([blank, *found.values()]).cpu().split([len(rows) for rows in found.values()])
+        gathered = group.gather({start: rows.numpy() for start, rows in zip(found, batches, strict=True)})
+        rows = [own for batch in gathered.values() for own in batch]
+        return self.to_detections(rows, cache.fits[: len(rows)], cache.sizes[: len(rows)])
 
     @torch.inference_mode()
+    def select_rows(self, outputs: Sequence[Tensor]) -> Tensor:
+        """Outputs of the network -> detections (B, D, 6) as from `select_detections`, on the device."""
+        return select_detections(*self.network.to_boxes(outputs), self.confidences, self.thresholds)
+
     def select(
         self, outputs: Sequence[Tensor], fits: Sequence[Fit], sizes: Sequence[tuple[int, int]]
     ) -> list[sv.Detections]:
         """Outputs of the network -> detections in pixels of the original images, whose `sizes` are (height, width)."""
-        detections = []
-        selected = select_detections(*self.network.to_boxes(outputs), self.confidences, self.thresholds)
-        for fit, size, item in zip(fits, sizes, selected, strict=True):
-            boxes, scores, labels = (values.cpu().numpy() for values in item)
-            boxes = clip_boxes(fit.to_original(boxes.astype(np.float32)), size)
-            names = {"class_name": np.array(self.spec.class_names)[labels]}
-            detections.append(sv.Detections(boxes, None, scores, labels.astype(np.int64), data=names))
+        return self.to_detections(self.select_rows(outputs).cpu().numpy(), fits, sizes)
+
+    def to_detections(
+        self, rows: Iterable[np.ndarray], fits: Sequence[Fit], sizes: Sequence[tuple[int, int]]
+    ) -> list[sv.Detections]:
+        """Rows (D, 6) of each image, as from `select_rows` -> detections in pixels of the original images."""
+        detections, class_names = [], np.array(self.spec.class_names)
+        for fit, size, padded in zip(fits, sizes, rows, strict=True):
+            found = padded[padded[:, 5] >= 0]
+            boxes, scores, labels = found[:, :4], found[:, 4], found[:, 5].astype(np.int64)
+            boxes = clip_boxes(fit.to_original(boxes), size)
+            detections.append(sv.Detections(boxes, None, scores, labels, data={"class_name": class_names[labels]}))
         return detections
