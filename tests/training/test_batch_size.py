@@ -87,7 +87,7 @@ def test_search_keeps_the_error_of_a_single_image(config, monkeypatch):
     monkeypatch.setattr(batch_size, "try_steps", fail)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=1))
     with pytest.raises(RuntimeError, match=text):
-        batch_size.find_largest_batch(trainer, config, None, 8)
+        batch_size.find_largest_batch(trainer, config, range(8), 8)
     with (
         pytest.raises(UserError, match=rf"does not fit into memory \({text}\); try"),
         explain_out_of_memory(8, (64, 64)),
