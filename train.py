@@ -77,7 +77,7 @@ class Config:
     nominal_batch: int = 8  # images per optimizer step; gradients of smaller batches are accumulated
     eval_every: int = 5  # epochs between validations; the last epoch is always validated
     patience: int = 0  # stop after this many validations without an AP improvement; 0: never
-    checkpoint_every: int = 0  # optimizer steps between checkpoints within an epoch; 0: only after each epoch
+    checkpoint_every: int = 0  # optimizer steps between checkpoints within an epoch; 0: only at the end of epochs
     cache: str = "auto"  # where decoded images are kept: auto, device, ram or disk
     seed: int = 0  # random seed for initialization, sample order and augmentation
     device: str = "auto"  # auto, cpu, cuda or cuda:N, the GPU with index N

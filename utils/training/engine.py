@@ -39,6 +39,7 @@ from utils.weights.checkpoint import BEST, Checkpoint
 VALIDATION_BATCH = 16  # images per batch, also the default of eval.py
 PREVIEW_IMAGES = 8  # images per picture of a batch or of a validation
 GATE_IMAGES = 4  # images whose attention gates are logged
+SAVE_INTERVAL = 30.0  # seconds between checkpoints; on a GPU, saving may take longer than an epoch
 CHECK_INTERVAL = 20  # batches between two checks of the losses, which wait for the device
 PRINTED = ("train/loss", "val/loss", "val/AP", "val/AP50", "train/images_per_second")
 
@@ -71,8 +72,9 @@ def run_epoch(trainer: Trainer, settings: Any, data: RunData, run: RunFolder, st
     values["seconds"] = time.perf_counter() - trainer.started
     run.log_epoch(epoch, values)
     trainer.update_snapshot(metrics=metrics)
-    last = trainer.snapshot
-    run.save_checkpoints(last, Checkpoint(trainer.spec, last.weights, last.info, {}) if is_best else None)
+    if is_best or progress.is_finished(settings.patience) or run.seconds_since_save() >= SAVE_INTERVAL:
+        last = trainer.snapshot
+        run.save_checkpoints(last, Checkpoint(trainer.spec, last.weights, last.info, {}) if is_best else None)
     printed = " ".join(f"{name} {values[name]:.4g}" for name in PRINTED if name in values)
     trainer.group.print_once(f"epoch {epoch}/{progress.end} {printed}")
 

@@ -6,10 +6,12 @@ Also loads the settings of a resumed run, and verifies that its data have not ch
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, replace
+from math import inf
 from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeVar
 
@@ -44,6 +46,7 @@ class RunFolder:
         self.failed: set[str] = set()  # kinds of optional output that could not be written
         self.writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
         self.writing: Future[None] | None = None
+        self.saved = -inf  # time of the last checkpoint
         self.lock_file: IO[bytes] | None = None
         if not read_only:
             make_folder(path)
@@ -105,10 +108,14 @@ class RunFolder:
     def save_checkpoints(self, last: Checkpoint, best: Checkpoint | None = None) -> None:
         """Start writing checkpoints; raises the error of the previous call if it failed."""
         self.finish_saving()
+        self.saved = time.perf_counter()
         if not self.read_only:
             device = next(iter(last.weights.values())).device
             copied = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
             self.writing = self.writer.submit(self.write_checkpoints, last, best, copied)
+
+    def seconds_since_save(self) -> float:
+        return time.perf_counter() - self.saved
 
     def write_checkpoints(self, last: Checkpoint, best: Checkpoint | None, copied: torch.cuda.Event | None) -> None:
         """Runs in the writer thread; with a GPU, in a separate stream that waits for the copies of the snapshot."""
