@@ -1,6 +1,8 @@
 """Dry runs leave no trace, and batches that do not fit into memory are reported."""
 
+import logging
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -8,6 +10,8 @@ import torch
 
 import train
 from tests.conftest import small_run
+from tests.narrow_network import use_narrow_network
+from utils.system.device import print_notice
 from utils.system.diagnostics import Diagnostics
 from utils.system.distributed import ProcessGroup
 from utils.system.errors import UserError
@@ -36,6 +40,47 @@ def test_dry_run_restores_the_state(config, capsys):
     printed = capsys.readouterr().out
     assert "a step of 8 images at 64x64 takes" in printed
     assert " GB; estimated training time " in printed
+
+
+@pytest.fixture
+def broken_compiler(monkeypatch):
+    """torch.compile fails as it does without Python's headers."""
+
+    def fail(*_):
+        raise OSError("Python.h: No such file or directory")
+
+    use_narrow_network(monkeypatch)
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=fail))
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda *args, **named: compile_module(*args, **named, backend=fail))
+    monkeypatch.setattr("utils.training.trainer.choose_compile", lambda *_: True)
+    monkeypatch.setattr(logging.getLogger("torch.__trace"), "handlers", [])  # pytest would keep all of its output
+    print_notice.cache_clear()
+    yield
+    torch.compiler.set_stance("default")
+
+
+@pytest.mark.usefixtures("broken_compiler")
+def test_trains_without_compilation_if_it_fails(config, tmp_path, capsys):
+    folder = train.main(replace(config, epochs=1, run_dir=str(tmp_path / "run")))
+    assert (folder / "last.safetensors").is_file()
+    assert capsys.readouterr().err.count("not using torch.compile, because it failed") == 1
+
+
+@pytest.mark.usefixtures("broken_compiler")
+def test_reports_that_required_compilation_fails(config, tmp_path):
+    with pytest.raises(UserError, match=r"compile is on, but torch.compile failed: .*Python.h"):
+        train.main(replace(config, compile="on", run_dir=str(tmp_path / "run")))
+
+
+@pytest.mark.usefixtures("broken_compiler")
+def test_does_not_blame_compilation_for_other_errors(config, tmp_path, monkeypatch):
+    def fail(*_):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(batch_size, "take_step", fail)
+    with pytest.raises(ZeroDivisionError):
+        train.main(replace(config, compile="on", run_dir=str(tmp_path / "run")))
 
 
 @pytest.mark.parametrize(

@@ -184,7 +184,8 @@ def find_compile_problem(device: torch.device) -> str:
 
 def explain_failed_compile(error: Exception, required: bool) -> None:
     """After torch.compile failed with `error`: raise UserError if it is `required`, otherwise print a notice."""
-    reason = shorten(shorten_error(error), MAX_REASON)
+    inner = getattr(error, "inner_exception", None)  # of the compiler
+    reason = shorten(f"{type(inner).__name__}: {shorten_error(inner)}" if inner else shorten_error(error), MAX_REASON)
     if required:
         raise UserError(f"compile is on, but torch.compile failed: {reason}; use --compile off") from error
     print_notice(f"not using torch.compile, because it failed: {reason}")

@@ -14,7 +14,7 @@ from torch import Tensor
 from nets.spec import ModelSpec
 from utils.data.cache import ImageCache
 from utils.data.loader import EpochBatches
-from utils.system.device import describe_memory, is_out_of_memory, synchronize
+from utils.system.device import describe_memory, explain_failed_compile, is_out_of_memory, synchronize
 from utils.system.distributed import ProcessGroup
 from utils.system.errors import UserError
 from utils.training.run_folder import RunData
@@ -55,7 +55,7 @@ def resolve_batch_size(
 def dry_run(trainer: Trainer, settings: Any, data: RunData, batches: EpochBatches) -> None:
     """Take some steps, which also compiles the network; print their time and memory, and restore the training state.
 
-    If compilation fails, it is given up, or with the setting "on", UserError is raised.
+    If compilation fails, the run goes on without it; with the setting "on", raises UserError.
     """
     batch_size, progress = trainer.batching.batch_size, trainer.state.progress
     with explain_out_of_memory(batch_size, trainer.spec.input_size):
@@ -64,12 +64,9 @@ def dry_run(trainer: Trainer, settings: Any, data: RunData, batches: EpochBatche
         except Exception as error:  # compilation can fail anywhere in torch, Triton or the C compiler
             if not trainer.compiled or is_out_of_memory(error):
                 raise
-            reason = f"torch.compile failed ({str(error).strip().partition(chr(10))[0]})"
-            if settings.compile == "on":
-                raise UserError(f"{reason}; use --compile off") from error
-            trainer.group.print_once(f"{reason}; training without it")
             torch.compiler.set_stance("force_eager")
-            seconds, memory = try_modes(trainer, settings, batches)
+            seconds, memory = try_modes(trainer, settings, batches)  # fails again if there is another reason
+            explain_failed_compile(error, required=settings.compile == "on")
     trainer.roll_back()
     height, width = trainer.spec.input_size
     epochs = progress.end - progress.epoch
