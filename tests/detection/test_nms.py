@@ -1,10 +1,15 @@
-"""Selection and averaging of detections, by hand."""
+"""Selection and averaging of detections, by hand and compared with one image and one box at a time."""
 
-from math import exp
+from math import exp, inf
 
+import pytest
 import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensor, FakeTensorMode
+from torchvision.ops import box_iou
 
-from utils.detection.nms import VOTING_SIGMA, Thresholds, select_detections
+from utils.detection import nms
+from utils.detection.nms import MIN_CONFIDENCE, VOTING_SIGMA, Thresholds, select_detections
 
 BOXES = torch.tensor(
     [[[0.0, 0, 10, 10], [0, 0, 10, 9], [20, 20, 30, 30]], [[0.0, 0, 10, 10], [1, 1, 5, 5], [0, 0, 9, 9]]]
@@ -89,3 +94,80 @@ def test_class_agnostic_suppression_keeps_one_class_per_object():
 def test_each_class_has_its_own_threshold():
     first, _ = select(BOXES, SCORES, torch.tensor([float("inf"), 0.15]))
     assert first[2].tolist() == [1, 1]
+
+
+def select_one_by_one(boxes: Tensor, scores: Tensor, confidence: Tensor, limits: Thresholds) -> list[list[float]]:
+    """The detections in one image with boxes (N, 4) and scores (N, C), as rows of xyxy, score and label."""
+    ious = box_iou(boxes.double(), boxes.double())
+    order = scores.flatten().argsort(descending=True, stable=True)[: limits.top_k]
+    order = [divmod(index, scores.shape[1]) for index in order.tolist()]
+    voters = [(box, label) for box, label in order if scores[box, label] > MIN_CONFIDENCE]
+    kept: list[tuple[int, int]] = []
+    for box, label in order:
+        rivals = [other for other, own in kept if own == label or limits.class_agnostic]
+        if scores[box, label] > confidence[label] and not (ious[box, rivals] > limits.nms_iou).any():
+            kept.append((box, label))
+    rows = []
+    for box, label in kept[: limits.max_detections]:
+        near = [other for other, own in voters if own == label]
+        weights = scores[near, label].double() * (-((1 - ious[box, near]) ** 2) / VOTING_SIGMA).exp()
+        is_averaged = scores[box, label] > MIN_CONFIDENCE
+        mean = weights @ boxes[near].double() / weights.sum() if is_averaged else boxes[box]
+        rows.append([*mean.tolist(), scores[box, label].item(), label])
+    return rows
+
+
+@pytest.mark.parametrize("at_once", [0, 10**9], ids=["NMS per group", "one NMS"])
+@pytest.mark.parametrize(
+    ("offset", "growth", "limits"),
+    [
+        (0, 1, Thresholds()),
+        (-250, 1, Thresholds(nms_iou=0.2, max_detections=7)),
+        (-250, 1, Thresholds(class_agnostic=True, nms_iou=0.2)),
+        (0, 1e6, Thresholds(top_k=40)),
+    ],
+    ids=["plain", "negative coordinates", "class-agnostic", "huge boxes"],
+)
+def test_batch_equals_one_by_one(at_once, offset, growth, limits, monkeypatch):
+    """With NMS of all groups at once, as on a GPU, and group by group; sparse votes and equal scores included."""
+    monkeypatch.setattr(nms, "MAX_SINGLE_NMS", at_once)
+    monkeypatch.setattr(nms, "MAX_PAIRS", 5000)  # averages a few images at a time
+    generator = torch.Generator().manual_seed(0)
+    corners = torch.rand(5, 60, 2, generator=generator) * 200 + offset
+    sides = 20 + 80 * torch.rand(5, 60, 2, generator=generator)
+    sides[:, ::7] *= growth
+    boxes = torch.cat([corners, corners + sides], dim=-1)
+    scores = torch.rand(5, 60, 3, generator=generator) ** 2
+    scores[3] = 0
+    scores[4] = (scores[4] * 10).round() / 10 * (torch.arange(60) < 5)[:, None]  # equal scores, few of them positive
+    confidence = torch.tensor([0.05, 0.3, inf])
+    for i, (own, own_scores, labels) in enumerate(select(boxes, scores, confidence, limits)):
+        expected = torch.tensor(select_one_by_one(boxes[i], scores[i], confidence, limits)).view(-1, 6)
+        assert torch.equal(own_scores, expected[:, 4])
+        assert torch.equal(labels, expected[:, 5].long())
+        torch.testing.assert_close(own, expected[:, :4], atol=1e-4, rtol=1e-6)
+
+
+def test_boxes_of_other_classes_and_images_never_overlap():
+    """Not even if they lie beyond opposite corners of the image, where torchvision's batched_nms lets them overlap."""
+    boxes = torch.tensor([[[-99.0, -99, 1, 1], [0, 0, 100, 100]], [[-99, -99, 1, 1], [0, 0, 100, 100]]])
+    scores = torch.tensor([[[0.9, 0.0], [0.0, 0.8]], [[0.9, 0.0], [0.0, 0.8]]])
+    for found, _, _ in select(boxes, scores, 0.5):
+        assert torch.equal(found, boxes[0])
+
+
+def test_selection_waits_for_the_gpu_twice(monkeypatch):
+    """On imitated CUDA tensors, on which anything else that needs values on the host raises."""
+    waits = []
+    monkeypatch.setattr(FakeTensor, "tolist", lambda _: waits.append("counts") or [500, 40])
+    monkeypatch.setattr(nms, "nms", lambda boxes, *_: waits.append("NMS") or torch.arange(70, device=boxes.device))
+    with FakeTensorMode():
+        boxes, scores = torch.empty(16, 300, 4, device="cuda"), torch.empty(16, 300, 20, device="cuda")
+        for confidence in (0.001, torch.empty(20, device="cuda")):
+            waits.clear()
+            found = select_detections(boxes, scores, confidence, Thresholds())
+            assert found.shape == (16, 300, 6)
+            assert found.device.type == "cuda"
+            assert waits == ["counts", "NMS"]
+        with pytest.raises(DynamicOutputShapeException):
+            scores.nonzero()

@@ -2,16 +2,21 @@
 
 import json
 import logging
+from collections import Counter
 from dataclasses import replace
 from functools import partial
+from math import inf
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from torch.overrides import TorchFunctionMode
 
 import train
 from tests.conftest import small_run
 from tests.narrow_network import use_narrow_network
+from utils.detection import nms
 from utils.system.diagnostics import Diagnostics
 from utils.system.distributed import ProcessGroup
 from utils.training import engine
@@ -67,6 +72,44 @@ def test_compiles_once_and_trains_like_eager(config, tmp_path, monkeypatch):
     eager = train.main(replace(settings, compile="off", run_dir=str(tmp_path / "b")))
     for ours, theirs in zip(records(folder), records(eager), strict=True):
         assert ours["train/loss"] == pytest.approx(theirs["train/loss"], abs=1e-5)
+
+
+class HostReads(TorchFunctionMode):
+    """Counts the calls that wait for a GPU because the host needs values."""
+
+    NAMES = ("cpu", "tolist", "item", "nonzero", "masked_select", "bincount", "__bool__", "__int__", "__float__")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        name = getattr(func, "__name__", "")
+        indexes = args[1] if name in ("__getitem__", "__setitem__") else ()
+        for index in indexes if isinstance(indexes, tuple) else (indexes,):
+            self.counts["mask"] += isinstance(index, torch.Tensor) and index.dtype == torch.bool
+        self.counts[name] += name in self.NAMES
+        return func(*args, **(kwargs or {}))
+
+
+def test_validation_reads_once_per_batch(config, monkeypatch):
+    """Two counts in the selection of detections; the losses and detections are read after the last batch."""
+    use_narrow_network(monkeypatch)
+    monkeypatch.setattr(nms, "MAX_SINGLE_NMS", inf)  # all groups at once, as on a GPU
+    device, group = torch.device("cpu"), ProcessGroup()
+    spec = train.new_spec(config, {}, Diagnostics())
+    trainer = build_trainer(config, spec, Batching.plan(16, 8, 8), Progress(end=2), device, group)
+    cache = train.load_data(config, spec, device, group, Diagnostics()).val
+    reads, values = [], []
+    for batch_size in (len(cache), len(cache) // 2):
+        monkeypatch.setattr(engine, "VALIDATION_BATCH", batch_size)
+        with HostReads() as counter:
+            values.append(engine.validate(trainer, cache, MagicMock(read_only=True), MagicMock(requested=False))[0])
+        reads.append(counter.counts)
+    batches = -(-len(cache) // (len(cache) // 2))
+    assert reads[0]["tolist"]
+    assert reads[1] - reads[0] == {"tolist": batches - 1}
+    assert values[1] == pytest.approx(values[0], abs=1e-4)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
