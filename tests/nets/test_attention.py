@@ -258,13 +258,12 @@ CONVERTED_OR_AUTOCAST = pytest.mark.parametrize("autocast", [False, True])
 SIDES = (1, 2, 40, 80)  # of the features, at input sizes of 32 and 1,280
 
 
-def make_feature(side: int, outliers: bool) -> Tensor:
-    """(1, 64, S, S) with the statistics that a trained batch norm gives, or with values up to 300."""
+def make_feature(side: int) -> Tensor:
+    """(1, 64, S, S) with the statistics that a trained batch norm gives, and outliers up to 300."""
     generator = torch.Generator().manual_seed(side)
     scale, shift = (torch.randn(1, 64, 1, 1, generator=generator) for _ in range(2))
     x = torch.randn(1, 64, side, side, generator=generator) * (scale.abs() + 0.2) + shift
-    if outliers:
-        x = (x * torch.randn(x.shape, generator=generator).exp() * 10).clamp(-300, 300)
+    x = (x * torch.randn(x.shape, generator=generator).exp() * 10).clamp(-300, 300)
     return F.leaky_relu(x, LEAKY_SLOPE)
 
 
@@ -285,22 +284,8 @@ def test_outliers_do_not_overflow_in_half_precision(phi, dtype, autocast):
     torch.manual_seed(phi)
     block = ATTENTION[phi].block(64).eval()
     for side in SIDES:
-        values = run_in_half(block, make_feature(side, outliers=True).to(dtype), autocast)
+        values = run_in_half(block, make_feature(side).to(dtype), autocast)
         assert all(value.isfinite().all() for value in values), side
-
-
-@EVERY_BLOCK
-@HALF
-@CONVERTED_OR_AUTOCAST
-def test_gates_in_half_precision_agree_with_float32(phi, dtype, autocast):
-    torch.manual_seed(phi)
-    block = ATTENTION[phi].block(64).eval()
-    for side in SIDES:
-        x = make_feature(side, outliers=False).to(dtype)
-        with torch.no_grad():
-            expected = block.gates(x.float())
-        for gate, wanted in zip(run_in_half(block, x, autocast), expected, strict=False):
-            torch.testing.assert_close(gate.float(), wanted, atol=8 * torch.finfo(dtype).eps, rtol=0)
 
 
 def test_simam_separates_small_values_on_a_large_mean_in_half_precision():
