@@ -48,6 +48,23 @@ def test_stops_early_and_can_be_extended(config, tmp_path, monkeypatch, capsys):
     assert load_checkpoint(folder / "last.safetensors").info["start"] == 4
 
 
+@pytest.mark.parametrize(("interval", "expected"), [(0, [1, 2, 3, 4]), (1e9, [1, 2, 4])])
+def test_saves_first_best_and_last_epochs_and_others_at_intervals(config, tmp_path, monkeypatch, interval, expected):
+    use_narrow_network(monkeypatch)
+    found = iter([0.1, 0.3, 0.2, 0.2])
+    monkeypatch.setattr(engine, "validate", lambda *_: ({"val/AP": next(found)}, {"best": {}}))
+    monkeypatch.setattr(engine, "SAVE_INTERVAL", interval)
+    save_checkpoints, saved = engine.RunFolder.save_checkpoints, []
+
+    def record(run, last, best=None):
+        saved.append(last.info["epoch"])
+        save_checkpoints(run, last, best)
+
+    monkeypatch.setattr(engine.RunFolder, "save_checkpoints", record)
+    train.main(replace(config, epochs=4, run_dir=str(tmp_path / "a")))
+    assert saved == expected
+
+
 def test_compiles_once_and_trains_like_eager(config, tmp_path, monkeypatch):
     """With a compiler backend that does nothing, to count how often it is called."""
     use_narrow_network(monkeypatch)
