@@ -1,16 +1,25 @@
 """The benchmark programs run and print their figures."""
 
 import json
+import subprocess
 import sys
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
 
 import pytest
+import torch
+import tyro
 
+import eval as eval_script
+import train
 from nets.spec import ModelSpec
 from nets.yolo import build_model
-from tests.benchmarks import benchmark_inference, benchmark_training
+from tests.benchmarks import benchmark_gpu, benchmark_inference, benchmark_training
 from tests.conftest import ANCHORS
 from tests.narrow_network import use_narrow_network
-from utils.data.voc import load_classes
+from utils.data import loader
+from utils.data.voc import load_classes, load_samples
 from utils.system.cli import run_script
 from utils.weights.checkpoint import Checkpoint, save_checkpoint
 
@@ -46,7 +55,7 @@ def measure(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["network", "--rounds", 1, "--no-compile"], {"torch fp32"}),
+        (["network", "--rounds", 1, "--no-compile"], {"torch fp32", "NMS", "NMS of an evaluation"}),
         (["folder", "--rounds", 1], {"ratio", "decoding", "network", "whole", "images"}),
         (["video", "--frames", 3], {"share", "frames", "seconds"}),
         pytest.param(["memory", "--frames", 70], {"mb_per_10000_frames", "mb"}, marks=needs_proc),
@@ -80,14 +89,22 @@ def test_inference_benchmark_refuses_invalid_settings(arguments, words, weights,
     expect_failure(benchmark_inference, [*arguments, *given], *words)
 
 
+def test_repeated_images_are_all_used(monkeypatch, tmp_path):
+    monkeypatch.setattr(benchmark_training, "MAX_GENERATED", 2)
+    benchmark_training.generate_images(tmp_path, 5)
+    samples = load_samples(tmp_path, ["Demo/repeated"], load_classes(tmp_path / "Demo" / "classes.txt"))
+    assert len(samples) == 5
+    assert [len(sample.boxes) for sample in samples[:2]] == [len(sample.boxes) for sample in samples[2:4]]
+
+
 def test_training_loop_is_compared_with_the_bare_step(measure, monkeypatch):
-    monkeypatch.setattr(benchmark_training, "EPOCHS", 3)
+    monkeypatch.setattr(benchmark_training, "EPOCHS_PER_ROUND", 2)
     monkeypatch.setattr(benchmark_training, "WARMUP_STEPS", 1)
     settings = ["--batch-size", 2, "--rounds", 1, "--steps", 2, "--input-size", 32]
     figures = measure(benchmark_training, "train", *settings)
     assert figures["ratio"] == pytest.approx(figures["images_per_second"] / figures["bare_step_images_per_second"])
     assert len(figures["epochs"]) == 2
-    assert set(figures["shares"]) == {"augmentation", "forward", "backward", "optimizer"}
+    assert set(figures["shares"]) == {"loading", "augmentation", "forward", "backward", "optimizer"}
     assert sum(figures["shares"].values()) == pytest.approx(1)
 
 
@@ -109,3 +126,137 @@ def test_peak_memory_of_training_is_measured_for_two_datasets(measure):
 def test_memory_benchmark_needs_linux(expect_failure, monkeypatch):
     monkeypatch.setattr(sys, "platform", "darwin")
     expect_failure(benchmark_training, ["memory"], "darwin")
+
+
+@pytest.fixture
+def gpu_benchmark(monkeypatch, tmp_path, capsys):
+    """Run a part of the GPU benchmark on the CPU, all in this process; returns its file and its table."""
+    programs = {"training": benchmark_training, "inference": benchmark_inference}
+    monkeypatch.setattr(benchmark_gpu, "TRIALS", {"eager": ("--compile", "off")})
+    for name in ("MIN_STEPS", "MIN_IMAGES", "ROUNDS"):
+        monkeypatch.setattr(benchmark_gpu, name, 1)
+    for name in ("EPOCHS_PER_ROUND", "WARMUP_STEPS"):
+        monkeypatch.setattr(benchmark_training, name, 1)
+
+    def run_here(_, path, *arguments):
+        name = Path(path).stem.removeprefix("benchmark_")
+        eager = ["--no-compile"] if name == "inference" else []
+        monkeypatch.setattr(sys, "argv", [path, *map(str, arguments), *eager])
+        with redirect_stdout(StringIO()) as printed:
+            run_script(programs[name].main, programs[name].Config)
+        return printed.getvalue()
+
+    monkeypatch.setattr(benchmark_gpu.Measurements, "run", run_here)
+
+    def call(part, *arguments):
+        own = [part, "--out", tmp_path / "gpu", "--device", "cpu", *arguments]
+        monkeypatch.setattr(sys, "argv", ["benchmark_gpu.py", *map(str, own)])
+        run_script(benchmark_gpu.main, benchmark_gpu.Config)
+        return json.loads((tmp_path / "gpu" / f"{part}.json").read_text()), capsys.readouterr().out
+
+    return call
+
+
+def test_gpu_benchmark_compares_loops_and_trials(gpu_benchmark):
+    found, table = gpu_benchmark("loop", "--phis", 2, "--batch-sizes", 2, "--input-size", 32)
+    assert list(found["figures"]) == ["phi 2, batch 2", "phi 2, batch 2, eager"]
+    assert not found["left_out"]
+    figures = found["figures"]["phi 2, batch 2"]
+    row = next(line for line in table.splitlines() if line.startswith("phi 2, batch 2 "))
+    assert f"{figures['ratio']:.4g}" in row and f"{figures['peak_memory_gb']:.4g}" in row
+
+
+def test_gpu_benchmark_compares_accuracy_with_the_cpu(gpu_benchmark, monkeypatch, tmp_path):
+    devkit, commands = tmp_path / "data", []
+
+    def run(measurements, program, *arguments):
+        words = list(map(str, arguments))
+        commands.append(tyro.cli({"train.py": train, "eval.py": eval_script}[program].Config, args=words))
+        if program == "train.py":
+            Path(commands[-1].run_dir).mkdir(parents=True)
+        else:
+            (Path(commands[-1].out)).mkdir()
+            (Path(commands[-1].out) / "metrics.json").write_text('{"coco": {"AP": 0.61, "AP50": 0.91}}')
+
+    monkeypatch.setattr(benchmark_gpu.Measurements, "run", run)
+    found, table = gpu_benchmark("accuracy", "--devkit", devkit, "--seeds", 0, 4)
+    assert {name: figures["AP50"] for name, figures in found["figures"].items()} == {"seed 0": 0.91, "seed 4": 0.91}
+    rows = [line.split("  ")[0] for line in table.splitlines()[1:]]
+    assert rows == ["seed 0", "seed 4", "mean", "CPU", "difference", "seed spread"]
+    first, _, second, evaluation = commands
+    assert (first.seed, second.seed, first.epochs, first.device) == (0, 4, 30, "cpu")
+    assert (first.train_sets, first.val_sets, first.resume) == (("VOC2007/trainval",), (), False)
+    assert evaluation.weights == (str(Path(second.run_dir) / "last.safetensors"),)
+    assert evaluation.sets == ("VOC2007/test",) and evaluation.devkit == first.devkit == str(devkit)
+
+
+def test_difference_from_the_cpu_is_compared_with_the_larger_seed_spread():
+    runs = {"seed 0": {"AP": 0.60, "AP50": 0.9, "seconds": 9.0}, "seed 1": {"AP": 0.61, "AP50": 0.9, "seconds": 9.0}}
+    rows = benchmark_gpu.compare_with_cpu(runs)
+    assert rows["mean"] == pytest.approx({"AP": 0.605, "AP50": 0.9})
+    assert rows["difference"]["AP"] == pytest.approx(0.605 - 0.614)
+    assert rows["seed spread"] == pytest.approx({"AP": 0.01, "AP50": 0.003})
+
+
+def test_gpu_benchmark_needs_the_dataset_for_accuracy(expect_failure):
+    expect_failure(benchmark_gpu, ["accuracy"], "bccd", "--devkit")
+
+
+def test_gpu_benchmark_measures_prediction(gpu_benchmark):
+    found, table = gpu_benchmark("inference", "--batch-sizes", 2, "--input-size", 32)
+    ms = found["figures"]["batch 2"]["ms"]["torch fp32"]
+    row = next(line for line in table.splitlines() if line.startswith("batch 2, torch fp32 "))
+    assert row.split()[-2:] == [f"{ms:.4g}", f"{2000 / ms:.4g}"]
+
+
+@pytest.mark.parametrize("arguments", benchmark_gpu.TRIALS.values(), ids=benchmark_gpu.TRIALS)
+def test_trials_are_settings_of_the_training_benchmark(arguments):
+    config = tyro.cli(benchmark_training.Config, args=["train", *arguments])
+    assert (config.trial, config.compile, config.cache) != ("", "auto", "auto")
+
+
+def test_trials_change_the_gpu_path(monkeypatch):
+    workers = []
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    monkeypatch.setattr(loader, "prefetch_map", None)
+    monkeypatch.setattr(benchmark_training, "prefetch_map", lambda *arguments: workers.append(arguments[-1]))
+    benchmark_training.start_trial("cudnn-benchmark", None)
+    benchmark_training.start_trial("one-thread", None)
+    loader.prefetch_map(abs, [], 2)
+    assert torch.backends.cudnn.benchmark and workers == [1]
+
+
+def test_finished_measurements_are_kept_and_others_repeated(tmp_path):
+    first = benchmark_gpu.Measurements(tmp_path, "loop", seconds=100)
+
+    def fail(_):
+        raise RuntimeError("no memory")
+
+    first.measure("a", lambda _: {"ratio": 1})
+    first.measure("b", fail)
+    first.deadline = 0
+    first.measure("c", lambda _: {"ratio": 3})
+    saved = json.loads((tmp_path / "loop.json").read_text())
+    assert saved["figures"] == {"a": {"ratio": 1}}
+    assert saved["left_out"].keys() == {"b", "c"}
+    assert "no memory" in saved["left_out"]["b"] and "not enough time" in saved["left_out"]["c"]
+
+    second = benchmark_gpu.Measurements(tmp_path, "loop", seconds=100)
+    for name in ("a", "b", "c"):
+        second.measure(name, lambda _: {"ratio": 2})
+    assert json.loads((tmp_path / "loop.json").read_text())["figures"] == {
+        name: {"ratio": 1 + (name != "a")} for name in "abc"
+    }
+
+
+def test_program_that_fails_or_takes_too_long_is_reported(tmp_path):
+    (tmp_path / "failing.py").write_text("print(1); raise SystemExit('error: no GPU')")
+    (tmp_path / "slow.py").write_text("import time; time.sleep(100)")
+    (tmp_path / "working.py").write_text("import sys; print(sys.argv[1:])")
+    measurements = benchmark_gpu.Measurements(tmp_path, "loop", seconds=100)
+    assert measurements.run(tmp_path / "working.py", "--phi", 2) == "['--phi', '2']\n"
+    with pytest.raises(RuntimeError, match="exit code 1, error: no GPU"):
+        measurements.run(tmp_path / "failing.py")
+    measurements.deadline = 0
+    with pytest.raises(subprocess.TimeoutExpired):
+        measurements.run(tmp_path / "slow.py")

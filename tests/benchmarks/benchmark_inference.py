@@ -1,6 +1,6 @@
 """Measure prediction: python tests/benchmarks/benchmark_inference.py network|folder|video|memory
 
-network: latency of a batch, from pixels to boxes and scores, of networks in PyTorch and exported networks
+network: latency of a batch, from pixels to boxes and scores, of networks in PyTorch and exported networks; and of NMS
 folder: time to predict on images and write JSON lines, relative to decoding them and running the network
 video: the network's share of the time for reading and annotating a generated 1080p video
 memory: growth of memory over the frames of consecutive videos
@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from fractions import Fraction
-from math import inf
+from math import inf, log
 from pathlib import Path
 from typing import Literal
 
@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from nets.spec import ModelSpec
 from utils.data.image_io import read_image
+from utils.detection.nms import EVALUATION_THRESHOLDS, FALLBACK_CONFIDENCE, Thresholds, select_detections
 from utils.evaluation.timing import time_alternately
 from utils.inference.backends import EXPORTED, CompiledNetwork, Network, TorchNetwork, open_exported, precision_for
 from utils.inference.detector import Detector
@@ -46,6 +47,7 @@ from utils.weights.checkpoint import find_checkpoint, load_checkpoint
 VIDEO_SIZE, FRAME_RATE = (1080, 1920), Fraction(30)  # (height, width), frames per second
 SMALL_SIZE, SMALL_FRAMES = (96, 128), 300  # size and length of the videos for the memory benchmark
 READINGS = 50  # number of memory readings
+CANDIDATE_SHARE = 0.01  # of generated scores that exceed FALLBACK_CONFIDENCE; with 3 classes 76 per image at 416x416
 
 
 @dataclass(frozen=True)
@@ -107,8 +109,25 @@ def opencv_mode(path: str, images: Tensor) -> Callable[[], object]:
     return call
 
 
+def nms_calls(boxes: Tensor, scores: Tensor) -> dict[str, Callable[[], object]]:
+    """NMS as in a prediction and in an evaluation, of generated predictions in the shapes of boxes and scores.
+
+    The scores are powers of random numbers, so that few are high; sides are up to 100 pixels, positions up to 400.
+    """
+    generator = torch.Generator().manual_seed(0)
+    exponent = log(FALLBACK_CONFIDENCE) / log(1 - CANDIDATE_SHARE)
+    scores = torch.rand(scores.shape, generator=generator).pow(exponent).to(scores.device)
+    corners = torch.rand(boxes.shape, generator=generator) * torch.tensor([400, 400, 100, 100])
+    boxes = torch.cat([corners[..., :2], corners[..., :2] + corners[..., 2:]], dim=-1).to(boxes.device)
+    limits = {"NMS": Thresholds(FALLBACK_CONFIDENCE), "NMS of an evaluation": EVALUATION_THRESHOLDS}
+    return {
+        name: lambda limit=limit: select_detections(boxes, scores, limit.confidence, limit)
+        for name, limit in limits.items()
+    }
+
+
 def benchmark_network(config: Config) -> dict[str, float]:
-    """Median milliseconds of each network."""
+    """Median milliseconds of each network, and of NMS."""
     device = choose_device(config.device)
     modes, spec = torch_modes(config, device)
     images = torch.randint(256, (config.batch_size, 3, *spec.input_size), dtype=torch.uint8)
@@ -124,6 +143,7 @@ def benchmark_network(config: Config) -> dict[str, float]:
     for name, network in modes.items():
         placed = images.to(network.device)
         calls[name] = lambda network=network, placed=placed: network.to_boxes(network(placed))
+    calls |= nms_calls(*calls["torch fp32"]())
     return time_alternately(calls, config.rounds, device)
 
 
