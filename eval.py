@@ -45,7 +45,7 @@ class Config:
     nms_iou: float = 0.5  # IoU above which NMS suppresses a lower-scoring box of the same class
     batch_size: int = 16  # images per batch
     cache: str = "auto"  # where to keep decoded images: auto, device, ram or disk
-    device: str = "auto"  # auto, cpu, cuda or cuda:N, the GPU with index N
+    device: str = "auto"  # auto, cpu, cuda or cuda:N (the GPU with index N)
     precision: str = "fp32"  # precision of the network: auto, bf16, fp16 or fp32
 
     def __post_init__(self) -> None:

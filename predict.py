@@ -72,7 +72,7 @@ class Config:
     frame_stride: int = 1  # process every Nth frame of a video; the frames in between reuse its detections
     reconnect_timeout: float = 30.0  # seconds to keep reconnecting to a lost camera or stream
     batch_size: int = 0  # images or tiles per batch; 0: 1 for cameras and streams, otherwise 4, or 16 on a GPU
-    device: str = "auto"  # auto, cpu, cuda or cuda:N, the GPU with index N
+    device: str = "auto"  # auto, cpu, cuda or cuda:N (the GPU with index N)
     precision: str = "auto"  # precision of the network: auto, bf16, fp16 or fp32
     compile: str = "auto"  # torch.compile: auto (on a GPU), on or off
     benchmark: tuple[int, ...] = ()  # only measure the speed, with these batch sizes

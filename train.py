@@ -80,7 +80,7 @@ class Config:
     checkpoint_every: int = 0  # optimizer steps between checkpoints within an epoch; 0: only at the end of epochs
     cache: str = "auto"  # where decoded images are kept: auto, device, ram or disk
     seed: int = 0  # random seed for initialization, sample order and augmentation
-    device: str = "auto"  # auto, cpu, cuda or cuda:N, the GPU with index N
+    device: str = "auto"  # auto, cpu, cuda or cuda:N (the GPU with index N)
     precision: str = "auto"  # precision of training: auto, bf16, fp16 or fp32
     compile: str = "auto"  # torch.compile: auto (on a GPU), on or off
     sync_bn: bool = False  # synchronize batch norm across GPUs; helps if each has few images

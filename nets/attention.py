@@ -130,7 +130,7 @@ class SimAM(AttentionBlock):
         count = x.shape[2] * x.shape[3]
         x = x.to(torch.promote_types(x.dtype, torch.float32))  # squares overflow in float16
         distance = (x - x.mean(dim=(2, 3), keepdim=True)).square()
-        # (B, C, 1, 1); a mean, since the sum over a large feature overflows where an exported network runs in float16
+        # (B, C, 1, 1); a mean, since a sum over a large feature overflows when an exported network runs in float16
         variance = distance.mean(dim=(2, 3), keepdim=True) * (count / max(1, count - 1))
         return ((distance / (4 * (variance + self.regularisation)) + 0.5).sigmoid(),)
 

@@ -24,7 +24,7 @@ class Upsample(nn.Module):
         self.upsample = nn.Sequential(BasicConv(in_channels, out_channels, 1), nn.Upsample(scale_factor=2))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.upsample(x).to(x.dtype)  # CUDA's autocast runs nn.Upsample in float32
+        return self.upsample(x).to(x.dtype)  # CUDA autocast runs nn.Upsample in float32
 
 
 def yolo_head(in_channels: int, hidden_channels: int, out_channels: int) -> nn.Sequential:

@@ -59,7 +59,7 @@ class Config:
     test_sets: tuple[str, ...] = ("VOC2007/test",)  # sets to evaluate on; may not share images with the training sets
     classes: str = "model_data/voc_classes.txt"  # file with one class name per line
     epochs: int = 30  # epochs per run
-    device: str = "auto"  # auto, cpu, cuda or cuda:N, the GPU with index N
+    device: str = "auto"  # auto, cpu, cuda or cuda:N (the GPU with index N)
 
     def __post_init__(self) -> None:
         unknown = [phi for phi in self.phis if phi not in ATTENTION]

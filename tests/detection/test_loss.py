@@ -137,7 +137,7 @@ def test_gradients_are_finite_without_objects_and_for_extreme_heads():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("side", [32, 1280])
 @pytest.mark.parametrize("scale", [1.0, 100.0])
-def test_heads_in_half_precision_give_the_loss_of_their_values(dtype, side, scale):
+def test_half_precision_heads_give_the_same_loss_as_float32_heads(dtype, side, scale):
     """Sums over the cells, coordinates and counts exceed what float16 can represent."""
     generator = torch.Generator().manual_seed(side)
     shapes = [(3, 24, side // stride, side // stride) for stride in STRIDES]

@@ -1,4 +1,4 @@
-"""Selection and averaging of detections, by hand and compared with one image and one box at a time."""
+"""Selection and averaging of detections, checked by hand and against processing one image and one box at a time."""
 
 from math import exp, inf
 
@@ -129,7 +129,7 @@ def select_one_by_one(boxes: Tensor, scores: Tensor, confidence: Tensor, limits:
     ids=["plain", "negative coordinates", "class-agnostic", "huge boxes"],
 )
 def test_batch_equals_one_by_one(at_once, offset, growth, limits, monkeypatch):
-    """With NMS of all groups at once, as on a GPU, and group by group; sparse votes and equal scores included."""
+    """With NMS of all groups at once, as on a GPU, and group by group; includes few votes and equal scores."""
     monkeypatch.setattr(nms, "MAX_SINGLE_NMS", at_once)
     monkeypatch.setattr(nms, "MAX_PAIRS", 5000)  # averages a few images at a time
     generator = torch.Generator().manual_seed(0)
@@ -148,7 +148,7 @@ def test_batch_equals_one_by_one(at_once, offset, growth, limits, monkeypatch):
         torch.testing.assert_close(own, expected[:, :4], atol=1e-4, rtol=1e-6)
 
 
-def test_boxes_of_other_classes_and_images_never_overlap():
+def test_boxes_of_different_classes_and_images_never_overlap():
     """Not even if they lie beyond opposite corners of the image, where torchvision's batched_nms lets them overlap."""
     boxes = torch.tensor([[[-99.0, -99, 1, 1], [0, 0, 100, 100]], [[-99, -99, 1, 1], [0, 0, 100, 100]]])
     scores = torch.tensor([[[0.9, 0.0], [0.0, 0.8]], [[0.9, 0.0], [0.0, 0.8]]])
@@ -157,7 +157,7 @@ def test_boxes_of_other_classes_and_images_never_overlap():
 
 
 def test_selection_waits_for_the_gpu_twice(monkeypatch):
-    """On imitated CUDA tensors, on which anything else that needs values on the host raises."""
+    """On fake CUDA tensors, which raise if anything else needs their values on the host."""
     waits = []
     monkeypatch.setattr(FakeTensor, "tolist", lambda _: waits.append("counts") or [500, 40])
     monkeypatch.setattr(nms, "nms", lambda boxes, *_: waits.append("NMS") or torch.arange(70, device=boxes.device))

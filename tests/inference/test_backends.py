@@ -65,7 +65,7 @@ def test_failed_compilation_is_an_error_if_it_is_required(eager):
         CompiledNetwork(eager, required=True)(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
 
 
-def test_missing_memory_is_not_a_failed_compilation(eager):
+def test_out_of_memory_is_not_a_failed_compilation(eager):
     def fail(_):
         raise torch._dynamo.exc.TorchDynamoException("CUDA out of memory")
 

@@ -259,7 +259,7 @@ SIDES = (1, 2, 40, 80)  # of the features, at input sizes of 32 and 1,280
 
 
 def make_feature(side: int) -> Tensor:
-    """(1, 64, S, S) with the statistics that a trained batch norm gives, and outliers up to 300."""
+    """(1, 64, S, S) with statistics like those after a trained batch norm, and outliers up to 300."""
     generator = torch.Generator().manual_seed(side)
     scale, shift = (torch.randn(1, 64, 1, 1, generator=generator) for _ in range(2))
     x = torch.randn(1, 64, side, side, generator=generator) * (scale.abs() + 0.2) + shift

@@ -35,7 +35,7 @@ def test_training_rejects_setting(arguments, words, tmp_path, monkeypatch, call_
     [
         ("cuda", ("device is cuda, but ", "or use --device cpu")),
         ("cuda:3", ("device is cuda:3, but ", "or use --device cpu")),
-        ("mps", ("device is mps", "Macs", "or use --device cpu")),
+        ("mps", ("device is mps", "Mac GPUs", "or use --device cpu")),
         ("cuda:first", ("device is 'cuda:first'", "auto, cpu, cuda or cuda:N")),
     ],
 )

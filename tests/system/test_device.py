@@ -1,4 +1,4 @@
-"""Devices and compilation are chosen, or refused in one sentence, by what torch and the system report."""
+"""Devices and compilation are chosen, or rejected in one sentence, based on what torch and the system report."""
 
 import sys
 import sysconfig
@@ -132,7 +132,7 @@ def test_rejects_unknown_device(gpus, name):
 
 
 PROBLEMS = {
-    "no driver": ({"error": NO_DRIVER}, "Found no NVIDIA driver on your system; install the driver"),
+    "no driver": ({"error": NO_DRIVER}, "Found no NVIDIA driver on your system; install the NVIDIA driver"),
     "old driver": (
         {"error": OLD_DRIVER},
         r"is too old \(found version 11040\); update the driver, or install PyTorch for an older CUDA version",
@@ -187,7 +187,7 @@ def test_reports_how_many_gpus_there_are(gpus, monkeypatch, name):
 def test_a_gpu_cannot_be_selected_for_all_processes(gpus, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="device is cuda:0, but each process of torchrun has its own GPU"):
+    with pytest.raises(UserError, match="device is cuda:0, but each torchrun process uses its own GPU"):
         choose_device("cuda:0")
 
 
@@ -202,9 +202,9 @@ def test_macs_use_the_cpu(gpus, monkeypatch, capsys):
     monkeypatch.setattr(sys, "platform", "darwin")
     gpus.driver = False
     assert choose_device("auto") == torch.device("cpu")
-    assert "using the CPU, because the GPUs of Macs are not supported" in capsys.readouterr().err
+    assert "using the CPU, because Mac GPUs are not supported" in capsys.readouterr().err
     for name in ("cuda", "mps"):
-        with pytest.raises(UserError, match=f"device is {name}, but the GPUs of Macs are not supported"):
+        with pytest.raises(UserError, match=f"device is {name}, but Mac GPUs are not supported"):
             choose_device(name)
 
 
@@ -239,7 +239,7 @@ def tools(gpus, monkeypatch, tmp_path) -> set[str]:
         ("cuda", "gcc", "the compiler gcc or clang is missing; install it"),
         ("cuda", "triton", "Triton is missing; install the package triton"),
         ("cuda", "Python.h", r"Python.h is missing; install python3\.\d+-dev .*or python3-devel"),
-        ("cuda", "a new GPU", "needs a GPU of compute capability 7.0 or higher"),
+        ("cuda", "a new GPU", "needs a GPU with compute capability 7.0 or higher"),
         ("cpu", "g++", r"the compiler g\+\+ is missing; install it"),
         ("cpu", "Python.h", "Python.h is missing"),
     ],
@@ -293,10 +293,10 @@ def test_full_gpu_is_reported_with_the_memory_of_other_processes(call_script, mo
     assert (outcome.code, len(outcome.errors)) == (2, 1)
     assert "the GPU is out of memory (other processes use 19.0 of 24.0 GB" in outcome.errors[0]
     assert "--device cuda:N, use --device cpu" in outcome.errors[0]
-    assert ("memory" in text) or text in outcome.errors[0]  # its reason may be another
+    assert ("memory" in text) or text in outcome.errors[0]  # the cause may be different
 
 
-def test_memory_of_ram_is_reported(call_script):
+def test_full_ram_is_reported(call_script):
     def main(_):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1000 bytes")
 

@@ -44,7 +44,7 @@ def test_dry_run_restores_the_state(config, capsys):
 
 @pytest.fixture
 def broken_compiler(monkeypatch):
-    """torch.compile fails as it does without Python's headers."""
+    """torch.compile fails as it does without the Python headers."""
 
     def fail(*_):
         raise OSError("Python.h: No such file or directory")
@@ -122,7 +122,7 @@ def test_reports_that_not_even_one_image_fits():
 
 
 def test_search_keeps_the_error_of_a_single_image(config, monkeypatch):
-    """It may have another reason than memory."""
+    """Its cause may be something other than memory."""
     text = "GET was unable to find an engine to execute this computation"
     trainer = SimpleNamespace(device=torch.device("cpu"), group=ProcessGroup(), set_mode=lambda **_: None)
 

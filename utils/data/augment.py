@@ -1,7 +1,7 @@
 """Batched augmentation: `plan_batch` plans a batch on the CPU, `render_batch` renders it on the training device.
 
-Each image is placed in a rectangle of the output, its tile, by output = input * scale + offset in each axis. A sample
-has four tiles; in a mosaic they share the output, in an ordinary sample the first fills it and the others are empty.
+Each image is placed in a rectangle of the output, its tile, by output = input * scale + offset along each axis. Every
+sample has four tiles: in a mosaic, they share the output; otherwise, the first fills it and the others are empty.
 """
 
 from dataclasses import dataclass
@@ -72,9 +72,10 @@ def plan_batch(cache: ImageCache, indices: Tensor, random: Tensor, settings: Aug
 
 
 def gather_images(images: Tensor, tiles: Tiles) -> tuple[Tensor, Tensor]:
-    """The images (T, 3, H, W) of all tiles that are not empty, and the indices (B, NUM_TILES) of the tiles into them.
+    """The images (T, 3, H, W) of all nonempty tiles, and the index (B, NUM_TILES) of each tile's image among them.
 
-    Images on a GPU are not copied; those in RAM are pinned if CUDA is used, so that the next copy is asynchronous.
+    Images on a GPU are all returned, without a copy. The result is pinned if it is in RAM and CUDA is used, so that it
+    can be copied to the GPU asynchronously.
     """
     if images.is_cuda:
         return images, tiles.sources
@@ -105,8 +106,8 @@ def render_batch(plan: BatchPlan) -> Tensor:
 def render_pixels(plan: BatchPlan) -> list[Tensor]:
     """The channels (B, H, W) of all images before the color transformation, as differences from FILL; for GPUs.
 
-    Each pixel is computed once, from the tile it belongs to. The channels are apart so that torch.compile can fuse
-    everything into a single kernel.
+    Each pixel is computed once, from the tile it belongs to. The channels are separate so that torch.compile can
+    fuse everything into a single kernel.
     """
     height, width = plan.images.shape[2:]
     columns, rows = (torch.arange(length, device=plan.images.device) for length in (width, height))
@@ -128,7 +129,7 @@ def render_pixels(plan: BatchPlan) -> list[Tensor]:
 
 
 def render_tiles(plan: BatchPlan, row: int) -> Tensor:
-    """One image (3, H, W), equal to that drawn by `render_pixels` up to rounding; suited to the CPU."""
+    """One image (3, H, W), equal to that drawn by `render_pixels` up to rounding; for CPUs."""
     height, width = plan.images.shape[2:]
     canvas = torch.zeros(3, height, width)
     x = 2 * source_coordinates(plan, 0, width)[row] / width - 1  # (NUM_TILES, W), grid_sample's -1..1

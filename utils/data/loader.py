@@ -58,7 +58,7 @@ class EpochBatches:
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Load batches to `device` ahead of use: images (B, 3, H, W) in 0..1, boxes (B, 2M, 4), labels (B, 2M)."""
         stream = side_stream(device) if device.type == "cuda" else None  # lets copies overlap with training
-        workers = 2 if stream and not self.cache.images.is_cuda else 1  # gathering from RAM may limit a GPU
+        workers = 2 if stream and not self.cache.images.is_cuda else 1  # gathering from RAM may be slower than a GPU
 
         def plan_and_copy(number: int) -> tuple[BatchPlan, torch.cuda.Event | None]:
             if stream is None:

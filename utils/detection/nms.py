@@ -14,8 +14,8 @@ from utils.system.errors import UserError, check_range
 
 FALLBACK_CONFIDENCE = 0.3  # threshold of a class for which validation has suggested none
 MIN_CONFIDENCE = 0.1  # lowest suggested threshold; lower-scoring boxes do not take part in box averaging
-MAX_SINGLE_NMS = 1000  # maximum number of boxes for which one NMS of all groups is faster on the CPU
-MAX_PAIRS = 1_000_000  # of boxes that are averaged at once, to stay within the CPU cache
+MAX_SINGLE_NMS = 1000  # maximum number of boxes for which a single NMS of all groups is faster on a CPU
+MAX_PAIRS = 1_000_000  # maximum number of box pairs averaged at once, to stay within the CPU cache
 VOTING_SIGMA = 0.05  # parameter of variance voting; larger values give boxes with a low IoU more weight
 
 
@@ -64,7 +64,7 @@ def select_detections(boxes: Tensor, scores: Tensor, confidence: float | Tensor,
     groups = images if limits.class_agnostic else images * num_classes + labels[images, columns]
     kept = suppress_overlaps(boxes[images, columns], scores[images, columns], groups, limits.nms_iou).sort().values
     images, columns = images[kept], columns[kept]  # sorted by image, then by descending score
-    chosen = torch.full_like(order, scores.shape[1])  # (B, K), of the detections of each image; K: padding
+    chosen = torch.full_like(order, scores.shape[1])  # (B, K), columns of the detections; K: padding
     chosen[images, torch.arange(len(images), device=images.device) - torch.searchsorted(images, images)] = columns
     chosen = chosen[:, : limits.max_detections, None]  # (B, D, 1)
 
@@ -80,7 +80,7 @@ def select_detections(boxes: Tensor, scores: Tensor, confidence: float | Tensor,
 def suppress_overlaps(boxes: Tensor, scores: Tensor, groups: Tensor, max_iou: float) -> Tensor:
     """NMS of boxes (M, 4) within each group (M,); returns the indices of the remaining boxes, in any order.
 
-    Unlike torchvision's batched_nms, it waits for a GPU only once, and allows for negative coordinates.
+    Unlike torchvision's batched_nms, it waits for a GPU only once and supports negative coordinates.
     """
     boxes, scores = boxes.double(), scores.double()
     if not len(boxes):

@@ -74,9 +74,9 @@ class TorchNetwork:
 class CompiledNetwork(BoxOutputs):
     """A `TorchNetwork` compiled with torch.compile, from pixels to boxes and scores.
 
-    The first call compiles, which takes several seconds; if that fails, the network runs without compilation, unless
-    it is `required`. Smaller batches are padded to the largest size so far. CUDA graphs are not used, since they are
-    bound to one thread.
+    The first call compiles, which takes several seconds. If compilation fails, UserError is raised if it is `required`;
+    otherwise, the network runs without it. Smaller batches are padded to the largest size so far. CUDA graphs are not
+    used, since they are bound to one thread.
     """
 
     def __init__(self, network: TorchNetwork, required: bool = False) -> None:

@@ -55,7 +55,10 @@ class Detector:
         compile: str = "off",
         flip: bool = False,
     ) -> "Detector":
-        """Load a checkpoint or an exported network; `compile` (off, auto, on) is for checkpoints. Raises UserError."""
+        """Load a checkpoint or an exported network; raises UserError.
+
+        `compile` ("auto", "on" or "off") applies only to checkpoints.
+        """
         path, device = Path(path), torch.device(device)
         if path.suffix in EXPORTED:
             network, spec, suggested = open_exported(path, device, dtype)
@@ -143,9 +146,9 @@ class Detector:
     def gather_detections(
         self, found: Mapping[int, Tensor], cache: ImageCache, group: ProcessGroup
     ) -> list[sv.Detections]:
-        """Rows of `select_rows`, by the first image of their batch -> detections; only the main process returns all.
+        """Rows from `select_rows`, keyed by the first image of their batch -> detections; all only in the main process.
 
-        A single copy moves the rows of all batches to the host, since each would wait for the GPU.
+        The rows of all batches are copied to the host at once, since each copy waits for the GPU.
         """
         blank = torch.empty(0, device=self.network.device)  # for a process without batches
         batches = torch.cat([blank, *found.values()]).cpu().split([len(rows) for rows in found.values()])

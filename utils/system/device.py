@@ -27,35 +27,35 @@ OUT_OF_MEMORY = (
     "can't allocate memory",  # torch's allocator on the CPU
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",
-    "unable to find an engine",  # cuDNN, if the workspace of no algorithm fits
+    "unable to find an engine",  # cuDNN, if no algorithm's workspace fits
 )
 INSTALL = "pytorch.org/get-started/locally"
-MACS = "the GPUs of Macs are not supported; use a machine with an NVIDIA GPU"
+MACS = "Mac GPUs are not supported; use a machine with an NVIDIA GPU"
 MIN_TRITON = 7, 0  # compute capability
 CURES = {  # by a part of torch's message
-    "no NVIDIA driver": "install the driver of the GPU",
+    "no NVIDIA driver": "install the NVIDIA driver",
     "too old": f"update the driver, or install PyTorch for an older CUDA version from {INSTALL}",
     "": "check that nvidia-smi lists the GPU and that CUDA_VISIBLE_DEVICES does not hide it",
 }
-MAX_REASON = 160  # characters, since a reason may contain the whole command of a compiler
+MAX_REASON = 160  # characters, since a reason may contain a whole compiler command
 MIN_SHOWN = 1e9  # bytes; CUDA itself needs up to about half of that in each process
 
 
 def choose_device(name: str) -> torch.device:
-    """The device for "auto", "cpu", "cuda" or "cuda:N", which becomes the current GPU; raises UserError.
+    """The device for "auto", "cpu", "cuda" or "cuda:N"; a GPU also becomes the current one. Raises UserError.
 
-    "auto" and "cuda" are the first GPU, or the one with the local rank of a process that torchrun started. "auto" falls
-    back to the CPU, with a notice if there is a GPU that torch cannot use.
+    "auto" and "cuda" select the first GPU or, in a process started by torchrun, the GPU with its local rank. "auto"
+    falls back to the CPU, with a notice if there is a GPU that torch cannot use.
     """
     match = re.fullmatch(r"auto|cpu|cuda(?::(\d+))?", name)
     if name == "mps":
         raise UserError(f"device is mps, but {MACS}, or use --device cpu")
     if not match:
-        raise UserError(f"device is {name!r}, but must be auto, cpu, cuda or cuda:N, the GPU with index N")
+        raise UserError(f"device is {name!r}, but must be auto, cpu, cuda or cuda:N (the GPU with index N)")
     if name == "cpu":
         return torch.device("cpu")
     if match[1] and "LOCAL_RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError(f"device is {name}, but each process of torchrun has its own GPU; use --device cuda")
+        raise UserError(f"device is {name}, but each torchrun process uses its own GPU; use --device cuda")
     device = torch.device("cuda", int(match[1] or os.environ.get("LOCAL_RANK", "0")))
     problem = find_gpu_problem(device.index)
     if not problem:
@@ -85,23 +85,25 @@ def find_gpu_problem(index: int) -> str:
     if index >= count:
         raise UserError(
             f"there is no GPU {index}, since torch finds only {count}, numbered from 0; choose one with --device "
-            "cuda:N, or set --nproc-per-node of torchrun to the number of GPUs"
+            "cuda:N, or set torchrun's --nproc-per-node to the number of GPUs"
         )
     capability, architectures = torch.cuda.get_device_capability(index), torch.cuda.get_arch_list()
     if has_kernels(capability, architectures):
         return ""
     version = ".".join(map(str, capability))
     return (
-        f"GPU {index} has compute capability {version}, which this PyTorch does not support (only "
-        f"{', '.join(architectures)}); install one for this GPU from {INSTALL} (an old GPU needs an older CUDA version)"
+        f"GPU {index} has compute capability {version}, which this PyTorch does not support "
+        f"(only {', '.join(architectures)}); install a build for this GPU from {INSTALL} (old GPUs need an older CUDA "
+        "version)"
     )
 
 
 def has_kernels(capability: tuple[int, int], architectures: Sequence[str]) -> bool:
     """Whether code for `architectures`, such as sm_86 or compute_90, runs on a GPU of (major, minor) `capability`.
 
-    Binary code (sm) runs on the same major version from its minor version on, and PTX (compute) on all later versions
-    (CUDA Programming Guide, "Binary Compatibility" and "PTX Compatibility"). Lists without either are not checked.
+    Binary code (sm) runs on its own version and later minor versions of the same major version; PTX (compute) runs on
+    its own and all later versions (CUDA Programming Guide, "Binary Compatibility" and "PTX Compatibility"). A list with
+    neither is accepted.
     """
     built = re.findall(r"(sm|compute)_(\d+)(\d)", " ".join(architectures))
     versions = [(kind, (int(major), int(minor))) for kind, major, minor in built]
@@ -125,7 +127,7 @@ def print_notice(text: str) -> None:
 
 
 def shorten_error(error: Exception) -> str:
-    """The first sentence of an error of torch, or the error code at its end."""
+    """The first sentence of an error from torch, or the error code at its end."""
     code = re.search(r"Error \d+: .+", str(error))
     return code[0] if code else re.split(r"\.\s+(?=[A-Z])|\n", str(error))[0].rstrip(".")
 
@@ -146,7 +148,7 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
 def choose_compile(name: str, device: torch.device) -> bool:
     """Whether to use torch.compile, for "auto" (on a GPU), "on" or "off".
 
-    If something that it needs is missing, "auto" prints a notice, and "on" raises UserError.
+    If a requirement is missing, "auto" prints a notice and "on" raises UserError.
     """
     if name == "off" or (name == "auto" and device.type == "cpu"):
         return False
@@ -162,7 +164,7 @@ def find_compile_problem(device: torch.device) -> str:
     """What torch.compile lacks on this device and what to do about it, or ""."""
     on_gpu = device.type == "cuda"
     if on_gpu and torch.cuda.get_device_capability(device) < MIN_TRITON:
-        return f"it needs a GPU of compute capability {MIN_TRITON[0]}.{MIN_TRITON[1]} or higher; use another GPU"
+        return f"it needs a GPU with compute capability {MIN_TRITON[0]}.{MIN_TRITON[1]} or higher; use another GPU"
     if on_gpu and find_spec("triton") is None:
         package = "triton-windows" if sys.platform == "win32" else "triton"
         return f"Triton is missing; install the package {package}"
@@ -230,9 +232,9 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def describe_memory(error: Exception) -> str:
-    """Who uses the GPU's memory, and `error` if it does not mention memory, as " (...)"; "" if there is nothing to say.
+    """The GPU memory used by other processes, and `error` if it does not mention memory, as " (...)"; may be "".
 
-    cuDNN finds no engine if memory is exhausted, but perhaps for other reasons as well.
+    An error that does not mention memory, such as cuDNN finding no engine, may also have other causes.
     """
     details = [] if "memory" in str(error) else [shorten_error(error)]
     with suppress(RuntimeError):  # not even CUDA's own memory could be allocated
@@ -245,7 +247,7 @@ def describe_memory(error: Exception) -> str:
 
 
 def describe_out_of_memory(error: Exception) -> str:
-    """One sentence for the user about an out-of-memory error at any place."""
+    """A one-sentence message for the user about an out-of-memory error, wherever it was raised."""
     if "can't allocate memory" in str(error):
         return "there is not enough memory (RAM); close other programs, or lower --batch-size or --input-size"
     return (
@@ -256,12 +258,12 @@ def describe_out_of_memory(error: Exception) -> str:
 
 @cache
 def side_stream(device: torch.device) -> torch.cuda.Stream:
-    """The stream for copies that overlap with training; each further stream would keep memory of its own."""
+    """The stream for copies that overlap with training; each additional stream would hold its own memory."""
     return torch.cuda.Stream(device)
 
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:
-    """Copy a tensor to the device if it is not there; to a GPU asynchronously, through pinned memory."""
+    """Copy a tensor to the device if it is not already there; to a GPU asynchronously, through pinned memory."""
     if device.type == "cpu" or values.is_cuda:
         return values.to(device)
     return (values if values.is_pinned() else values.pin_memory()).to(device, non_blocking=True)

@@ -55,7 +55,7 @@ def resolve_batch_size(
 def dry_run(trainer: Trainer, settings: Any, data: RunData, batches: EpochBatches) -> None:
     """Take some steps, which also compiles the network; print their time and memory, and restore the training state.
 
-    If compilation fails, the run goes on without it; with the setting "on", raises UserError.
+    If compilation fails, UserError is raised if `compile` is "on"; otherwise, the run continues without it.
     """
     batch_size, progress = trainer.batching.batch_size, trainer.state.progress
     with explain_out_of_memory(batch_size, trainer.spec.input_size):
@@ -65,7 +65,7 @@ def dry_run(trainer: Trainer, settings: Any, data: RunData, batches: EpochBatche
             if not trainer.compiled or is_out_of_memory(error):
                 raise
             torch.compiler.set_stance("force_eager")
-            seconds, memory = try_modes(trainer, settings, batches)  # fails again if there is another reason
+            seconds, memory = try_modes(trainer, settings, batches)  # fails again if compilation was not the cause
             explain_failed_compile(error, required=settings.compile == "on")
     trainer.roll_back()
     height, width = trainer.spec.input_size
@@ -137,7 +137,7 @@ def find_largest_batch(trainer: Trainer, settings: Any, cache: ImageCache, max_s
         try:
             return try_steps(trainer, batches)[1] < MEMORY_SHARE * total
         except RuntimeError as error:
-            if images == 1 or not is_out_of_memory(error):  # one image should fit, so the reason is another
+            if images == 1 or not is_out_of_memory(error):  # one image should fit, so the cause may be different
                 raise
             return False
 

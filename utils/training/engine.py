@@ -39,7 +39,7 @@ from utils.weights.checkpoint import BEST, Checkpoint
 VALIDATION_BATCH = 16  # images per batch, also the default of eval.py
 PREVIEW_IMAGES = 8  # images per picture of a batch or of a validation
 GATE_IMAGES = 4  # images whose attention gates are logged
-SAVE_INTERVAL = 30.0  # seconds between checkpoints; on a GPU, saving may take longer than an epoch
+SAVE_INTERVAL = 30.0  # minimum seconds between checkpoints of epochs; on a GPU, saving may take longer than an epoch
 CHECK_INTERVAL = 20  # batches between two checks of the losses, which wait for the device
 PRINTED = ("train/loss", "val/loss", "val/AP", "val/AP50", "train/images_per_second")
 

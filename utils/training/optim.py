@@ -20,7 +20,7 @@ FINAL_LR_SHARE = 0.01  # learning rate at the end of the cosine, relative to the
 ADAM_BETAS = (0.9, 0.999)
 ADAM_LR, ADAM_DECAY = 0.15, 0.5  # learning rate and weight decay of AdamW, relative to those of Muon
 MUON_MOMENTUM = 0.95
-MIN_STACK_HEIGHT = 128  # lower matrices are orthogonalized together on a GPU
+MIN_STACK_HEIGHT = 128  # on a GPU, matrices with up to this many rows are orthogonalized together
 POLAR_EXPRESS = (  # a, b, c of odd polynomials ax + bx^3 + cx^5; applied in turn, they map 0.0075..1 to 0.93..1.03
     (7.9561, -21.9821, 15.3236),  # all but the last are divided by 1.03, to allow for rounding in bf16
     (3.6592, -2.5781, 0.4722),
@@ -65,7 +65,7 @@ class Muon(AdamW):
     def step_orthogonal(self, weights: Sequence[Tensor], lr: float, weight_decay: float) -> None:
         """Update the weights (O, I, H, W) of convolutions as matrices (O, H * W * I), and remove their gradients.
 
-        All weights are updated at once, since on a GPU the number of kernel launches limits small batches.
+        All weights are updated at once, since the number of kernel launches limits the speed of small batches on a GPU.
         """
         for weight in weights:
             if not self.state[weight]:
@@ -92,8 +92,8 @@ class Muon(AdamW):
 def orthogonalize(matrices: Sequence[Tensor]) -> list[Tensor]:
     """Bring the singular values of matrices (R, C) near 1, by the polynomials of Polar Express (arXiv 2505.16932).
 
-    Computed in bf16 if the hardware supports it, in stacks of matrices: on the CPU, of equal shapes; on a GPU, of
-    similar heights, since padding with zeros costs less than further kernel launches.
+    Computed in bf16 if the hardware supports it, in stacks of matrices: on a CPU, those of equal shape; on a GPU,
+    those of similar height, since padding with zeros costs less than additional kernel launches.
     """
     wide = [matrix if len(matrix) <= matrix.shape[1] else matrix.T for matrix in matrices]
     stacks: dict[Any, list[int]] = {}
