@@ -173,9 +173,10 @@ def test_gpu_benchmark_compares_accuracy_with_the_cpu(gpu_benchmark, monkeypatch
         words = list(map(str, arguments))
         commands.append(tyro.cli({"train.py": train, "eval.py": eval_script}[program].Config, args=words))
         if program == "train.py":
-            Path(commands[-1].run_dir).mkdir(parents=True)
+            Path(commands[-1].run_dir).mkdir(parents=True, exist_ok=True)
+            (Path(commands[-1].run_dir) / "last.safetensors").touch()
         else:
-            (Path(commands[-1].out)).mkdir()
+            Path(commands[-1].out).mkdir(exist_ok=True)
             (Path(commands[-1].out) / "metrics.json").write_text('{"coco": {"AP": 0.61, "AP50": 0.91}}')
 
     monkeypatch.setattr(benchmark_gpu.Measurements, "run", run)
@@ -188,6 +189,9 @@ def test_gpu_benchmark_compares_accuracy_with_the_cpu(gpu_benchmark, monkeypatch
     assert (first.train_sets, first.val_sets, first.resume) == (("VOC2007/trainval",), (), False)
     assert evaluation.weights == (str(Path(second.run_dir) / "last.safetensors"),)
     assert evaluation.sets == ("VOC2007/test",) and evaluation.devkit == first.devkit == str(devkit)
+    (tmp_path / "gpu" / "accuracy.json").unlink()  # as if the first run had been interrupted
+    gpu_benchmark("accuracy", "--devkit", devkit, "--seeds", 0)
+    assert commands[-2].run_dir == first.run_dir and commands[-2].resume
 
 
 def test_difference_from_the_cpu_is_compared_with_the_larger_seed_spread():
@@ -250,13 +254,16 @@ def test_finished_measurements_are_kept_and_others_repeated(tmp_path):
 
 
 def test_program_that_fails_or_takes_too_long_is_reported(tmp_path):
-    (tmp_path / "failing.py").write_text("print(1); raise SystemExit('error: no GPU')")
+    (tmp_path / "failing.py").write_text("raise MemoryError('no GPU: 1\\n\\nsee the manual\\n')")
+    (tmp_path / "silent.py").write_text("raise SystemExit(3)")
     (tmp_path / "slow.py").write_text("import time; time.sleep(100)")
     (tmp_path / "working.py").write_text("import sys; print(sys.argv[1:])")
     measurements = benchmark_gpu.Measurements(tmp_path, "loop", seconds=100)
     assert measurements.run(tmp_path / "working.py", "--phi", 2) == "['--phi', '2']\n"
-    with pytest.raises(RuntimeError, match="exit code 1, error: no GPU"):
+    with pytest.raises(RuntimeError, match=r"exit code 1, MemoryError: no GPU: 1$"):
         measurements.run(tmp_path / "failing.py")
+    with pytest.raises(RuntimeError, match=r"exit code 3, see .*loop\.log"):
+        measurements.run(tmp_path / "silent.py")
     measurements.deadline = 0
     with pytest.raises(subprocess.TimeoutExpired):
         measurements.run(tmp_path / "slow.py")

@@ -15,6 +15,7 @@ is left out; calling the same command again measures it, also after an interrupt
 
 import json
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -56,6 +57,7 @@ TRIALS = {  # arguments of benchmark_training.py
     "RAM, one thread": ("--cache", "ram", "--trial", "one-thread"),
 }
 CPU_ACCURACY = {"AP": (0.615, 0.614, 0.613), "AP50": (0.904, 0.906, 0.903)}  # of three seeds, from docs/results.md
+ERROR = re.compile(r"^[\w.]*[Ee]rror: .+", re.MULTILINE)  # last line of a traceback, or of `run_script`
 Figures = dict[str, Any]
 
 
@@ -118,7 +120,7 @@ class Measurements:
         write_text(self.path, json.dumps(content, indent=2) + "\n")
 
     def run(self, program: str, *arguments: object) -> str:
-        """Run a program of the project; returns what it prints. Raises RuntimeError with its last message if it fails.
+        """Run a program of the project; returns what it prints. Raises RuntimeError with its last error if it fails.
 
         At the end of the time, and if this program is stopped, the other one gets SIGTERM, so that it cleans up.
         """
@@ -127,6 +129,7 @@ class Measurements:
             open(self.log, "a", encoding="utf-8") as log,
             subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=log, text=True) as process,
         ):
+            start = log.tell()
             try:
                 printed, _ = process.communicate(timeout=self.remaining())
             except BaseException:
@@ -136,8 +139,9 @@ class Measurements:
                 process.kill()  # does nothing if it has ended
                 raise
         if process.returncode:
-            lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
-            raise RuntimeError(f"exit code {process.returncode}, {lines[-1] if lines else 'without a message'}")
+            logged = self.log.read_bytes()[start:].decode(errors="replace")
+            messages = ERROR.findall(logged) or [f"see {self.log}"]
+            raise RuntimeError(f"exit code {process.returncode}, {messages[-1]}")
         return printed
 
 
