@@ -66,7 +66,7 @@ def main(config: Config) -> dict[str, Any]:
     device, sets = choose_device(config.device), ", ".join(config.source_sets)
     if device.type == "cpu":
         keep_freed_memory()
-    with join_process_group(device) as group:
+    with join_process_group(config.device) as group:
         paths = [find_checkpoint(name) for name in config.weights or [""]]
         detectors = load_detectors(config, paths, device)
         diagnostics = Diagnostics(skips=False)  # skipping images would change AP

@@ -128,7 +128,7 @@ class Config:
 
 def main(config: Config, given: Collection[str] | None = None) -> Path:
     """Train, and return the run's folder; `given` names the settings that the user set, by default the changed ones."""
-    with StopSignals() as stop, join_process_group(choose_device(config.device)) as group:
+    with StopSignals() as stop, join_process_group(config.device) as group:
         return train(config, changed_settings(config) if given is None else given, stop, group)
 
 

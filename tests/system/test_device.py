@@ -339,5 +339,6 @@ def test_processes_communicate_through_gloo_where_there_is_no_nccl(monkeypatch, 
     monkeypatch.setattr(dist, "rendezvous", lambda *_, **__: iter([(dist.HashStore(), 0, 2)]))
     monkeypatch.setattr(dist, "init_process_group", lambda name, **_: used.append(name))
     monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
-    with join_process_group(torch.device(kind)):
+    monkeypatch.setattr("utils.system.distributed.choose_device", torch.device)
+    with join_process_group(kind):
         assert used == [backend]

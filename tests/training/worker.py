@@ -108,7 +108,7 @@ def compare(plan: str, out: str) -> None:
         decoded.append(sample.name)
         return real(sample, **others)
 
-    with patch.object(utils.data.cache, "load_sample", load_sample), join_process_group(torch.device("cpu")) as group:
+    with patch.object(utils.data.cache, "load_sample", load_sample), join_process_group("cpu") as group:
         train_directly(train.Config(**parts["whole"]), group)
         losses = {name: train_recorded(train.Config(**own), group) for name, own in parts["runs"].items()}
         count = len(decoded)

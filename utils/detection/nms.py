@@ -14,6 +14,7 @@ from utils.system.errors import UserError, check_range
 
 FALLBACK_CONFIDENCE = 0.3  # threshold of a class for which validation has suggested none
 MIN_CONFIDENCE = 0.1  # lowest suggested threshold; lower-scoring boxes do not take part in box averaging
+MAX_CANDIDATES = 48_000  # maximum number of boxes in one NMS, whose time and memory on a GPU grow with the square
 MAX_SINGLE_NMS = 1000  # maximum number of boxes for which a single NMS of all groups is faster on a CPU
 MAX_PAIRS = 1_000_000  # maximum number of box pairs averaged at once, to stay within the CPU cache
 VOTING_SIGMA = 0.05  # parameter of variance voting; larger values give boxes with a low IoU more weight
@@ -49,8 +50,12 @@ def select_detections(boxes: Tensor, scores: Tensor, confidence: float | Tensor,
 
     A box is a candidate for each class whose score exceeds `confidence`, a number or one per class (C,), which replaces
     that of `limits`. Detections are in descending order of score, with boxes refined by `average_boxes`; images with
-    fewer than D are padded with rows of -1. Waits for the GPU twice: for two counts, and within NMS.
+    fewer than D are padded with rows of -1. Waits for the GPU twice per MAX_CANDIDATES: for two counts, and within NMS.
     """
+    images_at_once = max(1, MAX_CANDIDATES // min(limits.top_k, scores[:1].numel() or 1))
+    if len(boxes) > images_at_once:
+        parts = zip(boxes.split(images_at_once), scores.split(images_at_once), strict=True)
+        return torch.cat([select_detections(*part, confidence, limits) for part in parts])
     num_classes = scores.shape[2]
     flat = scores.flatten(1)  # (B, N*C)
     scores, order = flat.topk(min(limits.top_k, flat.shape[1]), dim=1)  # (B, K), descending

@@ -94,12 +94,12 @@ class CompiledNetwork(BoxOutputs):
         try:
             with torch._inductor.config.patch(freezing=True):  # treats the weights as constants, and prepacks them
                 outputs = self.compiled(images)
-        except torch._dynamo.exc.TorchDynamoException as error:
-            if is_out_of_memory(error):
+        except Exception as error:  # compilation can fail anywhere in torch, Triton or the C compiler
+            if self.compiled == self.run_eagerly or is_out_of_memory(error):
                 raise
-            explain_failed_compile(error, self.required)
             self.compiled = self.run_eagerly
-            outputs = self.compiled(images)
+            outputs = self.compiled(images)  # fails again if there is another reason
+            explain_failed_compile(error, self.required)
         return [values[:count] for values in outputs]
 
     def run_eagerly(self, images: Tensor) -> tuple[Tensor, Tensor]:

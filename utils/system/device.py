@@ -25,6 +25,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 OUT_OF_MEMORY = (
     "out of memory",  # CUDA's runtime and driver, NVRTC and torch's allocator
     "can't allocate memory",  # torch's allocator on the CPU
+    "not enough memory",  # the same on Windows
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",
     "unable to find an engine",  # cuDNN, if no algorithm's workspace fits
@@ -152,6 +153,8 @@ def choose_compile(name: str, device: torch.device) -> bool:
     """
     if name == "off" or (name == "auto" and device.type == "cpu"):
         return False
+    if name not in ("auto", "on"):
+        raise UserError(f"compile is {name!r}, but must be auto, on or off")
     missing = find_compile_problem(device)
     if missing and name == "on":
         raise UserError(f"compile is on, but {missing}, or use --compile off")
@@ -170,9 +173,9 @@ def find_compile_problem(device: torch.device) -> str:
         return f"Triton is missing; install the package {package}"
     if on_gpu and sys.platform == "win32":
         return ""  # triton-windows contains a C compiler and the headers
-    if on_gpu:  # Triton compiles a module in C, torch a module in C++
+    if on_gpu:  # Triton compiles a module in C
         compilers = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
-    else:
+    else:  # torch compiles modules in C++
         compilers = [os.environ.get("CXX", {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++"))]
     if not any(which(command) for name in compilers for command in (name, name.partition(" ")[0])):  # "ccache gcc"
         return f"the compiler {' or '.join(compilers)} is missing; install it"
@@ -248,7 +251,7 @@ def describe_memory(error: Exception) -> str:
 
 def describe_out_of_memory(error: Exception) -> str:
     """A one-sentence message for the user about an out-of-memory error, wherever it was raised."""
-    if "can't allocate memory" in str(error):
+    if any(text in str(error) for text in ("can't allocate memory", "not enough memory")):
         return "there is not enough memory (RAM); close other programs, or lower --batch-size or --input-size"
     return (
         f"the GPU is out of memory{describe_memory(error)}; wait until other processes have finished, choose another "
@@ -258,13 +261,13 @@ def describe_out_of_memory(error: Exception) -> str:
 
 @cache
 def side_stream(device: torch.device) -> torch.cuda.Stream:
-    """The stream for copies that overlap with training; each additional stream would hold its own memory."""
+    """The stream for copies of batches and checkpoints; each additional stream would hold its own memory."""
     return torch.cuda.Stream(device)
 
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:
     """Copy a tensor to the device if it is not already there; to a GPU asynchronously, through pinned memory."""
-    if device.type == "cpu" or values.is_cuda:
+    if device.type != "cuda" or values.is_cuda:
         return values.to(device)
     return (values if values.is_pinned() else values.pin_memory()).to(device, non_blocking=True)
 

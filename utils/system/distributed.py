@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from utils.system.device import choose_device
+
 TIMEOUT = timedelta(hours=2)  # maximum wait for another process, which may be decoding a large dataset
 T = TypeVar("T")
 
@@ -76,8 +78,8 @@ class ProcessGroup:
 
 
 @contextmanager
-def join_process_group(device: torch.device) -> Iterator[ProcessGroup]:
-    """Connect the processes started by torchrun, if any; `device` is that of this process."""
+def join_process_group(device_name: str) -> Iterator[ProcessGroup]:
+    """Connect the processes started by torchrun, if any; `device_name` is an argument of `choose_device`."""
     environment = os.environ
     if "TORCHELASTIC_RUN_ID" not in environment and int(environment.get("WORLD_SIZE", 1)) == 1:
         yield ProcessGroup()
@@ -85,6 +87,7 @@ def join_process_group(device: torch.device) -> Iterator[ProcessGroup]:
     restarts = int(environment.get("TORCHELASTIC_RESTART_COUNT", "0"))
     ranks_and_sizes = (int(environment[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"))
     group = ProcessGroup(*ranks_and_sizes, restarted=restarts > 0)
+    device = choose_device(device_name)
     store, _, _ = next(dist.rendezvous("env://", timeout=TIMEOUT))
     if group.local_size == group.size:  # one machine: after a restart torchrun's store still has the old addresses
         store = dist.PrefixStore(f"attempt {restarts}", store)

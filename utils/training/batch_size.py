@@ -27,7 +27,7 @@ except ImportError:  # Windows
     resource = None
 
 TRIAL_STEPS = 3  # the first is not timed, since it also initializes the device
-MEMORY_SHARE = 0.9  # usable share of GPU memory; the rest is left for validation and fragmentation
+MEMORY_SHARE = 0.9  # usable share of the available GPU memory; the rest is left for validation and fragmentation
 SIZE_MULTIPLE = 8  # when searching, batch sizes above this are multiples of it
 VALIDATION_COST = 0.5  # estimated time of validation per image, relative to training
 
@@ -65,6 +65,8 @@ def dry_run(trainer: Trainer, settings: Any, data: RunData, batches: EpochBatche
             if not trainer.compiled or is_out_of_memory(error):
                 raise
             torch.compiler.set_stance("force_eager")
+            trainer.state.optimizer.zero_grad()
+            trainer.frozen = None  # so that an interrupted DistributedDataParallel is created anew
             seconds, memory = try_modes(trainer, settings, batches)  # fails again if compilation was not the cause
             explain_failed_compile(error, required=settings.compile == "on")
     trainer.roll_back()
@@ -129,13 +131,13 @@ def peak_memory(device: torch.device) -> int:
 
 def find_largest_batch(trainer: Trainer, settings: Any, cache: ImageCache, max_size: int) -> int:
     """The largest batch size, up to `max_size`, whose steps fit into the GPU; changes the trainer's state."""
-    total = torch.cuda.get_device_properties(trainer.device).total_memory
+    available = torch.cuda.mem_get_info(trainer.device)[0] + torch.cuda.memory_reserved(trainer.device)
     trainer.set_mode(frozen=False)
 
     def fits(images: int) -> bool:
         batches = EpochBatches(cache, images, settings.seed, 0, settings.augment_settings(0.0), trainer.group)
         try:
-            return try_steps(trainer, batches)[1] < MEMORY_SHARE * total
+            return try_steps(trainer, batches)[1] < MEMORY_SHARE * available
         except RuntimeError as error:
             if images == 1 or not is_out_of_memory(error):  # one image should fit, so the cause may be different
                 raise

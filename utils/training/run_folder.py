@@ -119,6 +119,8 @@ class RunFolder:
 
     def write_checkpoints(self, last: Checkpoint, best: Checkpoint | None, copied: torch.cuda.Event | None) -> None:
         """Runs in the writer thread; with a GPU, in a separate stream that waits for the copies of the snapshot."""
+        if copied:
+            torch.cuda.set_device(copied.device)  # the current device is set per thread
         with torch.cuda.stream(side_stream(copied.device)) if copied else nullcontext():
             if copied:
                 copied.wait()
