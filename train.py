@@ -134,6 +134,8 @@ def main(config: Config, given: Collection[str] | None = None) -> Path:
 
 def train(config: Config, given: Collection[str], stop: StopSignals, group: ProcessGroup) -> Path:
     """Start or resume a run, and train to its end; `config` is what the user gave, `settings` what the run uses."""
+    if not config.resume:
+        choose_device(config.device)  # fails before a folder is created; a resumed run may have another device
     with closing(open_run(config, group)) as run:
         settings, checkpoint = resume_settings(config, given, run, group)
         progress = Progress(end=settings.epochs)

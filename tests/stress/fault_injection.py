@@ -60,6 +60,7 @@ class Fault:
     pictures: bool = False  # write TensorBoard events, curves and pictures, which takes time
     full_size: bool = False  # train the whole network, not one with an eighth of the channels, and write the report
     user: int = 0  # user ID of the run
+    save_interval: float = 0.0  # seconds; by default all epochs end with a checkpoint, so that more points are reached
 
 
 class FaultInjector:
@@ -72,6 +73,8 @@ class FaultInjector:
         self.disk_full = False
         self.renamed = ""  # the file whose folder is flushed next
         self.batch: tuple[int, int] | None = None  # epoch and batch in training
+        self.phase = ""  # the phase that is running
+        utils.training.engine.SAVE_INTERVAL = fault.save_interval
         if not fault.pictures:
             RunFolder.attempt = lambda *_: None
         if not fault.full_size:
@@ -135,7 +138,11 @@ class FaultInjector:
                 self.reach(point)
                 if self.fault.broken == point:
                     raise RuntimeError(f"{point} does not work")
-                return function(*arguments, **keywords)
+                self.phase = point
+                try:
+                    return function(*arguments, **keywords)
+                finally:
+                    self.phase = ""
 
             setattr(owner, name, watched)
 
@@ -147,11 +154,12 @@ class FaultInjector:
     def patch_batches(self) -> None:
         load, backward = EpochBatches.load, Trainer.backward
 
-        def watched_load(batches: EpochBatches, numbers: Sequence[int], device: torch.device) -> Iterator:
-            with closing(load(batches, iter(numbers), device)) as loaded:
+        def watched_load(batches: EpochBatches, numbers: Sequence[int], *arguments: Any) -> Iterator:
+            with closing(load(batches, iter(numbers), *arguments)) as loaded:
                 for number, batch in zip(numbers, loaded, strict=False):
-                    self.batch = batches.epoch, number
-                    self.reach(f"batch {batches.epoch + 1}.{number + 1}")
+                    if self.phase != "dry run":
+                        self.batch = batches.epoch, number
+                        self.reach(f"batch {batches.epoch + 1}.{number + 1}")
                     yield batch
 
         def spoiled_backward(trainer: Trainer, images: torch.Tensor, *rest: Any, **keywords: Any) -> torch.Tensor:

@@ -65,6 +65,13 @@ def test_stopped_run_resumes_exactly(workspace: Workspace, point, changes):
     workspace.compare(config)
 
 
+def test_run_killed_between_checkpoints_repeats_the_lost_epochs(workspace):
+    config = workspace.short_config(epochs=3, eval_every=4)
+    workspace.run(config, at="batch 3.2", action="kill", save_interval=1e9).expect(KILLED)
+    workspace.resume(config, "resuming after epoch 1")
+    workspace.compare(config)
+
+
 def test_extended_run_has_its_own_schedule_and_resumes_exactly(workspace):
     whole, stopped = (workspace.short_config(epochs=2, eval_every=4) for _ in range(2))
     for config in (whole, stopped):

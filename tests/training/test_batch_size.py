@@ -130,7 +130,8 @@ def test_search_keeps_the_error_of_a_single_image(config, monkeypatch):
         raise RuntimeError(text)
 
     monkeypatch.setattr(batch_size, "try_steps", fail)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=1))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (1, 1))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 0)
     with pytest.raises(RuntimeError, match=text):
         batch_size.find_largest_batch(trainer, config, range(8), 8)
     with (
