@@ -68,7 +68,7 @@ class Config:
     part: tyro.conf.Positional[Literal["loop", "accuracy", "inference"]]  # what to measure
     out: str = "gpu"  # folder for the figures, one for each machine
     seconds: float = 480  # time limit
-    device: str = "cuda"  # cuda, cuda:N, the GPU with index N, auto or cpu
+    device: str = "cuda"  # cuda, cuda:N (the GPU with index N), auto or cpu
     phis: tuple[int, ...] = (0, 2)  # loop: attention blocks; trials are made with the first
     batch_sizes: tuple[int, ...] = ()  # loop and inference; empty: 8 64 128 and 1 8 32; trials with the first two
     input_size: Annotated[tuple[int, int], INPUT_SIZE] = (416, 416)  # loop and inference: height and width

@@ -63,7 +63,7 @@ class Config:
     rounds: int = 10  # network and folder: rounds whose medians are reported
     frames: int = 600  # video and memory: total number of frames
     precision: str = "fp32"  # folder, video and memory: precision of the network
-    device: str = "auto"  # auto, cpu, cuda or cuda:N, the GPU with index N
+    device: str = "auto"  # auto, cpu, cuda or cuda:N (the GPU with index N)
 
 
 class TimedNetwork:

@@ -69,7 +69,7 @@ class Config:
     batch_size: int = 8  # images per step or batch
     rounds: int = 3  # train: times that epochs are trained between measurements of the bare step; evaluation: rounds
     steps: int = 60  # train: steps per epoch and measurement of the bare step; memory: steps until a run is stopped
-    device: str = "auto"  # auto, cpu, cuda or cuda:N, the GPU with index N
+    device: str = "auto"  # auto, cpu, cuda or cuda:N (the GPU with index N)
     phi: int = 0  # train: attention block
     mosaic: float = 1.0  # train: probability of mosaic
     compile: str = "auto"  # train: on, off, or auto: on a GPU

@@ -85,6 +85,21 @@ def test_batch_equals_its_single_images():
             assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("limit", [1, 45, 10**6])
+def test_result_does_not_depend_on_the_number_of_boxes_in_one_nms(limit, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    corners = torch.rand(5, 10, 4, generator=generator) * torch.tensor([200, 200, 80, 80])
+    boxes = torch.cat([corners[..., :2], corners[..., :2] + corners[..., 2:]], dim=-1)
+    scores = torch.rand(5, 10, 2, generator=generator)
+    expected = select_detections(boxes, scores, 0.2, Thresholds())
+    calls, suppress = [], nms.suppress_overlaps
+    monkeypatch.setattr(nms, "suppress_overlaps", lambda *given: calls.append(len(given[0])) or suppress(*given))
+    monkeypatch.setattr(nms, "MAX_CANDIDATES", limit)
+    torch.testing.assert_close(select_detections(boxes, scores, 0.2, Thresholds()), expected, atol=1e-4, rtol=0)
+    assert len(calls) == {1: 5, 45: 3, 10**6: 1}[limit]  # 20 candidates per image at most
+    assert max(calls) <= max(limit, 20)
+
+
 def test_class_agnostic_suppression_keeps_one_class_per_object():
     first, _ = select(BOXES, SCORES, 0.15, Thresholds(class_agnostic=True))
     torch.testing.assert_close(first[1], torch.tensor([0.9, 0.8]))

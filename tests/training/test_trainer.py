@@ -6,7 +6,7 @@ Meta tensors have no values to read. Imitated CUDA tensors have none either, and
 from collections.abc import Iterator
 from contextlib import nullcontext
 from types import SimpleNamespace
-from unittest.mock import MagicMock
+from unittest.mock import MagicMock, call
 
 import pytest
 import torch
@@ -176,4 +176,5 @@ def test_epochs_and_checkpoints_share_a_stream(monkeypatch, tmp_path):
     run.close()
     side_stream.cache_clear()
     assert torch.cuda.stream.call_count == 6
+    assert torch.cuda.set_device.call_args_list == [call(GPU)] * 6  # each thread starts with GPU 0
     torch.cuda.Stream.assert_called_once_with(GPU)

@@ -59,7 +59,7 @@ class Trainer:
     dtype: torch.dtype  # dtype of mixed precision
     group: ProcessGroup
     compiled: bool
-    render: Callable[[BatchPlan], Tensor]  # `render_batch`, compiled if the network is and on a GPU
+    render: Callable[[BatchPlan], Tensor]  # `render_batch`; on a GPU, compiled if the network is
     network: nn.Module  # the model, wrapped in DistributedDataParallel if there are several processes
     snapshot: Checkpoint  # the last state with finite losses and weights, which checkpoints contain
     frozen: bool | None = None  # whether the backbone is frozen; None before the first `set_mode`
